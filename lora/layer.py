@@ -1,0 +1,249 @@
+"""The one equation that every LoRA layer is, and what follows from it for all kinds of layer.
+
+    W = W₀ + s · B A        s = lora_alpha / r
+
+A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta`
+(B A in the shape of the weight). Forward, merging, dtype and dropout rules are written here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.functional import is_traced
+from lora.merged import MergedWeight, is_plain
+from lora.registry import enter, new
+
+Shape = tuple[int, ...]
+
+
+class LoRALayer(nn.Module):
+    """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
+
+    A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
+    A kind of layer derives from it and defines `check`, `lora_shapes`, `down`, `up`, `delta` and
+    `forward_with`; `lora.register` then makes `lora.inject` use it (docs there).
+
+    Attributes:
+        r: rank of the update; 0 means that the layer behaves exactly as its base class.
+        lora_alpha: numerator of the scaling.
+        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time.
+        lora_dropout: probability of dropping an input feature on the LoRA path, in training only.
+        merge_weights: serve `eval()` without gradients from one merged weight, kept beside the base weight.
+        lora_A, lora_B: the adapter's parameters, absent when `r` is 0.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+    """
+
+    # Class-level defaults: torch's constructors call `reset_parameters` before ours has set anything.
+    r: int = 0
+    lora_alpha: float = 1
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    merge_weights: bool = False
+    scaling: float = 1.0
+    disabled: bool = False
+    _merged: MergedWeight | None = None
+
+    weight: Any
+    bias: Any
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    #: The arguments that define the adapter: what a checkpoint records and `eject` removes.
+    settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "merge_weights")
+    #: The class that this one adapts.
+    base_class: ClassVar[type[nn.Module]] = nn.Module
+    #: Whether `forward_with` may stand in for the base class's own forward.
+    dense: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.base_class = next(
+            base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LoRALayer)
+        )
+        enter(cls)
+
+    # ---- what a kind of layer says -----------------------------------------------------------------
+
+    @classmethod
+    def check(cls, base: nn.Module, r: int, **settings: Any) -> None:
+        """Raise ValueError where `base` cannot take an adapter with these settings; change nothing."""
+
+    def lora_shapes(self) -> tuple[Shape, Shape]:
+        """The shapes of lora_A and lora_B."""
+        raise NotImplementedError(f"{type(self).__name__} must define lora_shapes")
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """x → A x."""
+        raise NotImplementedError(f"{type(self).__name__} must define down")
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        """h → B h, in the shape of the layer's output."""
+        raise NotImplementedError(f"{type(self).__name__} must define up")
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A in the shape of the base weight."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta")
+
+    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's function of `input` with `weight` in the place of its own; needed if `dense`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_with")
+
+    def base_weight(self) -> Tensor:
+        """W₀, as the base layer's function uses it."""
+        return self.weight
+
+    # ---- making ------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        **kind_settings: Any,
+    ) -> None:
+        """Give a bare base layer its adapter: settings, lora_A and lora_B (uninitialised), a frozen weight."""
+        check_settings(r, lora_alpha, lora_dropout)
+        self.check(self, r, **kind_settings)
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
+        self.merge_weights, self.use_rslora = merge_weights, use_rslora
+        for name, value in kind_settings.items():
+            setattr(self, name, value)
+        if r == 0:
+            return
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
+        place = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
+        shape_A, shape_B = self.lora_shapes()
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, **place))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, **place))
+        self.weight.requires_grad_(False)
+
+    def detach(self) -> None:
+        """Undo `attach`: the layer is a bare base layer again, its weight as it is."""
+        for name in ("lora_A", "lora_B", "scaling", "disabled", "_merged", *self.settings):
+            self.__dict__.pop(name, None)
+            self._parameters.pop(name, None)
+        self.__class__ = self.base_class  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """Initialise the base layer's parameters, then the adapter's."""
+        super().reset_parameters()  # type: ignore[misc]
+        if self.r > 0:
+            self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A ~ kaiming uniform (a = √5), B = 0, so that training starts from the base layer's function."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's own parameters, by name; nothing when `r` is 0."""
+        for name in ("lora_A", "lora_B"):
+            if name in self._parameters:
+                yield name, getattr(self, name)
+
+    # ---- forward -----------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y = W₀ x + b + s · B A drop(x), or the same from the merged weight (class docstring)."""
+        if self.r == 0 or self.disabled:
+            return self.base_forward(input)
+        if self._serves_merged(input):
+            return self.forward_with(input, self.merged_weight())
+        return self.lora_forward(input)
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        """The pretrained layer's own output."""
+        output: Tensor = super().forward(input)
+        return output
+
+    def lora_forward(self, input: Tensor) -> Tensor:
+        """The equation in plain, out-of-place operations: right for every base, quantised or sharded."""
+        y = self.base_forward(input)
+        return y + (self.lora_update(input) * self.scaling).to(y.dtype)
+
+    def lora_update(self, input: Tensor) -> Tensor:
+        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
+        dtype = input.dtype if input.is_floating_point() else self.lora_A.dtype
+        h = self.down(self.drop(input), self.lora_A.to(dtype))
+        return self.up(h, self.lora_B.to(dtype))
+
+    def drop(self, input: Tensor) -> Tensor:
+        """Dropout on the LoRA path."""
+        return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
+
+    # ---- merging -----------------------------------------------------------------------------------
+
+    def _serves_merged(self, input: Tensor) -> bool:
+        if self.training or not self.merge_weights or not self.dense or is_traced(input):
+            return False
+        tensors = (self.weight, self.lora_A, self.lora_B)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return False
+        return all(is_plain(t) for t in tensors)
+
+    def merged_weight(self) -> Tensor:
+        """W₀ + s · B A in the base weight's dtype, remembered until something that it depends on changes."""
+        sources = (self.weight, self.lora_A, self.lora_B)
+        if self._merged is None or not self._merged.is_current(sources, self.scaling):
+            self._merged = MergedWeight(sources, self.scaling, self.compute_merged().to(self.weight.dtype))
+        return self._merged.tensor
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def compute_merged(self) -> Tensor:
+        """W₀ + s · B A in float32, or float64 where the weight is; the caller rounds, once."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
+        return torch.add(self.base_weight().to(dtype), delta, alpha=self.scaling)
+
+    def train(self, mode: bool = True) -> LoRALayer:
+        """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
+        super().train(mode)
+        if mode:
+            self._merged = None
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        self._merged = None  # before `.to()` and the like: no second copy on the old device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    # ---- printing and pickling ---------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """The base layer's arguments, then the adapter's."""
+        words = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
+        for name in self.settings[2:]:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                words.append(f"{name}={value}")
+        return ", ".join(words)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
+            return new, type(self).__bases__, *reduced[2:]
+        return reduced
+
+
+def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise for settings that no layer can take."""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 0:
+        raise ValueError(f"`r` must be an integer of at least 0, got {r!r}.")
+    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+    if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+        raise ValueError(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")

@@ -1,0 +1,282 @@
+"""LoRA for linear layers: one matrix, or several fused into one (query, key and value, say)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.layer import LoRALayer, Shape
+from lora.registry import register
+
+
+class LinearLoRA(LoRALayer):
+    """The kind for linear layers: A (r, in_features), B (out_features, r)."""
+
+    #: The weight is stored as (in_features, out_features).
+    fan_in_fan_out: bool = False
+    #: The kind to use when the layer's output is several fused ones.
+    merged_kind: ClassVar[type[LinearLoRA]]
+
+    @classmethod
+    def features(cls, base: nn.Module) -> tuple[int, int]:
+        """(in_features, out_features) of a base layer."""
+        return base.in_features, base.out_features  # type: ignore[return-value]
+
+    def lora_shapes(self) -> tuple[Shape, Shape]:
+        in_features, out_features = self.features(self)
+        return (self.r, in_features), (out_features, self.r)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)  # (..., in_features) -> (..., r)
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)  # (..., r) -> (..., out_features)
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return self.stored(B @ A)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """(out_features, in_features) as the base layer stores it, or back again."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        # nn.Linear itself knows no transposed weight; other bases that have one know it.
+        if self.fan_in_fan_out and self.base_class is nn.Linear:
+            return self.forward_with(input, self.weight)
+        return super().base_forward(input)
+
+    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, self.stored(weight), self.bias)
+
+    def detach(self) -> None:
+        if self.fan_in_fan_out and self.base_class is nn.Linear:
+            self.weight.data = self.weight.data.T.contiguous()
+        self.__dict__.pop("fan_in_fan_out", None)
+        super().detach()
+
+
+class MergedLinearLoRA(LinearLoRA):
+    """The kind for fused linear layers: A (G·r, in_features), B (out_features of the G enabled splits, r)."""
+
+    splits: tuple[int, ...] = ()
+    enable_lora: tuple[bool, ...] = ()
+
+    settings = (*LoRALayer.settings, "splits", "enable_lora")
+
+    @classmethod
+    def check(cls, base: nn.Module, r: int, **settings: Any) -> None:
+        splits, enable_lora = settings["splits"], settings["enable_lora"]
+        out_features = cls.features(base)[1]
+        if sum(splits) != out_features or any(size <= 0 for size in splits):
+            raise ValueError(f"`splits` (={splits}) must be positive and add up to `out_features` (={out_features}).")
+        if len(enable_lora) != len(splits):
+            raise ValueError(
+                f"`enable_lora` (={enable_lora}) must have one entry for each of the {len(splits)} splits {splits}."
+            )
+
+    def attach(self, r: int, *args: Any, **settings: Any) -> None:
+        super().attach(r if any(settings["enable_lora"]) else 0, *args, **settings)
+
+    def lora_shapes(self) -> tuple[Shape, Shape]:
+        in_features, _ = self.features(self)
+        sizes = self.enabled_sizes()
+        return (self.r * len(sizes), in_features), (sum(sizes), self.r)
+
+    def enabled_sizes(self) -> list[int]:
+        """The sizes of the splits that are adapted."""
+        return [size for size, enabled in zip(self.splits, self.enable_lora, strict=True) if enabled]
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        pairs = zip(torch.split(h, self.r, dim=-1), torch.split(B, self.enabled_sizes()), strict=True)
+        return self._spread([F.linear(h_g, B_g) for h_g, B_g in pairs], dim=-1)  # (..., out_features)
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        pairs = zip(torch.split(A, self.r), torch.split(B, self.enabled_sizes()), strict=True)
+        return self.stored(self._spread([B_g @ A_g for A_g, B_g in pairs], dim=0))
+
+    def _spread(self, pieces: list[Tensor], dim: int) -> Tensor:
+        """The enabled splits' pieces side by side, with zeros for the splits between them."""
+        enabled, shape = iter(pieces), list(pieces[0].shape)
+        spread = []
+        for size, on in zip(self.splits, self.enable_lora, strict=True):
+            shape[dim] = size
+            spread.append(next(enabled) if on else pieces[0].new_zeros(shape))
+        return torch.cat(spread, dim=dim)
+
+
+LinearLoRA.merged_kind = MergedLinearLoRA
+
+
+class Conv1DLoRA(LinearLoRA):
+    """The kind for transformers' Conv1D (GPT-2), a linear layer whose weight is (in_features, out_features)."""
+
+    fan_in_fan_out = True
+
+    @classmethod
+    def features(cls, base: nn.Module) -> tuple[int, int]:
+        weight: Any = base.weight
+        return weight.shape[0], weight.shape[1]
+
+
+class MergedConv1DLoRA(Conv1DLoRA, MergedLinearLoRA):
+    """The kind for a fused Conv1D, such as GPT-2's c_attn."""
+
+
+Conv1DLoRA.merged_kind = MergedConv1DLoRA
+
+
+class Linear(LinearLoRA, nn.Linear):
+    """A linear layer with a frozen weight and a trainable low-rank update.
+
+        y = x W₀ᵀ + b + s · drop(x) Aᵀ Bᵀ        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        r: rank of the update; with 0 the layer is a plain, trainable `nn.Linear`. Default: 0.
+        lora_alpha: numerator of the scaling. Default: 1.
+        lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
+        fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
+        merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
+            weight and brought up to date when anything changes. Default: True.
+        use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
+
+    Parameters: `weight` (out_features, in_features), `bias` (out_features), `lora_A` (r, in_features),
+    `lora_B` (out_features, r).
+
+    Input (..., in_features); returns (..., out_features).
+
+    Raises:
+        ValueError: `r`, `lora_alpha` or `lora_dropout` out of range.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+
+    >>> import torch, lora
+    >>> layer = lora.Linear(8, 4, r=2, lora_alpha=4)
+    >>> layer(torch.ones(3, 8)).shape
+    torch.Size([3, 4])
+    >>> [name for name, p in layer.named_parameters() if name.startswith("lora_")]
+    ['lora_A', 'lora_B']
+    """
+
+    dense = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
+        self.reset_parameters()
+        _store_transposed(self)
+
+
+class MergedLinear(MergedLinearLoRA, nn.Linear):
+    """Several linear layers fused into one, each with a low-rank update of its own, or none.
+
+        y_g = x W₀_gᵀ + b_g + s · drop(x) A_gᵀ B_gᵀ    for each enabled split g of the output
+
+    One product with the stacked A serves all splits; splits that are not enabled cost nothing.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample, all splits together.
+        r: rank of each split's update. Default: 0.
+        lora_alpha: numerator of the scaling lora_alpha / r. Default: 1.
+        lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
+        enable_lora: which splits to adapt, as bools or 0/1; one bool speaks for all `splits`. With nothing
+            enabled the layer is a plain, trainable `nn.Linear`. Default: [False].
+        fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
+        merge_weights: as in `lora.Linear`. Default: True.
+        splits: sizes of the splits, in order, uneven ones too (grouped-query attention). Default: equal
+            parts, one for each entry of `enable_lora`.
+        use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
+
+    Parameters, for G enabled splits: `weight` (out_features, in_features), `bias` (out_features), `lora_A`
+    (G·r, in_features), `lora_B` (sum of the enabled splits' sizes, r).
+
+    Input (..., in_features); returns (..., out_features).
+
+    Raises:
+        ValueError: `splits` do not add up to `out_features`, `enable_lora` does not fit them or divide it, or
+            `r`, `lora_alpha` or `lora_dropout` is out of range.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.2.
+
+    >>> import torch, lora
+    >>> qkv = lora.MergedLinear(64, 64 + 16 + 16, r=4, enable_lora=[True, False, True], splits=(64, 16, 16))
+    >>> qkv.lora_A.shape, qkv.lora_B.shape
+    (torch.Size([8, 64]), torch.Size([80, 4]))
+    >>> qkv(torch.ones(2, 5, 64)).shape
+    torch.Size([2, 5, 96])
+    """
+
+    dense = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: bool | Sequence[bool | int] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        splits: Sequence[int] | None = None,
+        use_rslora: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        fused = split_settings(out_features, splits, enable_lora)
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, **fused)
+        self.reset_parameters()
+        _store_transposed(self)
+
+
+def split_settings(
+    out_features: int, splits: Sequence[int] | None, enable_lora: bool | Sequence[bool | int]
+) -> dict[str, tuple[Any, ...]]:
+    """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
+    if isinstance(enable_lora, bool):
+        enable_lora = (enable_lora,) * len(splits or (0,))
+    mask = tuple(enable_lora)
+    if not mask or any(entry not in (0, 1) for entry in mask):
+        raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {enable_lora!r}.")
+    if splits is None:
+        if out_features % len(mask):
+            raise ValueError(
+                f"`out_features` (={out_features}) must be divisible by the {len(mask)} entries of `enable_lora`; "
+                "for uneven splits give `splits`."
+            )
+        splits = (out_features // len(mask),) * len(mask)
+    return {"splits": tuple(int(size) for size in splits), "enable_lora": tuple(map(bool, mask))}
+
+
+def _store_transposed(layer: Linear | MergedLinear) -> None:
+    # After initialisation, whose fan-in is that of (out_features, in_features).
+    if layer.fan_in_fan_out:
+        layer.weight.data = layer.weight.data.T.contiguous()
+
+
+register(nn.Linear, LinearLoRA)
+register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)

@@ -1,0 +1,54 @@
+"""The merged weight W₀ + s · B A as a cache: when it may be kept, and when it is out of date."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary dense one: not sharded, not quantised, not some other subclass."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
+
+
+class MergedWeight:
+    """A merged weight and what it was computed from: the base weight, A, B (in this order) and the scaling.
+
+    Changes are seen by identity, address and version counter. Writes through `.data` escape the counter,
+    so on the CPU, where reading costs no synchronisation, A and B are also compared by value, and the base
+    weight by a sample of its values.
+    """
+
+    def __init__(self, sources: Sequence[Tensor], scaling: float, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.scaling = scaling
+        self.sources = [weakref.ref(source) for source in sources]
+        self.states = [_state(source) for source in sources]
+        self.values = [value.clone() for value in _values(sources)]
+
+    def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
+        """Whether `sources` and `scaling` are still what this weight was computed from."""
+        return (
+            scaling == self.scaling
+            and all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
+            and [_state(source) for source in sources] == self.states
+            and all(map(torch.equal, self.values, _values(sources)))
+        )
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a pickled or copied layer computes its own
+
+
+def _state(source: Tensor) -> tuple[int, int]:
+    return source.data_ptr(), -1 if source.is_inference() else source._version
+
+
+def _values(sources: Sequence[Tensor]) -> list[Tensor]:
+    weight, *adapter = (source.detach() for source in sources)
+    if weight.device.type != "cpu":
+        return []
+    sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)] if weight.is_contiguous() else weight[:1]
+    return [sample, *adapter]
