@@ -1,20 +1,37 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = W₀ + s · B A."""
 
+from lora.adapter import AdapterError
+from lora.checkpoint import load_adapter, save_adapter
+from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
 from lora.embedding import Embedding
+from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
+from lora.merge import merge, merged_state_dict
 from lora.registry import register
+from lora.training import lora_state_dict, mark_only_lora_as_trainable
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "Embedding",
     "Linear",
     "LoRALayer",
+    "LoraConfig",
     "MergedLinear",
+    "disabled",
+    "eject",
+    "inject",
+    "load_adapter",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "merged_state_dict",
     "register",
+    "save_adapter",
 ]

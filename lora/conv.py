@@ -52,25 +52,24 @@ class ConvLoRA(LoRALayer):
         self.reset_parameters()
 
     @classmethod
-    def check(cls, base: nn.Module, r: int, factored: bool = False, **settings: Any) -> None:
-        kernel_size, groups = base.kernel_size, base.groups
-        if factored and r % groups:  # type: ignore[operator]
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+        kind, settings = super().configure(base, **wanted)
+        return kind, settings | {"factored": wanted["factored"]}
+
+    @classmethod
+    def lora_shapes(cls, base: Any, r: int, factored: bool = False, **settings: Any) -> tuple[Shape, Shape]:
+        kernel_size, groups, n = base.kernel_size, base.groups, len(base.kernel_size)
+        if factored and r % groups:
             raise ValueError(f"`r` (={r}) must be divisible by `groups` (={groups}) when `factored=True`.")
-        if not factored and r and len(set(kernel_size)) > 1:  # type: ignore[arg-type]
+        if factored:
+            return (r, base.in_channels // groups, *kernel_size), (base.out_channels, r // groups, *(1,) * n)
+        if r and len(set(kernel_size)) > 1:
             raise ValueError(
                 f"`kernel_size` (={kernel_size}) must be the same in all dimensions when `factored=False`; "
                 "pass `factored=True`, which takes any kernel."
             )
-
-    def lora_shapes(self) -> tuple[Shape, Shape]:
-        if self.factored:
-            ones = (1,) * len(self.kernel_size)
-            shape_A = (self.r, self.in_channels // self.groups, *self.kernel_size)
-            return shape_A, (self.out_channels, self.r // self.groups, *ones)
-        n, k = len(self.kernel_size), self.kernel_size[0]
-        rows = k ** (n // 2)
-        shape_A = (self.r * rows, self.in_channels * k ** (n - n // 2))
-        return shape_A, (self.out_channels // self.groups * rows, self.r * rows)
+        rows, columns = kernel_size[0] ** (n // 2), kernel_size[0] ** (n - n // 2)
+        return (r * rows, base.in_channels * columns), (base.out_channels // groups * rows, r * rows)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return self._convolve(x, A)  # (N, in_channels, *size) -> (N, r, *out_size)

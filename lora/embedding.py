@@ -26,8 +26,9 @@ class EmbeddingLoRA(LoRALayer):
     def attach(self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, *args: Any, **settings: Any) -> None:
         super().attach(r, lora_alpha, 0.0, *args, **settings)  # ids have no features to drop
 
-    def lora_shapes(self) -> tuple[Shape, Shape]:
-        return (self.r, self.num_embeddings), (self.embedding_dim, self.r)
+    @classmethod
+    def lora_shapes(cls, base: Any, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        return (r, base.num_embeddings), (base.embedding_dim, r)
 
     def reset_lora_parameters(self) -> None:
         nn.init.zeros_(self.lora_A)
@@ -56,6 +57,13 @@ class EmbeddingLoRA(LoRALayer):
 
     def base_weight(self) -> Tensor:
         return self.weight if self.max_norm is None else self._renormed(self.weight)
+
+    def write_weight(self, weight: Tensor) -> None:
+        super().write_weight(weight)
+        self.max_norm = None  # the base rows are within it now, and it does not bound the update
+
+    def beyond_weight(self) -> str | None:
+        return None if self.max_norm is None else "`max_norm` does not bound the update"
 
     def _renormed(self, rows: Tensor) -> Tensor:
         assert self.max_norm is not None

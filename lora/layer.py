@@ -28,7 +28,7 @@ class LoRALayer(nn.Module):
     """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
 
     A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
-    A kind of layer derives from it and defines `check`, `lora_shapes`, `down`, `up`, `delta` and
+    A kind of layer derives from it and defines `lora_shapes`, `down`, `up`, `delta` and
     `forward_with`; `lora.register` then makes `lora.inject` use it (docs there).
 
     Attributes:
@@ -52,7 +52,7 @@ class LoRALayer(nn.Module):
     disabled: bool = False
     _merged: MergedWeight | None = None
 
-    weight: Any
+    weight: Tensor
     bias: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -74,12 +74,24 @@ class LoRALayer(nn.Module):
     # ---- what a kind of layer says -----------------------------------------------------------------
 
     @classmethod
-    def check(cls, base: nn.Module, r: int, **settings: Any) -> None:
-        """Raise ValueError where `base` cannot take an adapter with these settings; change nothing."""
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+        """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
+        if wanted["splits"] is not None or wanted["enable_lora"] is not None:
+            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
+        return cls, {}
 
-    def lora_shapes(self) -> tuple[Shape, Shape]:
-        """The shapes of lora_A and lora_B."""
-        raise NotImplementedError(f"{type(self).__name__} must define lora_shapes")
+    @classmethod
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        """The shapes of lora_A and lora_B for `base`; ValueError where the kind's own settings do not fit it."""
+        raise NotImplementedError(f"{cls.__name__} must define lora_shapes")
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Make `weight`, a merged one, the base weight; the layer computes with it what `forward_with` does."""
+        self.weight.copy_(weight)
+
+    def beyond_weight(self) -> str | None:
+        """What of the merged layer's function its weight alone cannot say; None if nothing."""
+        return None
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """x → A x."""
@@ -115,7 +127,7 @@ class LoRALayer(nn.Module):
     ) -> None:
         """Give a bare base layer its adapter: settings, lora_A and lora_B (uninitialised), a frozen weight."""
         check_settings(r, lora_alpha, lora_dropout)
-        self.check(self, r, **kind_settings)
+        shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.merge_weights, self.use_rslora = merge_weights, use_rslora
         for name, value in kind_settings.items():
@@ -125,7 +137,6 @@ class LoRALayer(nn.Module):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
         place = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
-        shape_A, shape_B = self.lora_shapes()
         self.lora_A = nn.Parameter(torch.zeros(shape_A, **place))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, **place))
         self.weight.requires_grad_(False)
@@ -247,3 +258,8 @@ def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
         raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
     if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
         raise ValueError(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+
+
+def join(module: str, name: str) -> str:
+    """The full name of a module's own parameter; the root module's name is empty."""
+    return f"{module}.{name}" if module else name

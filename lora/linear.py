@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +28,20 @@ class LinearLoRA(LoRALayer):
         """(in_features, out_features) of a base layer."""
         return base.in_features, base.out_features  # type: ignore[return-value]
 
-    def lora_shapes(self) -> tuple[Shape, Shape]:
-        in_features, out_features = self.features(self)
-        return (self.r, in_features), (out_features, self.r)
+    @classmethod
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+        splits, enable_lora = wanted["splits"], wanted["enable_lora"]
+        if splits is None and enable_lora is None:
+            return cls, {}
+        settings = split_settings(cls.features(base)[1], splits, True if enable_lora is None else enable_lora)
+        if not any(settings["enable_lora"]):
+            raise ValueError("`enable_lora` enables no split; leave the module out of `target_modules` instead.")
+        return cls.merged_kind, settings
+
+    @classmethod
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        in_features, out_features = cls.features(base)
+        return (r, in_features), (out_features, r)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)  # (..., in_features) -> (..., r)
@@ -69,27 +81,21 @@ class MergedLinearLoRA(LinearLoRA):
     settings = (*LoRALayer.settings, "splits", "enable_lora")
 
     @classmethod
-    def check(cls, base: nn.Module, r: int, **settings: Any) -> None:
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
         splits, enable_lora = settings["splits"], settings["enable_lora"]
-        out_features = cls.features(base)[1]
+        in_features, out_features = cls.features(base)
         if sum(splits) != out_features or any(size <= 0 for size in splits):
             raise ValueError(f"`splits` (={splits}) must be positive and add up to `out_features` (={out_features}).")
         if len(enable_lora) != len(splits):
-            raise ValueError(
-                f"`enable_lora` (={enable_lora}) must have one entry for each of the {len(splits)} splits {splits}."
-            )
+            raise ValueError(f"`enable_lora` (={enable_lora}) must have one entry for each of the splits {splits}.")
+        return (r * sum(enable_lora), in_features), (sum(compress(splits, enable_lora)), r)
 
     def attach(self, r: int, *args: Any, **settings: Any) -> None:
         super().attach(r if any(settings["enable_lora"]) else 0, *args, **settings)
 
-    def lora_shapes(self) -> tuple[Shape, Shape]:
-        in_features, _ = self.features(self)
-        sizes = self.enabled_sizes()
-        return (self.r * len(sizes), in_features), (sum(sizes), self.r)
-
     def enabled_sizes(self) -> list[int]:
         """The sizes of the splits that are adapted."""
-        return [size for size, enabled in zip(self.splits, self.enable_lora, strict=True) if enabled]
+        return list(compress(self.splits, self.enable_lora))
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         pairs = zip(torch.split(h, self.r, dim=-1), torch.split(B, self.enabled_sizes()), strict=True)

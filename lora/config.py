@@ -1,0 +1,137 @@
+"""What to adapt and how: PEFT's words, and how they match the names of a model's modules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from lora.layer import check_settings
+from lora.training import BIAS_CHOICES
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """What `lora.inject` shall do. The fields are PEFT's, with PEFT's meanings and defaults, and a few more.
+
+    A *name* matches a module whose full name is it or ends with a dot and it (`"q_proj"`, `"self_attn.q_proj"`). A
+    *pattern* is a name that may be a regular expression (`r"layers\\.[01]\\..*"`); the first that matches is used.
+
+    Args:
+        r: rank of the updates. Default: 8.
+        lora_alpha: numerator of the scaling lora_alpha / r. Default: 8.
+        lora_dropout: probability of dropping an input feature on the LoRA path. Default: 0.
+        target_modules: names of the modules to adapt; or one string, a regular expression that full names must
+            match entirely; or "all-linear", every linear layer but the output embedding.
+        exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
+        rank_pattern: r for modules that match a pattern. Default: {}.
+        alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
+        modules_to_save: names of modules to train in full and to save with the adapter. Default: None.
+        bias: biases to train: "none", "all" or "lora_only". Default: "none".
+        use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        task_type: kept for other tools; has no effect here. Default: None.
+        splits: for fused projections, the sizes of the parts by pattern: {"qkv_proj": (576, 192, 192)}. Default: {}.
+        enable_lora: which splits to adapt, by pattern; all where nothing is said. Default: {}.
+        factored: the factored form for convolutions (see `lora.Conv2d`). Default: True.
+        merge_weights: serve `eval()` from merged weights, at the cost of a copy of each. Default: False.
+        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower.
+
+    Raises:
+        ValueError: a value is out of range; all of them are named.
+
+    >>> import lora
+    >>> config = lora.LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"layers.0.q_proj": 8})
+    >>> config.r
+    4
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    task_type: str | None = None
+    splits: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    enable_lora: Mapping[str, bool | Sequence[bool | int]] = field(default_factory=dict)
+    factored: bool = True
+    merge_weights: bool = False
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for r in (self.r, *self.rank_pattern.values()):
+            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+                problems += _complaints(check_settings, r, alpha, self.lora_dropout)
+        if self.r == 0 or 0 in self.rank_pattern.values():
+            problems.append("`r` must be at least 1 to adapt a module; leave it out of `target_modules` instead.")
+        if not self.target_modules:
+            problems.append("`target_modules` must name the modules to adapt, or be 'all-linear'.")
+        if self.bias not in BIAS_CHOICES:
+            problems.append(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}.")
+        if isinstance(self.modules_to_save, str):
+            problems.append(f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}.")
+        for pattern in self.patterns():
+            problems += _complaints(_compile, pattern)
+        raise_all("LoraConfig", dict.fromkeys(problems))
+
+    def patterns(self) -> list[str]:
+        """Every regular expression in the config."""
+        whole = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        by_module = (self.rank_pattern, self.alpha_pattern, self.splits, self.enable_lora)
+        return [*whole, *(pattern for mapping in by_module for pattern in mapping)]
+
+
+def name_matches(name: str, target: str) -> bool:
+    """Whether a module's full name is `target` or ends with it, whole components compared."""
+    return name == target or name.endswith(f".{target}")
+
+
+def pattern_matches(name: str, pattern: str) -> bool:
+    """Whether a module's full name, or its last components, match a regular expression entirely."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def for_module(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T:
+    """The value of the first pattern that matches one of the module's names."""
+    matching = (value for pattern, value in patterns.items() if any(pattern_matches(name, pattern) for name in names))
+    return next(matching, default)
+
+
+def did_you_mean(target: str, names: Iterable[str]) -> str:
+    """A hint at names that are close to one that matched nothing; empty where none is."""
+    last_parts = {name.rsplit(".", 1)[-1] for name in names}
+    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], sorted(last_parts), n=3)
+    return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+
+
+def raise_all(what: str, problems: Iterable[str]) -> None:
+    """Raise one ValueError that lists every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise ValueError(f"{what}: nothing was changed, because\n" + "\n".join(f"  - {line}" for line in problems))
+
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} must be a name or a regular expression: {error}.") from None
+
+
+def _complaints(check: Any, *args: Any) -> list[str]:
+    try:
+        check(*args)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,248 @@
+"""Put LoRA into a model's layers, take it out again, switch it off for a while: always in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.config import LoraConfig, for_module, raise_all
+from lora.layer import LoRALayer
+from lora.matching import Names, find_saved, find_targets, names_of, why_not
+from lora.registry import Kind, class_for, kind_for
+from lora.report import AdaptedModule, InjectionReport
+from lora.training import forget_originals, mark_only_lora_as_trainable, originals, remember, train_in_full
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One module and the adapter that it is to get."""
+
+    module: nn.Module
+    kind: Kind
+    settings: dict[str, Any]
+
+
+def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) -> InjectionReport:
+    """Put LoRA into a model's layers, in place, and freeze everything else.
+
+    The same module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay; the
+    model computes what it did before until it is trained.
+
+    Args:
+        model: any module; its layers of a kind that is known are nn.Linear, nn.Embedding, nn.Conv1d, 2d and 3d,
+            transformers' Conv1D, their subclasses, and what `lora.register` added.
+        config: what to adapt and how.
+        **settings: the fields of a `LoraConfig`, in the place of `config`.
+
+    Returns:
+        A report that prints as a table: module, kind, weight, r, scaling, parameters, and the trainable share.
+
+    Raises:
+        TypeError: both `config` and settings are given, or neither.
+        ValueError: a name or pattern matches nothing, a module is adapted already or cannot be, its parent bypasses
+            its forward, or settings do not fit it. One error lists everything, and the model is as it was.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> print(lora.inject(model, target_modules=["0"], r=2, lora_alpha=4))
+    module  kind    weight  r  scaling  parameters
+    0       Linear  8 × 8   2  2                32
+    trainable: 32 of 122 parameters (26.23 %)
+    """
+    if (config is None) == (not settings):
+        raise TypeError("inject takes either a LoraConfig or its fields as keywords.")
+    config = config or LoraConfig(**settings)
+    names = names_of(model)
+    targets, problems = find_targets(model, names, config)
+    saved, saved_problems = find_saved(names, config, targets)
+    problems += saved_problems
+    plans = []
+    for module in targets:
+        try:
+            plans.append(_plan(model, names[module], module, config))
+        except ValueError as error:
+            problems.append(f"{names[module][0]}: {error}")
+    raise_all("inject", problems)
+    adapt(plans)
+    for module in saved:
+        train_in_full(module)
+    mark_only_lora_as_trainable(model, config.bias)
+    remember_trained(model)
+    return _report(model, names, targets, tuple(names[module][0] for module in saved))
+
+
+def eject(model: nn.Module) -> None:
+    """Take LoRA out of a model, in place: the base model is back, in plain torch layers.
+
+    Parameters that trained in full (`modules_to_save`, biases) get the values that they had when LoRA was put in.
+    What `requires_grad` says of the others stays as it is.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> lora.eject(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    layers = lora_layers(model, "eject")
+    with torch.no_grad():
+        for module in model.modules():
+            for name, value in originals(module).items():
+                getattr(module, name).copy_(value)
+            forget_originals(module)
+    for layer in layers:
+        layer.detach()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within ``with lora.disabled(model):`` the model computes what the base model does.
+
+    Modules and biases that trained in full count with their values from before, too.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> before = model(torch.ones(8))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> _ = torch.nn.init.ones_(model[0].lora_B)
+    >>> with lora.disabled(model):
+    ...     bool((model(torch.ones(8)) == before).all())
+    True
+    """
+    layers = lora_layers(model, "disabled")
+    flags = [layer.disabled for layer in layers]
+    trained_and_base = list(_originals(model))
+    _swap(model, {id(trained): base for trained, base in trained_and_base})
+    for layer in layers:
+        layer.disabled = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer.disabled = flag
+        _swap(model, {id(base): trained for trained, base in trained_and_base})
+
+
+def lora_layers(model: nn.Module, what: str) -> list[LoRALayer]:
+    """The model's LoRA layers, each once; ValueError if there are none."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    if not layers:
+        raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
+    return layers
+
+
+def adapt(plans: Sequence[Plan]) -> None:
+    """Carry out plans, all or none: the modules become LoRA layers with fresh adapters."""
+    done: list[tuple[nn.Module, bool]] = []
+    try:
+        for plan in plans:
+            layer: Any = plan.module
+            if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
+                layer.detach()
+            done.append((layer, layer.weight.requires_grad))
+            layer.__class__ = class_for(plan.kind, type(layer))
+            layer.attach(**plan.settings)
+            layer.reset_lora_parameters()
+    except BaseException:
+        for layer, trainable in done:
+            layer.detach()
+            layer.weight.requires_grad_(trainable)
+        raise
+
+
+def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
+    """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
+    reason = why_not(model, names, module)
+    if reason:
+        raise ValueError(reason)
+    kind = kind_for(type(module))
+    assert kind is not None, "why_not() has looked"
+    kind, own = kind.configure(
+        module,
+        splits=for_module(config.splits, names, None),
+        enable_lora=for_module(config.enable_lora, names, None),
+        factored=config.factored,
+    )
+    settings: dict[str, Any] = {
+        "r": for_module(config.rank_pattern, names, config.r),
+        "lora_alpha": for_module(config.alpha_pattern, names, config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "merge_weights": config.merge_weights,
+        "use_rslora": config.use_rslora,
+        "adapter_dtype": config.adapter_dtype or adapter_dtype(module),
+    }
+    kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
+    return Plan(module, kind, settings | own)
+
+
+def adapter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a module's adapter trains in: the weight's, and float32 where that is narrower."""
+    weight: Any = module.weight
+    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def remember_trained(model: nn.Module) -> None:
+    """Keep a copy of what trains outside the adapters; a tensor with several owners once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
+                seen.add(id(parameter))
+                remember(module, name)
+
+
+def _originals(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor that trained outside the adapters and its value from before."""
+    for module in model.modules():
+        for name, value in originals(module).items():
+            trained: Tensor = getattr(module, name)
+            base = value.to(trained.device, trained.dtype)
+            yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+
+
+def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
+    """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if id(tensor) in replacements:
+                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
+
+
+def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    rows = []
+    for layer in targets:
+        assert isinstance(layer, LoRALayer)
+        own = {f"{name}.weight".lstrip(".") for name in names[layer]}
+        rows.append(
+            AdaptedModule(
+                names=names[layer],
+                kind=type(layer).__name__,
+                shape=tuple(layer.weight.shape),
+                r=layer.r,
+                scaling=layer.scaling,
+                parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
+                tied_to=tuple(name for name in owners[id(layer.weight)] if name not in own),
+            )
+        )
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return InjectionReport(tuple(rows), trainable, sum(parameter.numel() for parameter in parameters), saved)

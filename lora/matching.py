@@ -1,0 +1,115 @@
+"""Find the modules that a LoraConfig speaks of, and say all that is wrong with what it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+
+from lora.config import LoraConfig, did_you_mean, name_matches, pattern_matches
+from lora.layer import LoRALayer
+from lora.linear import LinearLoRA
+from lora.registry import kind_for
+
+Names = dict[nn.Module, tuple[str, ...]]
+
+# Parents that read a child's weight and never call the child, and what a user can do about it.
+_BYPASSED: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
+    nn.MultiheadAttention: (("out_proj",), "leave it out with `exclude_modules`"),
+    nn.TransformerEncoderLayer: (
+        ("linear1", "linear2"),
+        "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first",
+    ),
+}
+
+
+def names_of(model: nn.Module) -> Names:
+    """Every module with all the names by which it is reached, in the model's order."""
+    names: Names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:
+    """The modules to adapt, and a complaint for each name or pattern that matches none."""
+    problems: list[str] = []
+    if config.target_modules == "all-linear":
+        targets = _all_linear(model, names)
+        if not targets:
+            problems.append("`target_modules` 'all-linear' matches no module: there is no linear layer.")
+    else:
+        targets = _select("target_modules", config.target_modules or (), names, problems)
+    excluded = _select("exclude_modules", config.exclude_modules or (), names, problems)
+    targets = [module for module in targets if module not in excluded]
+    if not targets and not problems:
+        problems.append("`exclude_modules` leaves no module to adapt.")
+    for option in ("rank_pattern", "alpha_pattern", "splits", "enable_lora"):
+        patterns: Mapping[str, object] = getattr(config, option)
+        adapted = {module: names[module] for module in targets}
+        _select(option, patterns, adapted, problems, pattern_matches, "adapted module")
+    return targets, problems
+
+
+def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tuple[list[nn.Module], list[str]]:
+    """The modules to train in full, and a complaint for each that cannot be."""
+    problems: list[str] = []
+    saved = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    for module in saved:
+        inside = [names[part][0] for part in module.modules() if part in targets]
+        if inside:
+            problems.append(
+                f"{names[module][0]}: a module of `modules_to_save` trains in full and cannot be adapted, or hold a "
+                f"module that is: {', '.join(inside)}."
+            )
+    return saved, problems
+
+
+def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
+    """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
+    if isinstance(module, LoRALayer) and module.r > 0:
+        return "has LoRA already; eject or merge it first."
+    if kind_for(type(module)) is None:
+        return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):  # type: ignore[no-untyped-call]
+        return "is lazy and has no shape yet; run one forward pass first."
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        for bypassing, (children, way_out) in _BYPASSED.items():
+            if isinstance(parent, bypassing) and child in children and _bypasses(parent):
+                return f"its parent, a {bypassing.__name__}, reads its weight and bypasses its forward; {way_out}."
+    return None
+
+
+def _bypasses(parent: nn.Module) -> bool:
+    return isinstance(parent, nn.MultiheadAttention) or torch.backends.mha.get_fastpath_enabled()
+
+
+def _all_linear(model: nn.Module, names: Names) -> list[nn.Module]:
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    kinds = {module: kind_for(type(module)) for module in names}
+    return [m for m, kind in kinds.items() if kind and issubclass(kind, LinearLoRA) and m is not output_embeddings]
+
+
+def _select(
+    option: str,
+    targets: str | Iterable[str],
+    names: Names,
+    problems: list[str],
+    matches: Callable[[str, str], bool] = name_matches,
+    what: str = "module",
+) -> list[nn.Module]:
+    """The modules that any of `targets` matches by any of their names; a target that matches none is a problem."""
+    if isinstance(targets, str):
+        targets, matches = [targets], lambda name, pattern: re.fullmatch(pattern, name) is not None
+    found: set[nn.Module] = set()
+    for target in targets:
+        matching = {module for module, known in names.items() if any(matches(name, target) for name in known)}
+        found |= matching
+        if not matching:
+            hint = did_you_mean(target, (name for known in names.values() for name in known if name))
+            problems.append(f"`{option}` {target!r} matches no {what}{hint}.")
+    return [module for module in names if module in found]

@@ -1,0 +1,93 @@
+"""What was done to a model, as tables that print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as they need to be; numbers to the right."""
+    cells = [list(header), *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [bool(rows) and isinstance(c, int | float) for c in (rows[0] if rows else header)]
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module: its names in the model, and its adapter."""
+
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    r: int
+    scaling: float
+    parameters: int
+    tied_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `lora.inject` did: a row for each module, and how much of the model trains.
+
+    Attributes:
+        modules: the adapted modules, in the model's order.
+        trainable: number of parameters that train.
+        total: number of all parameters.
+        saved_in_full: names of the modules that train in full.
+    """
+
+    modules: tuple[AdaptedModule, ...]
+    trainable: int
+    total: int
+    saved_in_full: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        rows = [
+            (m.names[0], m.kind, " × ".join(map(str, m.shape)), m.r, f"{m.scaling:g}", m.parameters)
+            for m in self.modules
+        ]
+        lines = [table(("module", "kind", "weight", "r", "scaling", "parameters"), rows)]
+        for m in self.modules:
+            if m.names[1:]:
+                lines.append(f"{m.names[0]} is one module with {', '.join(m.names[1:])}: they share the adapter.")
+            if m.tied_to:
+                lines.append(f"{m.names[0]}.weight is tied to {', '.join(m.tied_to)}, which the adapter leaves alone.")
+        if self.saved_in_full:
+            lines.append(f"trained in full: {', '.join(self.saved_in_full)}")
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost."""
+
+    name: str
+    dtype: str
+    lost: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `lora.merge` did: how much of each module's update was lost to rounding.
+
+    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 where the update went in whole, 1 where rounding
+    took as much as there was.
+    """
+
+    modules: tuple[MergedModule, ...]
+
+    @property
+    def lost(self) -> float:
+        """The largest loss of any module."""
+        return max(module.lost for module in self.modules)
+
+    def __str__(self) -> str:
+        rows = [(m.name, m.dtype, f"{100 * m.lost:.2f} %") for m in self.modules]
+        return table(("module", "dtype", "update lost to rounding"), rows)

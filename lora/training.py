@@ -1,0 +1,124 @@
+"""What trains beside the frozen base: the adapters, and whatever was asked to train in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn as nn
+from torch import Tensor
+
+from lora.layer import LoRALayer, join
+
+BIAS_CHOICES = ("none", "all", "lora_only")
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Let the adapters train, and biases where asked, and freeze everything else.
+
+    Goes by module: a parameter trains if it is a LoRA layer's `lora_A` or `lora_B`, whatever the modules around it
+    are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train as well.
+
+    Args:
+        model: any module with LoRA layers in it.
+        bias: which biases train too: "none", "all" (every module's) or "lora_only" (the LoRA layers').
+            Default: "none".
+
+    Raises:
+        ValueError: `bias` is none of the three; nothing has changed then.
+
+    From loralib. What this makes trainable is what `lora.lora_state_dict` with the same `bias` holds.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2), torch.nn.Linear(8, 2))
+    >>> lora.mark_only_lora_as_trainable(model)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lora_A', '0.lora_B']
+    """
+    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The part of `model.state_dict()` that LoRA trains.
+
+    Args:
+        model: any module with LoRA layers in it.
+        bias: which biases to include, as in `lora.mark_only_lora_as_trainable`. Default: "none".
+
+    Returns:
+        The adapters' tensors by their names in the model, the biases asked for, and the parameters and buffers of
+        modules that train in full. Load it with ``model.load_state_dict(state, strict=False)``, or use
+        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything.
+
+    Raises:
+        ValueError: `bias` is none of the three.
+
+    From loralib.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2), torch.nn.Linear(8, 2))
+    >>> list(lora.lora_state_dict(model, bias="lora_only"))
+    ['0.bias', '0.lora_A', '0.lora_B']
+    """
+    names = {name for name, _ in trained_parameters(model, bias)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if trains_in_full(module):
+            names.update(join(prefix, name) for name in module._buffers)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that LoRA trains, by full name; a shared one under each of its names."""
+    if bias not in BIAS_CHOICES:
+        raise ValueError(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {bias!r}.")
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+        with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
+        for name, parameter in module._parameters.items():
+            trained = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
+            if parameter is not None and trained:
+                yield join(prefix, name), parameter
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter's own name is a bias's, as torch's modules name theirs (`bias_ih_l0`, `in_proj_bias`)."""
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+# ---- parameters outside the adapters: what they were before training --------------------------------------------
+#
+# `modules_to_save` and trained biases change the base model itself. Their values from before are kept on the module
+# that owns them, so that `disabled` and `eject` can give the base model back.
+
+
+def train_in_full(module: nn.Module) -> None:
+    """Let every parameter in `module` train, and remember what it was."""
+    for part in module.modules():
+        part.__dict__["lora_in_full"] = True
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is not None:
+                remember(part, name)
+
+
+def trains_in_full(module: nn.Module) -> bool:
+    """Whether `train_in_full` was asked for this module."""
+    return "lora_in_full" in module.__dict__
+
+
+def remember(module: nn.Module, name: str) -> None:
+    """Keep a copy of one of the module's own parameters or buffers, unless there is one already."""
+    tensor: Tensor = getattr(module, name)
+    module.__dict__.setdefault("lora_originals", {}).setdefault(name, tensor.detach().clone())
+
+
+def originals(module: nn.Module) -> dict[str, Tensor]:
+    """What the module's own trained parameters and buffers were before, by name."""
+    kept: dict[str, Tensor] = module.__dict__.get("lora_originals", {})
+    return kept
+
+
+def forget_originals(module: nn.Module) -> None:
+    """Treat the module's parameters, as they are now, as the base's."""
+    module.__dict__.pop("lora_in_full", None)
+    module.__dict__.pop("lora_originals", None)
