@@ -219,7 +219,8 @@ def _sample(module: nn.Module) -> list[float] | None:
         return None
     last = weight.numel() - 1
     index = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
-    return weight.detach().reshape(-1)[index].double().tolist()
+    sample: list[float] = weight.detach().reshape(-1)[index].double().tolist()
+    return sample
 
 
 def _check_sample(theirs: list[float] | None, ours: list[float] | None) -> None:

@@ -136,9 +136,9 @@ class LoRALayer(nn.Module):
             return
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
-        place = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, **place))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, **place))
+        device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         self.weight.requires_grad_(False)
 
     def detach(self) -> None:
@@ -236,7 +236,13 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The base layer's arguments, then the adapter's."""
-        words = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
+        return ", ".join(words for words in (super().extra_repr(), self.adapter_repr()) if words)
+
+    def adapter_repr(self) -> str:
+        """The adapter's arguments, those that are not as by default."""
+        if self.r == 0:
+            return ""
+        words = [f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
         for name in self.settings[2:]:
             value = getattr(self, name)
             if value != getattr(type(self), name):

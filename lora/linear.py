@@ -128,6 +128,9 @@ class Conv1DLoRA(LinearLoRA):
         weight: Any = base.weight
         return weight.shape[0], weight.shape[1]
 
+    def __repr__(self) -> str:  # Conv1D's own leaves no room for more
+        return f"{super().__repr__().removesuffix(')')}, {self.adapter_repr()})"
+
 
 class MergedConv1DLoRA(Conv1DLoRA, MergedLinearLoRA):
     """The kind for a fused Conv1D, such as GPT-2's c_attn."""

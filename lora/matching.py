@@ -73,7 +73,7 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return "has LoRA already; eject or merge it first."
     if kind_for(type(module)) is None:
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):  # type: ignore[no-untyped-call]
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         return "is lazy and has no shape yet; run one forward pass first."
     for name in names:
         parent_name, _, child = name.rpartition(".")
