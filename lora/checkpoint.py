@@ -17,8 +17,8 @@ from lora.adapter import PARAMETERS, Adapter, raise_all
 from lora.inject import Plan, adapt, lora_layers
 from lora.layer import LoRALayer, check_settings, join
 from lora.matching import Names, names_of, why_not
-from lora.merged import is_plain
 from lora.registry import kind_for
+from lora.tensors import is_plain
 from lora.training import mark_only_lora_as_trainable, originals, remember
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.

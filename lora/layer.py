@@ -17,9 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional import is_traced
-from lora.merged import MergedWeight, is_plain
+from lora.merged import MergedWeight
 from lora.registry import enter, new
+from lora.tensors import is_plain
 
 Shape = tuple[int, ...]
 
@@ -171,7 +171,7 @@ class LoRALayer(nn.Module):
         """y = W₀ x + b + s · B A drop(x), or the same from the merged weight (class docstring)."""
         if self.r == 0 or self.disabled:
             return self.base_forward(input)
-        if self._serves_merged(input):
+        if self._serves_merged():
             return self.forward_with(input, self.merged_weight())
         return self.lora_forward(input)
 
@@ -197,13 +197,13 @@ class LoRALayer(nn.Module):
 
     # ---- merging -----------------------------------------------------------------------------------
 
-    def _serves_merged(self, input: Tensor) -> bool:
-        if self.training or not self.merge_weights or not self.dense or is_traced(input):
+    def _serves_merged(self) -> bool:
+        if self.training or not self.merge_weights or not self.dense:
             return False
         tensors = (self.weight, self.lora_A, self.lora_B)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
-        return all(is_plain(t) for t in tensors)
+        return is_plain(*tensors)
 
     def merged_weight(self) -> Tensor:
         """W₀ + s · B A in the base weight's dtype, remembered until something that it depends on changes."""
@@ -217,8 +217,11 @@ class LoRALayer(nn.Module):
     def compute_merged(self) -> Tensor:
         """W₀ + s · B A in float32, or float64 where the weight is; the caller rounds, once."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
-        return torch.add(self.base_weight().to(dtype), delta, alpha=self.scaling)
+        return self.add_update(self.base_weight().to(dtype, copy=True), self.lora_A.to(dtype), self.lora_B.to(dtype))
+
+    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Add s · B A to `weight`, in place."""
+        return weight.add_(self.delta(A, B), alpha=self.scaling)
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Any, ClassVar
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional import lora_linear, per_slice, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 
@@ -47,10 +47,20 @@ class LinearLoRA(LoRALayer):
         return F.linear(x, A)  # (..., in_features) -> (..., r)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)  # (..., r) -> (..., out_features)
+        return spread(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
+
+    def slices(self) -> list[tuple[int, int]]:
+        """Begin and end of each of the G parts of the output that an update goes to."""
+        return [(0, self.features(self)[1])]
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.stored(B @ A)
+        return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+
+    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        rows = self.stored(weight)  # (out_features, in_features)
+        for (start, stop), A_g, B_g in per_slice(self.slices(), A, B):
+            rows[start:stop].addmm_(B_g, A_g, alpha=self.scaling)
+        return weight
 
     def stored(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) as the base layer stores it, or back again."""
@@ -61,6 +71,13 @@ class LinearLoRA(LoRALayer):
         if self.fan_in_fan_out and self.base_class is nn.Linear:
             return self.forward_with(input, self.weight)
         return super().base_forward(input)
+
+    def lora_forward(self, input: Tensor) -> Tensor:
+        if not self.dense:
+            return super().lora_forward(input)
+        dropout = self.lora_dropout if self.training else 0.0
+        weight = self.stored(self.weight)
+        return lora_linear(input, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())
 
     def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.stored(weight), self.bias)
@@ -93,26 +110,9 @@ class MergedLinearLoRA(LinearLoRA):
     def attach(self, r: int, *args: Any, **settings: Any) -> None:
         super().attach(r if any(settings["enable_lora"]) else 0, *args, **settings)
 
-    def enabled_sizes(self) -> list[int]:
-        """The sizes of the splits that are adapted."""
-        return list(compress(self.splits, self.enable_lora))
-
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
-        pairs = zip(torch.split(h, self.r, dim=-1), torch.split(B, self.enabled_sizes()), strict=True)
-        return self._spread([F.linear(h_g, B_g) for h_g, B_g in pairs], dim=-1)  # (..., out_features)
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        pairs = zip(torch.split(A, self.r), torch.split(B, self.enabled_sizes()), strict=True)
-        return self.stored(self._spread([B_g @ A_g for A_g, B_g in pairs], dim=0))
-
-    def _spread(self, pieces: list[Tensor], dim: int) -> Tensor:
-        """The enabled splits' pieces side by side, with zeros for the splits between them."""
-        enabled, shape = iter(pieces), list(pieces[0].shape)
-        spread = []
-        for size, on in zip(self.splits, self.enable_lora, strict=True):
-            shape[dim] = size
-            spread.append(next(enabled) if on else pieces[0].new_zeros(shape))
-        return torch.cat(spread, dim=dim)
+    def slices(self) -> list[tuple[int, int]]:
+        stops = accumulate(self.splits)
+        return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]
 
 
 LinearLoRA.merged_kind = MergedLinearLoRA

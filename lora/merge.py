@@ -10,8 +10,8 @@ from lora.config import raise_all
 from lora.inject import lora_layers
 from lora.layer import LoRALayer
 from lora.matching import Names, names_of
-from lora.merged import is_plain
 from lora.report import MergedModule, MergeReport
+from lora.tensors import is_plain
 from lora.training import forget_originals
 
 
@@ -109,7 +109,7 @@ def _merge(layer: LoRALayer, name: str) -> MergedModule:
 def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     problems = []
     for layer in layers:
-        if not layer.dense or not all(map(is_plain, (layer.weight, layer.lora_A, layer.lora_B))):
+        if not layer.dense or not is_plain(layer.weight, layer.lora_A, layer.lora_B):
             problems.append(
                 f"{names[layer][0]}: a {type(layer.weight).__name__} in a {type(layer).__name__} is not dense."
             )

@@ -6,12 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary dense one: not sharded, not quantised, not some other subclass."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
+from torch import Tensor
 
 
 class MergedWeight:
