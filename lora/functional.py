@@ -6,7 +6,8 @@ into the base layer's output and input gradient, never into fresh tensors of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +63,10 @@ def lora_linear(
     noise = Noise.draw(dropout, x) if dropout and not plain else None
     if plain or (dropout and noise is None):
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
-    with torch.autocast(x.device.type, enabled=False):
-        how = _How(scaling, noise, slices, dtype)
-        return _LoRALinear.apply(x, weight, bias, A, B, how)  # type: ignore[no-any-return, no-untyped-call]
+    how = _How(scaling if noise is None else scaling * noise.rescale, noise, slices, dtype)
+    with nullcontext() if dtype == x.dtype else torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
+    return y
 
 
 def plain_lora_linear(
@@ -86,25 +88,38 @@ def plain_lora_linear(
 
 def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """h_g B_gᵀ in each slice of (..., out_features), zeros between them, for h (..., G·r) and B (sizes, r)."""
+    if len(slices) == 1 and slices[0] == (0, out_features):
+        return F.linear(h, B)
     pieces, end = [], 0
-    for (start, stop), h_g, B_g in per_slice(slices, h, B, dim=-1):
+    sizes = [stop - start for start, stop in slices]
+    for (start, stop), h_g, B_g in zip(slices, torch.split(h, B.shape[1], -1), torch.split(B, sizes), strict=True):
         pieces += [h.new_zeros(*h.shape[:-1], start - end)] * (start > end)
         pieces.append(F.linear(h_g, B_g))  # (..., stop - start)
         end = stop
     pieces += [h.new_zeros(*h.shape[:-1], out_features - end)] * (out_features > end)
-    return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+    return torch.cat(pieces, -1)
 
 
-def per_slice(slices: Slices, A: Tensor, B: Tensor, dim: int = 0) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """(start, stop), A_g and B_g of each slice, for an A (or an h, by columns) that stacks G of them by `dim`."""
+def add_up_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
+    """Add alpha · h_g B_gᵀ to each slice of y (N, out_features), in place, for h (N, G·r) and B (sizes, r)."""
+    for y_g, h_g, B_g in _per_slice(y, h, B, slices):
+        y_g.addmm_(h_g, B_g.T, alpha=alpha)
+    return y
+
+
+def _per_slice(wide: Tensor, narrow: Tensor, B: Tensor, slices: Slices) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """The parts that belong to each slice of wide (N, out_features), narrow (N, G·r) and B (sizes, r)."""
+    if len(slices) == 1 and slices[0] == (0, wide.shape[1]):
+        return [(wide, narrow, B)]
     sizes = [stop - start for start, stop in slices]
-    return zip(slices, torch.split(A, B.shape[1], dim), torch.split(B, sizes), strict=True)
+    wides = [wide[:, start:stop] for start, stop in slices]
+    return zip(wides, torch.split(narrow, B.shape[1], 1), torch.split(B, sizes), strict=True)
 
 
 class _How(NamedTuple):
     """What the fused function is told beside tensors."""
 
-    scaling: float
+    c: float  # the scaling, times the rescaling of dropout
     noise: Noise | None
     slices: Slices
     dtype: torch.dtype
@@ -122,12 +137,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
-        x_, weight_, A_, B_ = (t.to(how.dtype) for t in (_rows(x), weight, A, B))
+        x_, weight_, A_, B_ = (_cast(t, how.dtype) for t in (_rows(x), weight, A, B))
         # (N, out_features)
-        y = torch.mm(x_, weight_.T) if bias is None else torch.addmm(bias.to(how.dtype), x_, weight_.T)
-        h = _down(x_, A_, how.noise).mul_(_c(how))  # (N, G·r)
-        for (start, stop), h_g, B_g in per_slice(how.slices, h, B_, dim=1):
-            y[:, start:stop].addmm_(h_g, B_g.T)
+        y = torch.mm(x_, weight_.T) if bias is None else torch.addmm(_cast(bias, how.dtype), x_, weight_.T)
+        h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
+        add_up_(y, h, B_, how.slices)
         needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.how = how
         ctx.save_for_backward(
@@ -137,7 +151,7 @@ class _LoRALinear(torch.autograd.Function):
             B if needs_x or needs_A or needs_B else None,
             h if needs_B else None,
         )
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,13 +162,15 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx, dA, dB = _plain_gradients(dy_, x, weight, A, B, how, needs)
         else:
-            dx = torch.mm(dy_, weight.to(how.dtype)) if needs[0] else None  # (N, in_features)
-            dA, dB = None, _outer(dy_, h, how.slices) if needs[4] else None
+            dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs[0] else None  # (N, in_features)
+            dA, dB = None, _outer(dy_, h, B, how.slices) if needs[4] else None
             if needs[0] or needs[3]:
-                dh = _to_rank(dy_, B.to(how.dtype), how.slices).mul_(_c(how))  # (N, G·r)
-                x_ = _rows(x).to(how.dtype) if needs[3] else None  # (N, in_features)
-                dA = _through_down(dh, A.to(how.dtype), x_, dx, how.noise)
-        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, dbias, dA, dB, None
+                dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
+                x_ = _cast(_rows(x), how.dtype) if needs[3] else None  # (N, in_features)
+                dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
+        if dx is not None and dy.dim() != 2:
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        return dx, None, dbias, dA, dB, None
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
@@ -170,17 +186,16 @@ def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
 def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
     """dy_g B_g side by side, (N, G·r)."""
     dh = dy.new_empty(dy.shape[0], B.shape[1] * len(slices))
-    for (start, stop), dh_g, B_g in per_slice(slices, dh, B, dim=1):
+    for dy_g, dh_g, B_g in _per_slice(dy, dh, B, slices):
         # A skinny product that MKL computes faster, up to twice at r = 8, from a B that lies the other way.
-        torch.mm(dy[:, start:stop], B_g.T.contiguous().T, out=dh_g)
+        torch.mm(dy_g, B_g.T.contiguous().T, out=dh_g)
     return dh
 
 
-def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
-    """dy_gᵀ h_g one below the other, (sizes, r)."""
-    hs = torch.split(h, h.shape[1] // len(slices), 1)
+def _outer(dy: Tensor, h: Tensor, B: Tensor, slices: Slices) -> Tensor:
+    """dy_gᵀ h_g one below the other, in the shape of B, (sizes, r)."""
     # As (hᵀ dy)ᵀ: five times faster than dyᵀ h in MKL at r = 8, and as fast at r = 64.
-    pieces = [torch.mm(h_g.T, dy[:, start:stop]) for (start, stop), h_g in zip(slices, hs, strict=True)]
+    pieces = [torch.mm(h_g.T, dy_g) for dy_g, h_g, _ in _per_slice(dy, h, B, slices)]  # G × (r, size)
     return (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).T
 
 
@@ -211,22 +226,22 @@ def _plain_gradients(
             "differentiating twice needs the layer's input, which is not kept while lora_A does not train; "
             "let lora_A train, or compute with `lora.functional.plain_lora_linear`."
         )
-    A_, B_ = A.to(how.dtype), B.to(how.dtype)
+    A_, B_ = _cast(A, how.dtype), _cast(B, how.dtype)
     D = 1 if how.noise is None or x is None else how.noise.mask(_rows(x))
-    gs = list(per_slice(how.slices, A_, B_))
-    dh = torch.cat([dy[:, start:stop] @ B_g for (start, stop), _, B_g in gs], 1) * _c(how)
-    dx = dy @ weight.to(how.dtype) + dh @ A_ * D if needs[0] else None
+    parts = list(_per_slice(dy, A_.T, B_, how.slices))
+    dh = torch.cat([dy_g @ B_g for dy_g, _, B_g in parts], 1) * how.c
+    dx = dy @ _cast(weight, how.dtype) + dh @ A_ * D if needs[0] else None
     if x is None:
         return dx, None, None
-    dropped = _rows(x).to(how.dtype) * D
-    dB = torch.cat([dy[:, start:stop].T @ (dropped @ A_g.T) for (start, stop), A_g, _ in gs]) * _c(how)
+    dropped = _cast(_rows(x), how.dtype) * D
+    dB = torch.cat([dy_g.T @ (dropped @ At_g) for dy_g, At_g, _ in parts]) * how.c
     return dx, dh.T @ dropped, dB
 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., features) as (N, features)."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _c(how: _How) -> float:
-    return how.scaling if how.noise is None else how.scaling * how.noise.rescale
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

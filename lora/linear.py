@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional import lora_linear, per_slice, spread
+from lora.functional import add_up_, lora_linear, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 
@@ -57,9 +57,7 @@ class LinearLoRA(LoRALayer):
         return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        rows = self.stored(weight)  # (out_features, in_features)
-        for (start, stop), A_g, B_g in per_slice(self.slices(), A, B):
-            rows[start:stop].addmm_(B_g, A_g, alpha=self.scaling)
+        add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
         return weight
 
     def stored(self, weight: Tensor) -> Tensor:
