@@ -57,14 +57,14 @@ def lora_linear(
     tensor([16., 16., 16., 16.])
     """
     slices = slices or ((0, weight.shape[0]),)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    fits = weight.dtype == x.dtype or dtype != x.dtype  # if not, the plain path raises what nn.Linear raises
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    fits = autocast or weight.dtype == x.dtype  # if not, the plain path raises what nn.Linear raises
     plain = not fits or weight.requires_grad or not is_plain(x, weight, bias, A, B)
     noise = Noise.draw(dropout, x) if dropout and not plain else None
     if plain or (dropout and noise is None):
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
-    how = _How(scaling if noise is None else scaling * noise.rescale, noise, slices, dtype)
-    with nullcontext() if dtype == x.dtype else torch.autocast(x.device.type, enabled=False):
+    how = _How(scaling, noise, slices, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
     return y
 
@@ -76,12 +76,19 @@ def plain_lora_linear(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    dropout: float = 0.0,
+    dropout: float | Tensor = 0.0,
     slices: Slices | None = None,
 ) -> Tensor:
-    """What `lora_linear` computes, as the equation reads, in operations that autograd knows."""
+    """What `lora_linear` computes, as the equation reads, in operations that autograd knows.
+
+    Args:
+        dropout: the probability, or what to multiply x by in the place of dropping at random.
+
+    The other arguments and the result are `lora_linear`'s.
+    """
     y = F.linear(x, weight, bias)  # (..., out_features)
-    h = F.linear(F.dropout(x, dropout) if dropout else x, A.to(x.dtype))  # (..., G·r)
+    dropped = x * dropout if isinstance(dropout, Tensor) else F.dropout(x, dropout) if dropout else x
+    h = F.linear(dropped, A.to(x.dtype))  # (..., G·r)
     update = spread(h, B.to(x.dtype), slices or ((0, weight.shape[0]),), weight.shape[0])
     return y + (update * scaling).to(y.dtype)
 
@@ -119,10 +126,15 @@ def _per_slice(wide: Tensor, narrow: Tensor, B: Tensor, slices: Slices) -> Itera
 class _How(NamedTuple):
     """What the fused function is told beside tensors."""
 
-    c: float  # the scaling, times the rescaling of dropout
+    scaling: float
     noise: Noise | None
     slices: Slices
     dtype: torch.dtype
+
+    @property
+    def c(self) -> float:
+        """The scaling, times the rescaling of dropout."""
+        return self.scaling if self.noise is None else self.scaling * self.noise.rescale
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -142,35 +154,47 @@ class _LoRALinear(torch.autograd.Function):
         y = torch.mm(x_, weight_.T) if bias is None else torch.addmm(_cast(bias, how.dtype), x_, weight_.T)
         h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
         add_up_(y, h, B_, how.slices)
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.how = how
-        ctx.save_for_backward(
-            x if needs_A else None,  # x itself: of a view made here, double backward would know nothing
-            weight if needs_x else None,
-            A if needs_x or needs_A or needs_B else None,
-            B if needs_x or needs_A or needs_B else None,
-            h if needs_B else None,
-        )
+        # x itself: of a view made here, double backward would know nothing.
+        ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, h = ctx.saved_tensors
-        how, needs = ctx.how, ctx.needs_input_grad
-        dy_ = _rows(dy)  # (N, out_features)
-        dbias = dy_.sum(0) if needs[2] else None
         if torch.is_grad_enabled():
-            dx, dA, dB = _plain_gradients(dy_, x, weight, A, B, how, needs)
-        else:
-            dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs[0] else None  # (N, in_features)
-            dA, dB = None, _outer(dy_, h, B, how.slices) if needs[4] else None
-            if needs[0] or needs[3]:
-                dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
-                x_ = _cast(_rows(x), how.dtype) if needs[3] else None  # (N, in_features)
-                dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
+            return _differentiable_backward(ctx, dy)
+        x, weight, _, A, B, h = ctx.saved_tensors
+        how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
+        dy_ = _rows(dy)  # (N, out_features)
+        dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
+        dA, dB = None, _outer(dy_, h, B, how.slices) if needs_B else None
+        if needs_x or needs_A:
+            dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
+            x_ = _cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
+            dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
         if dx is not None and dy.dim() != 2:
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
-        return dx, None, dbias, dA, dB, None
+        return dx, None, dy_.sum(0) if needs_bias else None, dA, dB, None
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward of a backward that shall itself be differentiated: autograd's own, of the plain twin."""
+    *inputs, _ = ctx.saved_tensors
+    how, needs = ctx.how, ctx.needs_input_grad
+    if inputs[0] is None and needs[4]:
+        raise RuntimeError(
+            "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does not; "
+            "let lora_A train, or compute with `lora.functional.plain_lora_linear`."
+        )
+    if inputs[0] is None:  # then its value does not matter: y is linear in it
+        inputs[0] = dy.new_zeros(*dy.shape[:-1], inputs[1].shape[1], requires_grad=True)
+    x, weight, bias, A, B = (tensor if tensor is None else _cast(tensor, how.dtype) for tensor in inputs)
+    mask = None if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
+    y = plain_lora_linear(x, weight, bias, A, B, how.scaling, 0.0 if mask is None else mask, how.slices)
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
+    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return *(next(gradients) if needed else None for needed in needs[:5]), None
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
@@ -215,27 +239,6 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
         if x is not None:
             dA.add_(torch.mm(dh[rows].T, noise.gate(x[rows], chunk, out=chunk)))
     return None if x is None else dA
-
-
-def _plain_gradients(
-    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, how: _How, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dA and dB in operations that autograd knows: the backward of a backward that shall be differentiated."""
-    if x is None and (needs[4] or how.noise):
-        raise RuntimeError(
-            "differentiating twice needs the layer's input, which is not kept while lora_A does not train; "
-            "let lora_A train, or compute with `lora.functional.plain_lora_linear`."
-        )
-    A_, B_ = _cast(A, how.dtype), _cast(B, how.dtype)
-    D = 1 if how.noise is None or x is None else how.noise.mask(_rows(x))
-    parts = list(_per_slice(dy, A_.T, B_, how.slices))
-    dh = torch.cat([dy_g @ B_g for dy_g, _, B_g in parts], 1) * how.c
-    dx = dy @ _cast(weight, how.dtype) + dh @ A_ * D if needs[0] else None
-    if x is None:
-        return dx, None, None
-    dropped = _cast(_rows(x), how.dtype) * D
-    dB = torch.cat([dy_g.T @ (dropped @ At_g) for dy_g, At_g, _ in parts]) * how.c
-    return dx, dh.T @ dropped, dB
 
 
 def _rows(x: Tensor) -> Tensor:

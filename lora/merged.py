@@ -12,9 +12,9 @@ from torch import Tensor
 class MergedWeight:
     """A merged weight and what it was computed from: the base weight, A, B (in this order) and the scaling.
 
-    Changes are seen by identity, address and version counter. Writes through `.data` escape the counter,
-    so on the CPU, where reading costs no synchronisation, A and B are also compared by value, and the base
-    weight by a sample of its values.
+    Changes are seen by identity, address and version counter. Writes through `.data` escape the counter, so on the
+    CPU, where reading costs no synchronisation, A and B are also compared by value, and the base weight by a sample
+    of its values. (`lora.merge` leaves layers that compare nothing.)
     """
 
     def __init__(self, sources: Sequence[Tensor], scaling: float, tensor: Tensor) -> None:
@@ -22,7 +22,8 @@ class MergedWeight:
         self.scaling = scaling
         self.sources = [weakref.ref(source) for source in sources]
         self.states = [_state(source) for source in sources]
-        self.values = [value.clone() for value in _values(sources)]
+        self.watched = _watch(*sources)
+        self.values = [watched.clone() for watched in self.watched]
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
         """Whether `sources` and `scaling` are still what this weight was computed from."""
@@ -30,7 +31,7 @@ class MergedWeight:
             scaling == self.scaling
             and all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
             and [_state(source) for source in sources] == self.states
-            and all(map(torch.equal, self.values, _values(sources)))
+            and all(map(torch.equal, self.watched, self.values))
         )
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -41,9 +42,19 @@ def _state(source: Tensor) -> tuple[int, int]:
     return source.data_ptr(), -1 if source.is_inference() else source._version
 
 
-def _values(sources: Sequence[Tensor]) -> list[Tensor]:
-    weight, *adapter = (source.detach() for source in sources)
+def _watch(weight: Tensor, *adapter: Tensor) -> list[Tensor]:
+    """Views of what is compared by value."""
     if weight.device.type != "cpu":
         return []
-    sample = weight.reshape(-1)[:: max(1, weight.numel() // 256)] if weight.is_contiguous() else weight[:1]
-    return [sample, *adapter]
+    weight = weight.detach()
+    sample = weight.view(-1)[:: weight.numel() // 256 + 1] if weight.is_contiguous() else weight[0]
+    return [sample, *map(_words, adapter)]
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The tensor as 64-bit words where it can be seen so: faster to compare, and NaN is equal to itself."""
+    tensor = tensor.detach()
+    whole = tensor.is_contiguous() and not any(
+        n * tensor.element_size() % 8 for n in (tensor.numel(), tensor.storage_offset())
+    )
+    return tensor.view(-1).view(torch.int64) if whole else tensor
