@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora import adapter as files
 from lora.adapter import PARAMETERS, Adapter, raise_all
-from lora.inject import Plan, adapt, lora_layers
+from lora.inject import Plan, adapt, all_or_nothing, lora_layers
 from lora.layer import LoRALayer, check_settings, join
 from lora.matching import Names, names_of, why_not
 from lora.registry import kind_for
@@ -85,9 +85,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, check_base: 
     raise_all(f"{path} is not loaded", adapter.problems())
     fit = _Fit(model, adapter, check_base)
     raise_all(f"{path} is not loaded", fit.problems)
-    adapt(fit.plans)
-    if fit.plans:
-        mark_only_lora_as_trainable(model)
+    with all_or_nothing(model):
+        adapt(fit.plans)
+        if fit.plans:
+            mark_only_lora_as_trainable(model)
     _copy(adapter, fit.modules)
 
 

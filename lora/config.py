@@ -69,6 +69,9 @@ class LoraConfig:
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        for option in ("rank_pattern", "alpha_pattern", "splits", "enable_lora"):
+            if getattr(self, option) is None:  # as PEFT takes it
+                setattr(self, option, {})
         problems = []
         for r in (self.r, *self.rank_pattern.values()):
             for alpha in (self.lora_alpha, *self.alpha_pattern.values()):

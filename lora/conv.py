@@ -45,9 +45,12 @@ class ConvLoRA(LoRALayer):
         *,
         factored: bool = False,
         use_rslora: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        self.base_class.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
+        sizes = in_channels, out_channels, kernel_size
+        self.base_class.__init__(self, *sizes, device=device, dtype=dtype, **kwargs)
         self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, factored=factored)
         self.reset_parameters()
 
@@ -86,15 +89,19 @@ class ConvLoRA(LoRALayer):
         return (B @ A).reshape(self.weight.shape)
 
     def lora_forward(self, input: Tensor) -> Tensor:
-        if self.factored or not self.dense or (self.lora_dropout and self.training):
+        one_convolution = self.weight.dtype in (torch.float32, torch.float64)  # else the sum loses much of the update
+        if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input)
-        delta = self.delta(self.lora_A, self.lora_B).to(self.weight.dtype)
-        return self.forward_with(input, self.weight + delta * self.scaling)
+        return self.forward_with(input, self.weight + self._delta_like(self.weight) * self.scaling)
 
     def lora_update(self, input: Tensor) -> Tensor:
         if self.factored:
             return super().lora_update(input)
-        return self._convolve(self.drop(input), self.delta(self.lora_A, self.lora_B).to(input.dtype))
+        return self._convolve(self.drop(input), self._delta_like(input))
+
+    def _delta_like(self, other: Tensor) -> Tensor:
+        dtype = self.update_dtype(other)
+        return self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype)).to(other.dtype)
 
     def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(input, weight, self.bias)
@@ -150,8 +157,8 @@ class Conv2d(ConvLoRA, nn.Conv2d):
         factored: make A a convolution with r filters in the base's geometry and B a 1×1 convolution: cheaper in
             training, and the form that PEFT and the diffusion tools exchange. Default: False.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
-        **kwargs: `stride`, `padding`, `dilation`, `groups`, `bias`, `padding_mode`, `device`, `dtype` of
-            `nn.Conv2d`.
+        device, dtype, **kwargs: `device`, `dtype`, `stride`, `padding`, `dilation`, `groups`, `bias` and
+            `padding_mode` of `nn.Conv2d`.
 
     Parameters: `weight` (out_channels, in_channels / groups, kh, kw) and `bias` (out_channels); factored `lora_A`
     (r, in_channels / groups, kh, kw) and `lora_B` (out_channels, r / groups, 1, 1), otherwise `lora_A`

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora.layer import LoRALayer, Shape
+from lora.lookup import Lookup, lora_embedding
 from lora.registry import register
 
 
@@ -34,10 +36,14 @@ class EmbeddingLoRA(LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
+    def lora_forward(self, input: Tensor) -> Tensor:
+        if not self.dense:
+            return super().lora_forward(input)
+        how = Lookup(self.padding_idx, self.scale_grad_by_freq, self.sparse)
+        return lora_embedding(input, self.base_forward(input), self.lora_A, self.lora_B, self.scaling, how)
+
     def down(self, x: Tensor, A: Tensor) -> Tensor:
-        # No max_norm here: it would renormalise A, in place.
-        options = self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
-        return F.embedding(x, A.T, *options)  # (...) -> (..., r)
+        return F.embedding(x, A.T, self.padding_idx)  # (...) -> (..., r)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)  # (..., r) -> (..., embedding_dim)
@@ -88,9 +94,9 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
         lora_alpha: numerator of the scaling. Default: 1.
         merge_weights: as in `lora.Linear`. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
-        **kwargs: `padding_idx`, `max_norm`, `norm_type`, `scale_grad_by_freq`, `sparse`, `_weight`, `_freeze`,
-            `device`, `dtype` of `nn.Embedding`. `max_norm` bounds the pretrained rows, without writing them;
-            `padding_idx` receives no update; `sparse` holds for the gradient of A.
+        device, dtype, **kwargs: `device`, `dtype`, `padding_idx`, `max_norm`, `norm_type`, `scale_grad_by_freq`,
+            `sparse`, `_weight` and `_freeze` of `nn.Embedding`. `max_norm` bounds the pretrained rows, without writing
+            them; `padding_idx` receives no update; `sparse` holds for the gradient of A.
 
     Parameters: `weight` (num_embeddings, embedding_dim), `lora_A` (r, num_embeddings), `lora_B`
     (embedding_dim, r).
@@ -120,9 +126,11 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
         merge_weights: bool = True,
         *,
         use_rslora: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, device=device, dtype=dtype, **kwargs)
         self.attach(r, lora_alpha, 0.0, merge_weights, use_rslora)
         if kwargs.get("_weight") is None:
             self.reset_parameters()

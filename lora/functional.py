@@ -7,7 +7,6 @@ into the base layer's output and input gradient, never into fresh tensors of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.noise import Noise
-from lora.tensors import is_plain
+from lora.tensors import is_plain, without_autocast
 
 Slices = Sequence[tuple[int, int]]
 
@@ -57,14 +56,15 @@ def lora_linear(
     tensor([16., 16., 16., 16.])
     """
     slices = slices or ((0, weight.shape[0]),)
+    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+        return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    fits = autocast or weight.dtype == x.dtype  # if not, the plain path raises what nn.Linear raises
-    plain = not fits or weight.requires_grad or not is_plain(x, weight, bias, A, B)
-    noise = Noise.draw(dropout, x) if dropout and not plain else None
-    if plain or (dropout and noise is None):
+    noise = Noise.draw(dropout, x) if dropout else None
+    # Where dtypes do not fit, the plain path raises what nn.Linear raises.
+    if (weight.dtype != x.dtype and not autocast) or (dropout and noise is None):
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
     how = _How(scaling, noise, slices, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(x.device):
         y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
     return y
 
@@ -98,8 +98,7 @@ def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     if len(slices) == 1 and slices[0] == (0, out_features):
         return F.linear(h, B)
     pieces, end = [], 0
-    sizes = [stop - start for start, stop in slices]
-    for (start, stop), h_g, B_g in zip(slices, torch.split(h, B.shape[1], -1), torch.split(B, sizes), strict=True):
+    for (start, stop), h_g, B_g in zip(slices, h.chunk(len(slices), -1), _tall(B, slices), strict=True):
         pieces += [h.new_zeros(*h.shape[:-1], start - end)] * (start > end)
         pieces.append(F.linear(h_g, B_g))  # (..., stop - start)
         end = stop
@@ -109,18 +108,25 @@ def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
 
 def add_up_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
     """Add alpha · h_g B_gᵀ to each slice of y (N, out_features), in place, for h (N, G·r) and B (sizes, r)."""
-    for y_g, h_g, B_g in _per_slice(y, h, B, slices):
+    for y_g, h_g, B_g in zip(_wide(y, slices), _narrow(h, slices), _tall(B, slices), strict=True):
         y_g.addmm_(h_g, B_g.T, alpha=alpha)
     return y
 
 
-def _per_slice(wide: Tensor, narrow: Tensor, B: Tensor, slices: Slices) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """The parts that belong to each slice of wide (N, out_features), narrow (N, G·r) and B (sizes, r)."""
-    if len(slices) == 1 and slices[0] == (0, wide.shape[1]):
-        return [(wide, narrow, B)]
-    sizes = [stop - start for start, stop in slices]
-    wides = [wide[:, start:stop] for start, stop in slices]
-    return zip(wides, torch.split(narrow, B.shape[1], 1), torch.split(B, sizes), strict=True)
+# The parts that belong to each slice, of one that is wide, (N, out_features), narrow, (N, G·r), or tall, (sizes, r).
+
+
+def _wide(y: Tensor, slices: Slices) -> list[Tensor]:
+    whole = len(slices) == 1 and slices[0] == (0, y.shape[1])
+    return [y] if whole else [y[:, start:stop] for start, stop in slices]
+
+
+def _narrow(h: Tensor, slices: Slices) -> Sequence[Tensor]:
+    return [h] if len(slices) == 1 else h.chunk(len(slices), 1)
+
+
+def _tall(B: Tensor, slices: Slices) -> Sequence[Tensor]:
+    return [B] if len(slices) == 1 else torch.split(B, [stop - start for start, stop in slices])
 
 
 class _How(NamedTuple):
@@ -150,36 +156,44 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
         x_, weight_, A_, B_ = (_cast(t, how.dtype) for t in (_rows(x), weight, A, B))
-        # (N, out_features)
-        y = torch.mm(x_, weight_.T) if bias is None else torch.addmm(_cast(bias, how.dtype), x_, weight_.T)
+        y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
+        y_ = _rows(y)  # (N, out_features)
+        if bias is None:
+            torch.mm(x_, weight_.T, out=y_)
+        else:
+            torch.addmm(_cast(bias, how.dtype), x_, weight_.T, out=y_)
         h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
-        add_up_(y, h, B_, how.slices)
+        add_up_(y_, h, B_, how.slices)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.how = how
         # x itself: of a view made here, double backward would know nothing.
         ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, dy)
-        x, weight, _, A, B, h = ctx.saved_tensors
-        how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
-        dy_ = _rows(dy)  # (N, out_features)
-        dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
-        dA, dB = None, _outer(dy_, h, B, how.slices) if needs_B else None
-        if needs_x or needs_A:
-            dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
-            x_ = _cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
-            dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
-        if dx is not None and dy.dim() != 2:
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
-        return dx, None, dy_.sum(0) if needs_bias else None, dA, dB, None
+        with without_autocast(dy.device):
+            return _plain_backward(ctx, dy) if torch.is_grad_enabled() or not is_plain(dy) else _backward(ctx, dy)
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward of a backward that shall itself be differentiated: autograd's own, of the plain twin."""
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, _, A, B, h = ctx.saved_tensors
+    how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
+    dy_ = _rows(dy)  # (N, out_features)
+    dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
+    dA, dB = None, _outer(dy_, h, how.slices) if needs_B else None
+    if needs_x or needs_A:
+        dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
+        x_ = _cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
+        dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, None, dy_.sum(0) if needs_bias else None, dA, dB, None
+
+
+@torch.enable_grad()
+def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
     *inputs, _ = ctx.saved_tensors
     how, needs = ctx.how, ctx.needs_input_grad
     if inputs[0] is None and needs[4]:
@@ -189,7 +203,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     if inputs[0] is None:  # then its value does not matter: y is linear in it
         inputs[0] = dy.new_zeros(*dy.shape[:-1], inputs[1].shape[1], requires_grad=True)
-    x, weight, bias, A, B = (tensor if tensor is None else _cast(tensor, how.dtype) for tensor in inputs)
+    tensors: Iterable[Any] = (tensor if tensor is None else _cast(tensor, how.dtype) for tensor in inputs)
+    x, weight, bias, A, B = tensors
     mask = None if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
     y = plain_lora_linear(x, weight, bias, A, B, how.scaling, 0.0 if mask is None else mask, how.slices)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
@@ -209,17 +224,17 @@ def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
 
 def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
     """dy_g B_g side by side, (N, G·r)."""
-    dh = dy.new_empty(dy.shape[0], B.shape[1] * len(slices))
-    for dy_g, dh_g, B_g in _per_slice(dy, dh, B, slices):
-        # A skinny product that MKL computes faster, up to twice at r = 8, from a B that lies the other way.
-        torch.mm(dy_g, B_g.T.contiguous().T, out=dh_g)
-    return dh
+    # Skinny products that MKL computes faster, up to twice at r = 8, from a B that lies the other way.
+    pieces = [
+        torch.mm(dy_g, B_g.T.contiguous().T) for dy_g, B_g in zip(_wide(dy, slices), _tall(B, slices), strict=True)
+    ]
+    return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-def _outer(dy: Tensor, h: Tensor, B: Tensor, slices: Slices) -> Tensor:
-    """dy_gᵀ h_g one below the other, in the shape of B, (sizes, r)."""
+def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
+    """dy_gᵀ h_g one below the other, (sizes, r)."""
     # As (hᵀ dy)ᵀ: five times faster than dyᵀ h in MKL at r = 8, and as fast at r = 64.
-    pieces = [torch.mm(h_g.T, dy_g) for dy_g, h_g, _ in _per_slice(dy, h, B, slices)]  # G × (r, size)
+    pieces = [torch.mm(h_g.T, dy_g) for h_g, dy_g in zip(_narrow(h, slices), _wide(dy, slices), strict=True)]
     return (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).T
 
 

@@ -16,6 +16,7 @@ from lora.layer import LoRALayer
 from lora.matching import Names, find_saved, find_targets, names_of, why_not
 from lora.registry import Kind, class_for, kind_for
 from lora.report import AdaptedModule, InjectionReport
+from lora.tensors import storage_key
 from lora.training import forget_originals, mark_only_lora_as_trainable, originals, remember, train_in_full
 
 
@@ -69,11 +70,12 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
     raise_all("inject", problems)
-    adapt(plans)
-    for module in saved:
-        train_in_full(module)
-    mark_only_lora_as_trainable(model, config.bias)
-    remember_trained(model)
+    with all_or_nothing(model):
+        adapt(plans)
+        for module in saved:
+            train_in_full(module)
+        mark_only_lora_as_trainable(model, config.bias)
+        remember_trained(model)
     return _report(model, names, targets, tuple(names[module][0] for module in saved))
 
 
@@ -137,31 +139,48 @@ def disabled(model: nn.Module) -> Iterator[None]:
         _swap(model, {id(base): trained for trained, base in trained_and_base})
 
 
-def lora_layers(model: nn.Module, what: str) -> list[LoRALayer]:
+def lora_layers(model: nn.Module, what: str, none_is_fine: bool = False) -> list[LoRALayer]:
     """The model's LoRA layers, each once; ValueError if there are none."""
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    if not layers:
+    if not layers and not none_is_fine:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     return layers
 
 
 def adapt(plans: Sequence[Plan]) -> None:
-    """Carry out plans, all or none: the modules become LoRA layers with fresh adapters."""
-    done: list[tuple[nn.Module, bool]] = []
-    try:
-        for plan in plans:
-            layer: Any = plan.module
-            if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
-                layer.detach()
-            done.append((layer, layer.weight.requires_grad))
-            layer.__class__ = class_for(plan.kind, type(layer))
-            layer.attach(**plan.settings)
-            layer.reset_lora_parameters()
-    except BaseException:
-        for layer, trainable in done:
+    """Carry out plans: the modules become LoRA layers with fresh adapters."""
+    for plan in plans:
+        layer: Any = plan.module
+        if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
             layer.detach()
-            layer.weight.requires_grad_(trainable)
+        layer.__class__ = class_for(plan.kind, type(layer))
+        layer.attach(**plan.settings)
+        layer.reset_lora_parameters()
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module's class, attributes and flags back if the block raises; values must not be written in it."""
+    modules = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in initialized_parameters(model)]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, own in modules:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(own)
+        for parameter, data, trainable in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trainable)
         raise
+
+
+def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters but those of lazy modules, which have no values yet."""
+    return [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
 
 
 def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
@@ -227,7 +246,7 @@ def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
 def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(storage_key(parameter), []).append(name)
     rows = []
     for layer in targets:
         assert isinstance(layer, LoRALayer)
@@ -240,9 +259,9 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
                 r=layer.r,
                 scaling=layer.scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in owners[id(layer.weight)] if name not in own),
+                tied_to=tuple(name for name in owners.get(storage_key(layer.weight), ()) if name not in own),
             )
         )
-    parameters = list(model.parameters())
+    parameters = initialized_parameters(model)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return InjectionReport(tuple(rows), trainable, sum(parameter.numel() for parameter in parameters), saved)

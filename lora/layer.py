@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora.merged import MergedWeight
 from lora.registry import enter, new
-from lora.tensors import is_plain
+from lora.tensors import is_plain, without_autocast
 
 Shape = tuple[int, ...]
 
@@ -51,6 +51,7 @@ class LoRALayer(nn.Module):
     scaling: float = 1.0
     disabled: bool = False
     _merged: MergedWeight | None = None
+    _subclassed: bool = False
 
     weight: Tensor
     bias: Any
@@ -128,6 +129,7 @@ class LoRALayer(nn.Module):
         """Give a bare base layer its adapter: settings, lora_A and lora_B (uninitialised), a frozen weight."""
         check_settings(r, lora_alpha, lora_dropout)
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
+        r = r if shape_A[0] else 0  # a mask that enables nothing leaves no rows
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.merge_weights, self.use_rslora = merge_weights, use_rslora
         for name, value in kind_settings.items():
@@ -143,7 +145,7 @@ class LoRALayer(nn.Module):
 
     def detach(self) -> None:
         """Undo `attach`: the layer is a bare base layer again, its weight as it is."""
-        for name in ("lora_A", "lora_B", "scaling", "disabled", "_merged", *self.settings):
+        for name in ("lora_A", "lora_B", "scaling", "disabled", "_merged", "_subclassed", *self.settings):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
@@ -187,9 +189,13 @@ class LoRALayer(nn.Module):
 
     def lora_update(self, input: Tensor) -> Tensor:
         """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
-        dtype = input.dtype if input.is_floating_point() else self.lora_A.dtype
+        dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
         h = self.down(self.drop(input), self.lora_A.to(dtype))
         return self.up(h, self.lora_B.to(dtype))
+
+    def update_dtype(self, other: Tensor) -> torch.dtype:
+        """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
+        return torch.promote_types(self.lora_A.dtype, other.dtype) if other.is_floating_point() else self.lora_A.dtype
 
     def drop(self, input: Tensor) -> Tensor:
         """Dropout on the LoRA path."""
@@ -198,7 +204,7 @@ class LoRALayer(nn.Module):
     # ---- merging -----------------------------------------------------------------------------------
 
     def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or not self.dense:
+        if self.training or not self.merge_weights or not self.dense or self._subclassed:
             return False
         tensors = (self.weight, self.lora_A, self.lora_B)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -217,11 +223,22 @@ class LoRALayer(nn.Module):
     def compute_merged(self) -> Tensor:
         """W₀ + s · B A in float32, or float64 where the weight is; the caller rounds, once."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.add_update(self.base_weight().to(dtype, copy=True), self.lora_A.to(dtype), self.lora_B.to(dtype))
+        with without_autocast(self.weight.device):
+            return self.add_update(
+                self.base_weight().to(dtype, copy=True), self.lora_A.to(dtype), self.lora_B.to(dtype)
+            )
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Add s · B A to `weight`, in place."""
         return weight.add_(self.delta(A, B), alpha=self.scaling)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
+        # weight that outlived the whole one would undo the sharding.
+        if name in ("weight", "lora_A", "lora_B"):
+            self._merged = None
+            self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""

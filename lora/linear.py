@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, compress
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,11 +81,20 @@ class LinearLoRA(LoRALayer):
     def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.stored(weight), self.bias)
 
+    def reset_parameters(self) -> None:
+        self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
+        super().reset_parameters()
+        self._transpose_weight()
+
     def detach(self) -> None:
-        if self.fan_in_fan_out and self.base_class is nn.Linear:
-            self.weight.data = self.weight.data.T.contiguous()
+        self._transpose_weight()
         self.__dict__.pop("fan_in_fan_out", None)
         super().detach()
+
+    def _transpose_weight(self) -> None:
+        """Between nn.Linear's layout and the other, where the layer has the other."""
+        if self.fan_in_fan_out and self.base_class is nn.Linear:
+            self.weight.data = self.weight.data.T.contiguous()
 
 
 class MergedLinearLoRA(LinearLoRA):
@@ -104,9 +114,6 @@ class MergedLinearLoRA(LinearLoRA):
         if len(enable_lora) != len(splits):
             raise ValueError(f"`enable_lora` (={enable_lora}) must have one entry for each of the splits {splits}.")
         return (r * sum(enable_lora), in_features), (sum(compress(splits, enable_lora)), r)
-
-    def attach(self, r: int, *args: Any, **settings: Any) -> None:
-        super().attach(r if any(settings["enable_lora"]) else 0, *args, **settings)
 
     def slices(self) -> list[tuple[int, int]]:
         stops = accumulate(self.splits)
@@ -152,7 +159,7 @@ class Linear(LinearLoRA, nn.Linear):
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
             weight and brought up to date when anything changes. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
-        **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
+        device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 
     Parameters: `weight` (out_features, in_features), `bias` (out_features), `lora_A` (r, in_features),
     `lora_B` (out_features, r).
@@ -185,13 +192,15 @@ class Linear(LinearLoRA, nn.Linear):
         merge_weights: bool = True,
         *,
         use_rslora: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
+        self._transpose_weight()
         self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
         self.reset_parameters()
-        _store_transposed(self)
 
 
 class MergedLinear(MergedLinearLoRA, nn.Linear):
@@ -214,7 +223,7 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         splits: sizes of the splits, in order, uneven ones too (grouped-query attention). Default: equal
             parts, one for each entry of `enable_lora`.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
-        **kwargs: `bias`, `device`, `dtype` of `nn.Linear`.
+        device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 
     Parameters, for G enabled splits: `weight` (out_features, in_features), `bias` (out_features), `lora_A`
     (G·r, in_features), `lora_B` (sum of the enabled splits' sizes, r).
@@ -250,23 +259,27 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         *,
         splits: Sequence[int] | None = None,
         use_rslora: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
+        self._transpose_weight()
         fused = split_settings(out_features, splits, enable_lora)
         self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, **fused)
         self.reset_parameters()
-        _store_transposed(self)
 
 
 def split_settings(
     out_features: int, splits: Sequence[int] | None, enable_lora: bool | Sequence[bool | int]
-) -> dict[str, tuple[Any, ...]]:
+) -> dict[str, Any]:
     """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
+    if splits is not None and not (_is_sequence(splits) and all(isinstance(size, int) for size in splits)):
+        raise ValueError(f"`splits` must be a list or a tuple of integers, got {splits!r}.")
     if isinstance(enable_lora, bool):
         enable_lora = (enable_lora,) * len(splits or (0,))
-    mask = tuple(enable_lora)
+    mask = tuple(enable_lora) if _is_sequence(enable_lora) else ()
     if not mask or any(entry not in (0, 1) for entry in mask):
         raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {enable_lora!r}.")
     if splits is None:
@@ -276,13 +289,11 @@ def split_settings(
                 "for uneven splits give `splits`."
             )
         splits = (out_features // len(mask),) * len(mask)
-    return {"splits": tuple(int(size) for size in splits), "enable_lora": tuple(map(bool, mask))}
+    return {"splits": tuple(splits), "enable_lora": tuple(map(bool, mask))}
 
 
-def _store_transposed(layer: Linear | MergedLinear) -> None:
-    # After initialisation, whose fan-in is that of (out_features, in_features).
-    if layer.fan_in_fan_out:
-        layer.weight.data = layer.weight.data.T.contiguous()
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 register(nn.Linear, LinearLoRA)

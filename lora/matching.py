@@ -40,6 +40,9 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[li
         targets = _all_linear(model, names)
         if not targets:
             problems.append("`target_modules` 'all-linear' matches no module: there is no linear layer.")
+        saved = _select("modules_to_save", config.modules_to_save or (), names, [])
+        in_full = {part for module in saved for part in module.modules()}
+        targets = [module for module in targets if module not in in_full]
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
     excluded = _select("exclude_modules", config.exclude_modules or (), names, problems)
@@ -59,6 +62,8 @@ def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tu
     saved = _select("modules_to_save", config.modules_to_save or (), names, problems)
     for module in saved:
         inside = [names[part][0] for part in module.modules() if part in targets]
+        if is_lazy(module):
+            problems.append(f"{names[module][0]}: is lazy and has no values to train yet; run one forward pass first.")
         if inside:
             problems.append(
                 f"{names[module][0]}: a module of `modules_to_save` trains in full and cannot be adapted, or hold a "
@@ -73,8 +78,15 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return "has LoRA already; eject or merge it first."
     if kind_for(type(module)) is None:
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+    if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
+    if "weight" not in {**module._parameters, **module._buffers}:
+        return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
+    if "forward" in vars(module):
+        return "has a forward of its instance, as accelerate's hooks leave there, which bypasses ours; remove it first."
+    clash = clashing_names(module)
+    if clash:
+        return f"uses names that LoRA needs for itself: {', '.join(clash)}."
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -82,6 +94,20 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
             if isinstance(parent, bypassing) and child in children and _bypasses(parent):
                 return f"its parent, a {bypassing.__name__}, reads its weight and bypasses its forward; {way_out}."
     return None
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module waits for its first input to know its shape."""
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
+
+
+def clashing_names(module: nn.Module) -> list[str]:
+    """Names of the module's own that its kind of LoRA layer would take for the adapter's."""
+    kind = kind_for(type(module))
+    if kind is None or isinstance(module, LoRALayer):
+        return []
+    theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
+    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
 
 
 def _bypasses(parent: nn.Module) -> bool:

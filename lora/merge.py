@@ -11,7 +11,7 @@ from lora.inject import lora_layers
 from lora.layer import LoRALayer
 from lora.matching import Names, names_of
 from lora.report import MergedModule, MergeReport
-from lora.tensors import is_plain
+from lora.tensors import is_plain, storage_key
 from lora.training import forget_originals
 
 
@@ -44,7 +44,7 @@ def merge(model: nn.Module) -> MergeReport:
     owners = _owners(names)
     problems = _problems(layers, names)
     for layer in layers:
-        tied = owners[_storage(layer.weight)] - {layer}
+        tied = owners[storage_key(layer.weight)] - {layer}
         if tied:
             others = ", ".join(names[other][0] for other in names if other in tied)
             problems.append(
@@ -53,7 +53,7 @@ def merge(model: nn.Module) -> MergeReport:
             )
     raise_all("merge", problems)
     rows = [_merge(layer, names[layer][0]) for layer in layers]
-    for layer in lora_layers(model, "merge"):
+    for layer in lora_layers(model, "merge", none_is_fine=True):  # those with r = 0
         layer.detach()
     for module in model.modules():
         forget_originals(module)
@@ -63,10 +63,11 @@ def merge(model: nn.Module) -> MergeReport:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model with all adapters merged; the model stays as it is.
 
-    Keys and layouts are the pretrained model's. Weights that are tied in the model are entries of their own.
+    Keys and layouts are the pretrained model's (with `fan_in_fan_out`, the transposed weight stays transposed). Weights
+    that are tied in the model are entries of their own.
 
     Returns:
-        What `model.state_dict()` would be after `lora.merge`; tensors that LoRA does not touch are not copied.
+        `model.state_dict()` with merged weights and without the adapters; tensors that LoRA does not touch are shared.
 
     Raises:
         ValueError: there is no LoRA layer, or one cannot be merged; one error lists all.
@@ -96,13 +97,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
-    before = layer.base_weight().clone()
     exact = layer.compute_merged()
-    layer.write_weight(exact)
-    update = layer.scaling * layer.delta(layer.lora_A.to(exact.dtype), layer.lora_B.to(exact.dtype))
-    error = (layer.weight.to(exact.dtype) - before.to(exact.dtype)).sub_(update).norm()
-    size = update.norm()
-    return MergedModule(name, str(layer.weight.dtype).removeprefix("torch."), float(error / size) if size else 0.0)
+    merged = exact.to(layer.weight.dtype)
+    update = layer.add_update(torch.zeros_like(exact), layer.lora_A.to(exact.dtype), layer.lora_B.to(exact.dtype))
+    gained = merged.to(exact.dtype) - layer.base_weight().to(exact.dtype)
+    size, error = update.norm(), gained.sub_(update).norm()
+    # Nothing can fail between these two, which would leave the update in twice.
+    layer.write_weight(merged)
+    layer.detach()
+    return MergedModule(name, str(merged.dtype).removeprefix("torch."), float(error / size) if size else 0.0)
 
 
 @torch.no_grad()
@@ -123,10 +126,5 @@ def _owners(names: Names) -> dict[int, set[nn.Module]]:
     for module in names:
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(_storage(parameter), set()).add(module)
+                owners.setdefault(storage_key(parameter), set()).add(module)
     return owners
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tells whether writing one tensor writes another: two Parameters may share one storage."""
-    return tensor.untyped_storage().data_ptr() if is_plain(tensor) and tensor.numel() else id(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +20,7 @@ class MergedWeight:
     def __init__(self, sources: Sequence[Tensor], scaling: float, tensor: Tensor) -> None:
         self.tensor = tensor
         self.scaling = scaling
-        self.sources = [weakref.ref(source) for source in sources]
+        self.sources = tuple(sources)  # not weakly: torch does not swap tensors that have weak references
         self.states = [_state(source) for source in sources]
         self.watched = _watch(*sources)
         self.values = [watched.clone() for watched in self.watched]
@@ -29,7 +29,7 @@ class MergedWeight:
         """Whether `sources` and `scaling` are still what this weight was computed from."""
         return (
             scaling == self.scaling
-            and all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
+            and all(map(operator.is_, self.sources, sources))
             and [_state(source) for source in sources] == self.states
             and all(map(torch.equal, self.watched, self.values))
         )
@@ -46,14 +46,14 @@ def _watch(weight: Tensor, *adapter: Tensor) -> list[Tensor]:
     """Views of what is compared by value."""
     if weight.device.type != "cpu":
         return []
-    weight = weight.detach()
+    weight = weight.data  # no view that autograd knows, which would keep torch from swapping the tensor
     sample = weight.view(-1)[:: weight.numel() // 256 + 1] if weight.is_contiguous() else weight[0]
     return [sample, *map(_words, adapter)]
 
 
 def _words(tensor: Tensor) -> Tensor:
     """The tensor as 64-bit words where it can be seen so: faster to compare, and NaN is equal to itself."""
-    tensor = tensor.detach()
+    tensor = tensor.data
     whole = tensor.is_contiguous() and not any(
         n * tensor.element_size() % 8 for n in (tensor.numel(), tensor.storage_offset())
     )

@@ -29,7 +29,9 @@ class Noise:
         """Noise of a probability rounded to a multiple of 1/256; None where it would be 0 or 1, or has no replay."""
         dropped = round(p * _LEVELS)
         replays = x.device.type == "cpu" or (x.is_cuda and not torch.cuda.is_current_stream_capturing())
-        return Noise(dropped, int(torch.randint(2**62, ()))) if replays and 0 < dropped < _LEVELS else None
+        return (
+            Noise(dropped, int(torch.randint(2**62, (), device="cpu"))) if replays and 0 < dropped < _LEVELS else None
+        )
 
     @property
     def rescale(self) -> float:

@@ -76,10 +76,10 @@ def class_for(kind: Kind, base: Base) -> Kind:
 
 
 def enter(cls: Kind) -> None:
-    """Enter a class in the table if it is nothing but a kind in front of a base."""
+    """Enter a class in the table if it is nothing but a kind in front of a base, and the first that is."""
     kind, *rest = cls.__bases__
     if rest == [cls.base_class]:
-        _classes[kind, cls.base_class] = cls
+        _classes.setdefault((kind, cls.base_class), cls)
 
 
 def new(kind: Kind, base: Base) -> LoRALayer:

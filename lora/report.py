@@ -86,7 +86,7 @@ class MergeReport:
     @property
     def lost(self) -> float:
         """The largest loss of any module."""
-        return max(module.lost for module in self.modules)
+        return max((module.lost for module in self.modules), default=0.0)
 
     def __str__(self) -> str:
         rows = [(m.name, m.dtype, f"{100 * m.lost:.2f} %") for m in self.modules]

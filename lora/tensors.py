@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,16 @@ def _is_tracing() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors where writing one writes the other: two Parameters may share one storage."""
+    return tensor.untyped_storage().data_ptr() if _is_dense(tensor) and tensor.numel() else id(tensor)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which operations compute in the dtype of what they are given."""
+    # Entering torch's own costs as much as a small product: only where it changes something.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -36,7 +36,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:

@@ -1,0 +1,112 @@
+"""LoRA for embeddings as a function of tensors: look up columns of A, and send gradients only to those."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.tensors import is_plain, without_autocast
+
+
+class Lookup(NamedTuple):
+    """How `nn.Embedding` looks up, and how it gathers gradients."""
+
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+
+
+def lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup | None = None) -> Tensor:
+    """Add a low-rank update to embeddings that have been looked up.
+
+        y += s · Aᵀ[ids] Bᵀ
+
+    Where the fused function does not apply (`torch.compile`, function transforms, tensor subclasses) this is
+    `plain_lora_embedding`, whose gradient for A is dense even where `how` says sparse.
+
+    Args:
+        ids: (...), integers.
+        y: (..., embedding_dim), fresh and without gradient: the fused function adds into it.
+        A: (r, num_embeddings).
+        B: (embedding_dim, r).
+        scaling: s.
+        how: the lookup's options. Default: none of them.
+
+    Returns:
+        (..., embedding_dim), in y's dtype.
+
+    >>> import torch, lora.lookup
+    >>> A, B, y = torch.eye(2, 3), torch.ones(4, 2), torch.zeros(1, 4)
+    >>> lora.lookup.lora_embedding(torch.tensor([1]), y, A, B, scaling=0.5)
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    how = how or Lookup()
+    if y.requires_grad or ids.is_meta or not is_plain(y, A, B):
+        return plain_lora_embedding(ids, y, A, B, scaling, how)
+    with without_autocast(y.device):
+        summed: Tensor = _LoRAEmbedding.apply(ids, y, A, B, scaling, how)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def plain_lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup) -> Tensor:
+    """What `lora_embedding` computes, as the equation reads, in operations that autograd knows."""
+    dtype = torch.promote_types(y.dtype, A.dtype)
+    h = F.embedding(ids, A.T.to(dtype), how.padding_idx, scale_grad_by_freq=how.scale_grad_by_freq)  # (..., r)
+    return y + (F.linear(h, B.to(dtype)) * scaling).to(y.dtype)
+
+
+class _LoRAEmbedding(torch.autograd.Function):
+    """`plain_lora_embedding`, fused: saves h = Aᵀ[ids], and ids and parameters, which are not copies."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup) -> Tensor:
+        h = A.index_select(1, ids.reshape(-1)).to(y.dtype)  # (r, N), whose rows are contiguous as A's are
+        y.view(-1, y.shape[-1]).addmm_(h.T, B.to(y.dtype).T, alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.scaling, ctx.how = scaling, how
+        ctx.save_for_backward(ids, A, B, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ids, A, B, h = ctx.saved_tensors
+        needs_A, needs_B = ctx.needs_input_grad[2:4]
+        with without_autocast(dy.device):
+            if torch.is_grad_enabled() or not is_plain(dy):
+                return _plain_backward(ctx, dy)
+            rows = dy.reshape(-1, dy.shape[-1])  # (N, embedding_dim)
+            dA = dB = None
+            if needs_A:
+                dh = torch.mm(rows, B.to(rows.dtype)).mul_(ctx.scaling)  # (N, r)
+                dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
+            if needs_B:
+                dB = torch.mm(h, rows).mul_(ctx.scaling).T
+        return None, None, dA, dB, None, None
+
+
+def _scatter(dh: Tensor, ids: Tensor, vocabulary: int, how: Lookup) -> Tensor:
+    """The gradient of A, (r, vocabulary), from that of h, (N, r), at ids (N)."""
+    padding_idx = -1 if how.padding_idx is None else how.padding_idx
+    options = vocabulary, padding_idx, how.scale_grad_by_freq
+    if not how.sparse:
+        return torch.ops.aten.embedding_dense_backward(dh, ids, *options).T  # type: ignore[no-any-return]
+    by_id = torch.ops.aten.embedding_sparse_backward(dh, ids, *options)  # (vocabulary, r), n of them
+    (columns,), values = by_id._indices(), by_id._values()  # (n), (n, r)
+    n, r = values.shape
+    rows = torch.arange(r, device=dh.device).repeat_interleave(n)
+    indices = torch.stack([rows, columns.repeat(r)])  # (2, r·n)
+    return torch.sparse_coo_tensor(indices, values.T.reshape(-1), (r, vocabulary), check_invariants=False)
+
+
+@torch.enable_grad()
+def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
+    ids, A, B, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[2:4]
+    update = plain_lora_embedding(ids, dy.new_zeros(dy.shape), A, B, ctx.scaling, ctx.how)
+    wanted = [tensor for tensor, needed in zip((A, B), needs, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(update, wanted, dy, create_graph=True))
+    return None, None, *(next(gradients) if needed else None for needed in needs), None, None
