@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,15 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from lora.layer import join
+from lora.layer import is_number, join, settings_problems
 
 VERSION = 1
 PARAMETERS = ("lora_A", "lora_B")
+_ABOUT = ("modules", "trained_in_full", "modules_to_save")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterError(ValueError):
@@ -38,11 +40,13 @@ class Adapter:
             `sample` of its base weight.
         tensors: by their names in the model, the adapters' and those that trained in full.
         trained_in_full: names of the tensors that replace the base model's.
+        modules_to_save: names of the modules that train in full.
     """
 
     modules: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
     trained_in_full: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
@@ -52,22 +56,47 @@ class Adapter:
         if not self.modules:
             yield "it adapts no module."
         for name, settings in self.modules.items():
-            scaling = settings.get("scaling")
-            if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-                yield f"{name} has no scaling: it must be a finite number, got {scaling!r}."
+            yield from _setting_problems(name, settings)
         for name, tensor in self.tensors.items():
-            if name not in self.trained_in_full and not tensor.is_floating_point():
-                yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
+            if name not in self.trained_in_full:
+                yield from _dtype_problems(name, tensor)
             if tensor.numel() == 0:
                 yield f"{name} is empty: its shape is {tuple(tensor.shape)}."
-            elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            elif tensor.dtype in _DTYPES and not bool(tensor.isfinite().all()):
                 yield f"{name} holds NaN or infinity."
+
+
+def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
+    r, use_rslora, sample = settings.get("r"), settings.get("use_rslora"), settings.get("sample")
+    for problem in settings_problems(r, settings.get("lora_alpha"), settings.get("lora_dropout")):
+        yield f"{name}: {problem}"
+    if r == 0:
+        yield f"{name}: `r` must be at least 1, got 0."
+    if not isinstance(use_rslora, bool):
+        yield f"{name}: `use_rslora` must be true or false, got {use_rslora!r}."
+    if not is_number(settings.get("scaling")):
+        yield f"{name} has no scaling: it must be a finite number, got {settings.get('scaling')!r}."
+    if sample is not None and not (isinstance(sample, list) and all(map(is_number, sample))):
+        yield f"{name}: `sample` must hold finite numbers, got {sample!r}."
+
+
+def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
+    if not tensor.is_floating_point():
+        yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
+    elif tensor.dtype not in _DTYPES:
+        yield f"{name} must be of dtype {', '.join(map(str, _DTYPES))}, got {tensor.dtype}."
 
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write an adapter to a safetensors file: the old file or the new one is there, whenever this is killed."""
-    about = {"version": VERSION, "modules": adapter.modules, "trained_in_full": adapter.trained_in_full}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in adapter.tensors.items():
+        ready = tensor.detach().cpu().contiguous()
+        storage = ready.untyped_storage().data_ptr()
+        tensors[name] = ready.clone() if storage in storages else ready  # safetensors refuses shared storage
+        storages.add(storage)
     content = safetensors.torch.save(tensors, {"format": "pt", "lora": json.dumps(about)})
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -92,19 +121,20 @@ def read(path: Path) -> Adapter:
         raise AdapterError(f"{path} is not a safetensors file: {error}.") from None
     if "lora" not in metadata:
         raise AdapterError(
-            f"{path} has no scaling: its metadata has no entry 'lora', which `lora.save_adapter` writes."
+            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
         )
     try:
         about = json.loads(metadata["lora"])
-        version, modules, trained_in_full = about["version"], about["modules"], about["trained_in_full"]
-        sound = isinstance(trained_in_full, list) and all(isinstance(m, dict) for m in modules.values())
-    except (ValueError, TypeError, KeyError, AttributeError):
+        version, (modules, *names) = about["version"], (about[part] for part in _ABOUT)
+        sound = isinstance(modules, dict) and all(isinstance(settings, dict) for settings in modules.values())
+        sound = sound and all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in names)
+    except (ValueError, TypeError, KeyError, RecursionError):
         version, sound = VERSION, False
     if version != VERSION:
         raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
     if not sound:
         raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
-    return Adapter(modules, tensors, trained_in_full)
+    return Adapter(modules, tensors, *names)
 
 
 def raise_all(what: str, problems: Iterator[str] | list[str]) -> None:

@@ -15,14 +15,15 @@ from torch import Tensor
 from lora import adapter as files
 from lora.adapter import PARAMETERS, Adapter, raise_all
 from lora.inject import Plan, adapt, all_or_nothing, lora_layers
-from lora.layer import LoRALayer, check_settings, join
+from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not
 from lora.registry import kind_for
 from lora.tensors import is_plain
-from lora.training import mark_only_lora_as_trainable, originals, remember
+from lora.training import mark_only_lora_as_trainable, originals, remember, train_in_full, trains_in_full
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
+_GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 # How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
 _SAMPLE, _TOLERANCE = 16, 0.01
 
@@ -81,6 +82,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, check_base: 
     >>> base[0].r
     2
     """
+    lora_layers(model, "load_adapter", none=True)
     adapter = files.read(Path(path))
     raise_all(f"{path} is not loaded", adapter.problems())
     fit = _Fit(model, adapter, check_base)
@@ -88,8 +90,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, check_base: 
     with all_or_nothing(model):
         adapt(fit.plans)
         if fit.plans:
+            for name in adapter.modules_to_save:
+                train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
-    _copy(adapter, fit.modules)
+        _take_over(adapter, fit.modules)
 
 
 def collect(model: nn.Module) -> Adapter:
@@ -99,7 +103,10 @@ def collect(model: nn.Module) -> Adapter:
     adapted = {names[layer][0]: layer for layer in layers if layer.r > 0}
     full = dict(_trained_in_full(names))
     tensors = {join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()}
-    return Adapter({name: _about(layer) for name, layer in adapted.items()}, {**tensors, **full}, list(full))
+    about = {name: _about(layer) for name, layer in adapted.items()}
+    return Adapter(
+        about, {**tensors, **full}, list(full), [known[0] for m, known in names.items() if trains_in_full(m)]
+    )
 
 
 class _Fit:
@@ -124,10 +131,25 @@ class _Fit:
             except (ValueError, TypeError) as error:
                 self.problems.append(f"{name}: {error}")
         for module in injected:
-            if not adapter.modules.keys() & set(self.names[module]):
+            given = [name for name in self.names[module] if name in adapter.modules]
+            if not given:
                 self.problems.append(f"{self.names[module][0]}: has LoRA in the model, and no adapter in the file.")
+        self._find_twins()
         for name in adapter.trained_in_full:
             self._find_full(name)
+        for name in adapter.modules_to_save:
+            if name not in self.modules:
+                self.problems.append(f"{name}: there is no such module in the model.")
+        if injected:
+            theirs = {name for name, _ in _trained_in_full(self.names, only_recorded=True)}
+            for name in sorted(theirs - set(adapter.trained_in_full)):
+                self.problems.append(f"{name}: trains in the model, and is not in the file.")
+
+    def _find_twins(self) -> None:
+        for known in self.names.values():
+            twins = [name for name in known if name in self.adapter.modules]
+            if len(twins) > 1:
+                self.problems.append(f"{', '.join(twins)}: one module in the model, and {len(twins)} in the file.")
 
     def _module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -139,9 +161,9 @@ class _Fit:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
-        for option in _FORM:
+        for option in ("r", *_FORM):
             theirs, ours = settings.get(option), getattr(module, option, None)
-            if theirs is not None and ours is not None and _plain(theirs) != _plain(ours):
+            if _plain(theirs) != _plain(ours):
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")
 
     def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
@@ -154,8 +176,7 @@ class _Fit:
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
         for parameter, shape in zip(PARAMETERS, kind.lora_shapes(module, settings["r"], **own), strict=True):
             self._like(join(name, parameter), shape, dtype)
-        general = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-        check_settings(settings["r"], settings["lora_alpha"], settings["lora_dropout"])
+        general = {key: settings[key] for key in _GENERAL}
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 
     def _find_full(self, name: str) -> None:
@@ -175,26 +196,39 @@ class _Fit:
             self.problems.append(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
 
 
-@torch.no_grad()
-def _copy(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
-    """Write an adapter that fits into the modules; the Parameter objects stay."""
+def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
+    """Give the modules an adapter that fits them; the Parameter objects stay."""
+    targets: list[tuple[Tensor, Tensor]] = []
     for name, settings in adapter.modules.items():
         layer = modules[name]
-        assert isinstance(layer, LoRALayer)
-        layer.lora_alpha, layer.scaling = settings["lora_alpha"], settings["scaling"]
-        layer.use_rslora = settings["use_rslora"]
-        for own, parameter in layer.lora_parameters():
-            parameter.copy_(adapter.tensors[join(name, own)])
+        assert isinstance(layer, LoRALayer), "it fits"
+        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
+        layer.scaling = settings["scaling"]
+        targets += [(parameter, adapter.tensors[join(name, own)]) for own, parameter in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         remember(modules[owner], own)
         tensor: Tensor = getattr(modules[owner], own)
-        tensor.copy_(adapter.tensors[name])
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
+        targets.append((tensor, adapter.tensors[name]))
+    _write_all(targets)
 
 
-def _trained_in_full(names: Names) -> Iterator[tuple[str, Tensor]]:
+@torch.no_grad()
+def _write_all(targets: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy values, all or none."""
+    before = [target.clone() for target, _ in targets]
+    try:
+        for target, value in targets:
+            target.copy_(value)
+    except BaseException:
+        for (target, _), value in zip(targets, before, strict=True):
+            target.copy_(value)
+        raise
+
+
+def _trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, Tensor]]:
     """What trains, or has trained, outside the adapters; a tensor with several names under its first."""
     seen: set[int] = set()
     for module, known in names.items():
@@ -203,7 +237,7 @@ def _trained_in_full(names: Names) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in adapter or id(tensor) in seen:
                 continue
-            if tensor.requires_grad or name in in_full:
+            if name in in_full or (tensor.requires_grad and not only_recorded):
                 seen.add(id(tensor))
                 yield join(known[0], name), tensor
 
@@ -227,6 +261,8 @@ def _sample(module: nn.Module) -> list[float] | None:
 def _check_sample(theirs: list[float] | None, ours: list[float] | None) -> None:
     if theirs is None or ours is None:
         return
+    if len(theirs) != len(ours):
+        raise ValueError(f"`sample` must hold {len(ours)} numbers, got {len(theirs)}.")
     difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
     if difference > _TOLERANCE:
         raise ValueError(

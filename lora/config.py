@@ -6,11 +6,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from lora.layer import check_settings
+from lora.layer import settings_problems
 from lora.training import BIAS_CHOICES
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class LoraConfig:
         problems = []
         for r in (self.r, *self.rank_pattern.values()):
             for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-                problems += _complaints(check_settings, r, alpha, self.lora_dropout)
+                problems += settings_problems(r, alpha, self.lora_dropout)
         if self.r == 0 or 0 in self.rank_pattern.values():
             problems.append("`r` must be at least 1 to adapt a module; leave it out of `target_modules` instead.")
         if not self.target_modules:
@@ -84,15 +84,15 @@ class LoraConfig:
             problems.append(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}.")
         if isinstance(self.modules_to_save, str):
             problems.append(f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}.")
-        for pattern in self.patterns():
-            problems += _complaints(_compile, pattern)
+        for expression in self.expressions():
+            problems += _problems_of(expression)
         raise_all("LoraConfig", dict.fromkeys(problems))
 
-    def patterns(self) -> list[str]:
-        """Every regular expression in the config."""
-        whole = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+    def expressions(self) -> list[tuple[str, str]]:
+        """Every regular expression in the config, as it was given and as it is used."""
+        whole = [(p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
         by_module = (self.rank_pattern, self.alpha_pattern, self.splits, self.enable_lora)
-        return [*whole, *(pattern for mapping in by_module for pattern in mapping)]
+        return whole + [(pattern, _at_end(pattern)) for mapping in by_module for pattern in mapping]
 
 
 def name_matches(name: str, target: str) -> bool:
@@ -102,7 +102,7 @@ def name_matches(name: str, target: str) -> bool:
 
 def pattern_matches(name: str, pattern: str) -> bool:
     """Whether a module's full name, or its last components, match a regular expression entirely."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    return re.fullmatch(_at_end(pattern), name) is not None
 
 
 def for_module(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T:
@@ -125,16 +125,14 @@ def raise_all(what: str, problems: Iterable[str]) -> None:
         raise ValueError(f"{what}: nothing was changed, because\n" + "\n".join(f"  - {line}" for line in problems))
 
 
-def _compile(pattern: str) -> None:
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
+
+
+def _problems_of(expression: tuple[str, str]) -> list[str]:
+    given, used = expression
     try:
-        re.compile(pattern)
+        re.compile(used)
     except re.error as error:
-        raise ValueError(f"{pattern!r} must be a name or a regular expression: {error}.") from None
-
-
-def _complaints(check: Any, *args: Any) -> list[str]:
-    try:
-        check(*args)
-    except ValueError as error:
-        return [str(error)]
+        return [f"{given!r} must be a name or a regular expression: {error}."]
     return []

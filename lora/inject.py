@@ -59,6 +59,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     if (config is None) == (not settings):
         raise TypeError("inject takes either a LoraConfig or its fields as keywords.")
     config = config or LoraConfig(**settings)
+    lora_layers(model, "inject", none=True)
     names = names_of(model)
     targets, problems = find_targets(model, names, config)
     saved, saved_problems = find_saved(names, config, targets)
@@ -103,8 +104,10 @@ def eject(model: nn.Module) -> None:
             for name, value in originals(module).items():
                 getattr(module, name).copy_(value)
             forget_originals(module)
+    restored: set[int] = set()
     for layer in layers:
-        layer.detach()
+        layer.detach(restore_layout=id(layer.weight) not in restored)
+        restored.add(id(layer.weight))
 
 
 @contextmanager
@@ -125,25 +128,31 @@ def disabled(model: nn.Module) -> Iterator[None]:
     ...     bool((model(torch.ones(8)) == before).all())
     True
     """
-    layers = lora_layers(model, "disabled")
-    flags = [layer.disabled for layer in layers]
-    trained_and_base = list(_originals(model))
-    _swap(model, {id(trained): base for trained, base in trained_and_base})
-    for layer in layers:
-        layer.disabled = True
+    lora_layers(model, "disabled", inside_disabled=True)
+    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
+    # A counter, not a flag, and kept on the modules: contexts of several generators may end in any order.
+    for module in modules:
+        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
+        if vars(module)["lora_disabled"] == 1:
+            vars(module)["lora_swapped"] = list(_originals(module))
+            _swap(model, {id(trained): base for trained, base in vars(module)["lora_swapped"]})
     try:
         yield
     finally:
-        for layer, flag in zip(layers, flags, strict=True):
-            layer.disabled = flag
-        _swap(model, {id(base): trained for trained, base in trained_and_base})
+        for module in modules:
+            vars(module)["lora_disabled"] -= 1
+            if not vars(module)["lora_disabled"]:
+                _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
+                del vars(module)["lora_disabled"]
 
 
-def lora_layers(model: nn.Module, what: str, none_is_fine: bool = False) -> list[LoRALayer]:
-    """The model's LoRA layers, each once; ValueError if there are none."""
+def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
+    """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    if not layers and not none_is_fine:
+    if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
+    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
     return layers
 
 
@@ -225,17 +234,18 @@ def remember_trained(model: nn.Module) -> None:
                 remember(module, name)
 
 
-def _originals(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of a tensor that trained outside the adapters and its value from before."""
-    for module in model.modules():
-        for name, value in originals(module).items():
-            trained: Tensor = getattr(module, name)
-            base = value.to(trained.device, trained.dtype)
-            yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+    for name, value in originals(module).items():
+        trained: Tensor = getattr(module, name)
+        base = value.to(trained.device, trained.dtype)
+        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
 
 
 def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
     """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
+    if not replacements:
+        return
     for module in model.modules():
         for owned in (module._parameters, module._buffers):
             for name, tensor in owned.items():

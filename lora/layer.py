@@ -9,6 +9,7 @@ A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -49,7 +50,7 @@ class LoRALayer(nn.Module):
     use_rslora: bool = False
     merge_weights: bool = False
     scaling: float = 1.0
-    disabled: bool = False
+    lora_disabled: int = 0
     _merged: MergedWeight | None = None
     _subclassed: bool = False
 
@@ -127,7 +128,9 @@ class LoRALayer(nn.Module):
         **kind_settings: Any,
     ) -> None:
         """Give a bare base layer its adapter: settings, lora_A and lora_B (uninitialised), a frozen weight."""
-        check_settings(r, lora_alpha, lora_dropout)
+        problems = settings_problems(r, lora_alpha, lora_dropout)
+        if problems:
+            raise ValueError(" ".join(problems))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
         r = r if shape_A[0] else 0  # a mask that enables nothing leaves no rows
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
@@ -143,9 +146,12 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         self.weight.requires_grad_(False)
 
-    def detach(self) -> None:
-        """Undo `attach`: the layer is a bare base layer again, its weight as it is."""
-        for name in ("lora_A", "lora_B", "scaling", "disabled", "_merged", "_subclassed", *self.settings):
+    def detach(self, restore_layout: bool = True) -> None:
+        """Undo `attach`: the layer is a bare base layer again, with its weight in the base class's layout.
+
+        `restore_layout` is False for a weight that is shared with a layer that has restored it.
+        """
+        for name in ("lora_A", "lora_B", "scaling", "lora_disabled", "_merged", "_subclassed", *self.settings):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
@@ -171,7 +177,7 @@ class LoRALayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = W₀ x + b + s · B A drop(x), or the same from the merged weight (class docstring)."""
-        if self.r == 0 or self.disabled:
+        if self.r == 0 or self.lora_disabled:
             return self.base_forward(input)
         if self._serves_merged():
             return self.forward_with(input, self.merged_weight())
@@ -276,14 +282,21 @@ class LoRALayer(nn.Module):
         return reduced
 
 
-def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raise for settings that no layer can take."""
+def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
+    """What is wrong with settings that no layer can take; nothing if they are fine."""
+    problems = []
     if not isinstance(r, int) or isinstance(r, bool) or r < 0:
-        raise ValueError(f"`r` must be an integer of at least 0, got {r!r}.")
-    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
-    if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
-        raise ValueError(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
+    if not is_number(lora_alpha):
+        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+    if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
+        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+    return problems
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def join(module: str, name: str) -> str:

@@ -86,8 +86,9 @@ class LinearLoRA(LoRALayer):
         super().reset_parameters()
         self._transpose_weight()
 
-    def detach(self) -> None:
-        self._transpose_weight()
+    def detach(self, restore_layout: bool = True) -> None:
+        if restore_layout:
+            self._transpose_weight()
         self.__dict__.pop("fan_in_fan_out", None)
         super().detach()
 

@@ -44,7 +44,7 @@ def merge(model: nn.Module) -> MergeReport:
     owners = _owners(names)
     problems = _problems(layers, names)
     for layer in layers:
-        tied = owners[storage_key(layer.weight)] - {layer}
+        tied = owners.get(storage_key(layer.weight), set()) - {layer}
         if tied:
             others = ", ".join(names[other][0] for other in names if other in tied)
             problems.append(
@@ -53,7 +53,7 @@ def merge(model: nn.Module) -> MergeReport:
             )
     raise_all("merge", problems)
     rows = [_merge(layer, names[layer][0]) for layer in layers]
-    for layer in lora_layers(model, "merge", none_is_fine=True):  # those with r = 0
+    for layer in lora_layers(model, "merge", none=True):  # those with r = 0
         layer.detach()
     for module in model.modules():
         forget_originals(module)

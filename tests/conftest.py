@@ -1,0 +1,122 @@
+"""What all tests share: the hypothesis profile, a fixed seed, one layer of each kind, and an oracle from numpy."""
+
+import math
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("ci")
+
+# One layer of each kind and form: (class, arguments, shape of an input). Embeddings take ids.
+KINDS = {
+    "Linear": (lora.Linear, {"in_features": 6, "out_features": 5}, (2, 3, 6)),
+    "Linear transposed": (lora.Linear, {"in_features": 6, "out_features": 5, "fan_in_fan_out": True}, (2, 3, 6)),
+    "MergedLinear": (
+        lora.MergedLinear,
+        {"in_features": 6, "out_features": 9, "splits": (4, 3, 2), "enable_lora": (True, False, True)},
+        (2, 3, 6),
+    ),
+    "Embedding": (lora.Embedding, {"num_embeddings": 7, "embedding_dim": 5}, (3, 4)),
+    "Conv1d": (lora.Conv1d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3}, (2, 4, 7)),
+    "Conv2d": (lora.Conv2d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2}, (2, 4, 5, 6)),
+    "Conv3d": (lora.Conv3d, {"in_channels": 2, "out_channels": 3, "kernel_size": 2}, (2, 2, 3, 4, 3)),
+}
+KINDS |= {
+    f"{name} factored": (cls, {**arguments, "factored": True}, shape)
+    for name, (cls, arguments, shape) in KINDS.items()
+    if name.startswith("Conv")
+}
+WITH_DROPOUT = [name for name in KINDS if name != "Embedding"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def make(kind: str, **arguments) -> lora.LoRALayer:
+    """A layer of this kind, its A and B both random, so that the update is not zero."""
+    cls, defaults, _ = KINDS[kind]
+    return randomised(cls(**{"r": 2, "lora_alpha": 3, **defaults, **arguments}))
+
+
+def example(kind: str, dtype: torch.dtype = torch.float32, **options) -> Tensor:
+    """An input for a layer of this kind."""
+    _, arguments, shape = KINDS[kind]
+    if kind == "Embedding":
+        return torch.randint(arguments["num_embeddings"], shape)
+    return torch.randn(shape, dtype=dtype, **options)
+
+
+@torch.no_grad()
+def randomised(layer: lora.LoRALayer, std: float = 1.0) -> lora.LoRALayer:
+    """The layer, with new random values in A and B."""
+    for _, parameter in layer.lora_parameters():
+        parameter.copy_(torch.randn(parameter.shape) * std)
+    return layer
+
+
+def with_float32_adapter(layer: lora.LoRALayer) -> lora.LoRALayer:
+    """The layer, its A and B in float32, whatever the base weight is in."""
+    layer.lora_A, layer.lora_B = nn.Parameter(layer.lora_A.float()), nn.Parameter(layer.lora_B.float())
+    return layer
+
+
+def update(layer: lora.LoRALayer) -> np.ndarray:
+    """lora_alpha / r · B A in the shape of the base weight, by numpy in float64."""
+    A, B = layer.lora_A.detach().double().numpy(), layer.lora_B.detach().double().numpy()
+    if isinstance(layer, lora.MergedLinear):
+        delta, a, b, row = np.zeros((layer.out_features, layer.in_features)), 0, 0, 0
+        for size, enabled in zip(layer.splits, layer.enable_lora, strict=True):
+            if enabled:
+                delta[row : row + size] = B[b : b + size] @ A[a : a + layer.r]
+                a, b = a + layer.r, b + size
+            row += size
+    elif getattr(layer, "factored", False):
+        delta, per_group, ranks = np.zeros(layer.weight.shape), len(B) // layer.groups, layer.r // layer.groups
+        for o in range(len(B)):
+            start = o // per_group * ranks
+            delta[o] = np.tensordot(B[o].reshape(ranks), A[start : start + ranks], axes=1)
+    elif hasattr(layer, "factored"):
+        delta = np.reshape(B @ A, layer.weight.shape)
+    else:
+        delta = B @ A
+    if isinstance(layer, lora.Embedding) or getattr(layer, "fan_in_fan_out", False):
+        delta = delta.T
+    return layer.lora_alpha / layer.r * delta
+
+
+def plain_twin(layer: lora.LoRALayer) -> nn.Module:
+    """A torch layer in float64 that has W₀ + lora_alpha / r · B A for its weight."""
+    weight = layer.weight.detach().double() + (torch.from_numpy(update(layer)) if layer.r else 0)
+    if isinstance(layer, nn.Linear):
+        twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.float64)
+        weight = weight.T if layer.fan_in_fan_out else weight
+    elif isinstance(layer, nn.Embedding):
+        twin = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, dtype=torch.float64)
+    else:
+        cls = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(layer.kernel_size)]
+        geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        bias = layer.bias is not None
+        twin = cls(layer.in_channels, layer.out_channels, layer.kernel_size, bias=bias, dtype=torch.float64, **geometry)
+    twin.weight = nn.Parameter(weight)
+    if getattr(layer, "bias", None) is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().double())
+    return twin
+
+
+def assert_equation(layer: lora.LoRALayer, x: Tensor, terms: int = 64) -> None:
+    """The layer computes what its plain twin does; sums of at most `terms` products differ by rounding only."""
+    expected = plain_twin(layer)(x.double() if x.is_floating_point() else x)
+    got = layer(x)
+    assert got.dtype == layer.weight.dtype
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    tolerance = math.sqrt(terms) * 4 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * scale)

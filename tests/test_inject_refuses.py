@@ -1,0 +1,274 @@
+"""inject: what it refuses, and that a model is as it was whenever it raises."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.utils import parametrizations, prune
+from toy_model import IDS, Model, adapted, snapshot
+
+import lora
+from lora import registry
+from lora.linear import LinearLoRA
+
+
+@pytest.fixture
+def own_kinds(monkeypatch):
+    """Kinds that a test registers are forgotten after it."""
+    monkeypatch.setattr(registry, "_kinds", dict(registry._kinds))
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+
+
+def refuses(model, *messages, **fields):
+    """The model refuses the fields with every message, each in a line of its own, and is as it was."""
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^inject: nothing was changed, because\n  - ") as caught:
+        lora.inject(model, **{"target_modules": ["q_proj"], **fields})
+    assert snapshot(model) == before
+    lines = str(caught.value).split("\n  - ")[1:]
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line
+
+
+# ---- every pattern must match something ------------------------------------------------------------------------
+
+NO_MATCH = {
+    "a name": ({"target_modules": ["q_porj"]}, "`target_modules` 'q_porj' matches no module (did you mean 'q_proj'"),
+    "part of a name": ({"target_modules": ["proj"]}, "`target_modules` 'proj' matches no module"),
+    "one of two names": ({"target_modules": ["q_proj", "k_proj"]}, "`target_modules` 'k_proj' matches no module"),
+    "a regex": ({"target_modules": r"layers\.[23].*"}, r"`target_modules` 'layers\\.[23].*' matches no module"),
+    "a regex of a part": ({"target_modules": "q_proj"}, "`target_modules` 'q_proj' matches no module"),
+    "to exclude": ({"exclude_modules": ["x_proj"]}, "`exclude_modules` 'x_proj' matches no module"),
+    "a regex to exclude": ({"exclude_modules": "x.*"}, "`exclude_modules` 'x.*' matches no module"),
+    "everything excluded": ({"exclude_modules": ["q_proj"]}, "`exclude_modules` leaves no module to adapt."),
+    "ranks": ({"rank_pattern": {"v_proj": 4}}, "`rank_pattern` 'v_proj' matches no adapted module"),
+    "alphas": ({"alpha_pattern": {"v_proj": 4}}, "`alpha_pattern` 'v_proj' matches no adapted module"),
+    "splits": ({"splits": {"qkv": (4, 4)}}, "`splits` 'qkv' matches no adapted module"),
+    "enable_lora": ({"enable_lora": {"qkv": True}}, "`enable_lora` 'qkv' matches no adapted module"),
+    "to save": ({"modules_to_save": ["haed"]}, "`modules_to_save` 'haed' matches no module (did you mean 'head'?)"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), NO_MATCH.values(), ids=NO_MATCH)
+def test_what_matches_nothing_is_refused(fields, message):
+    refuses(Model(), message, **fields)
+
+
+def test_all_linear_without_a_linear_layer_is_refused():
+    refuses(nn.Sequential(nn.ReLU()), "'all-linear' matches no module", target_modules="all-linear")
+
+
+# ---- modules that cannot be adapted ----------------------------------------------------------------------------
+
+
+def encoder_layer():
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+def on_instance():
+    model = nn.ModuleDict({"x": nn.Linear(4, 4)})
+    model["x"].forward = model["x"].forward  # what accelerate's hooks do: a call never comes to the class's forward
+    return model
+
+
+def parametrized():
+    return nn.ModuleDict({"x": parametrizations.weight_norm(nn.Linear(4, 4))})
+
+
+def frozen_and_parametrized():
+    return parametrized().requires_grad_(False)
+
+
+def pruned():
+    return nn.ModuleDict({"x": prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)})
+
+
+class Named(nn.Linear):
+    """Its own words are some of ours: to take its `scaling` and `drop` for ours would change its function."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.scaling, self.drop = 0.25, nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(super().forward(x)) * self.scaling
+
+
+CANNOT = {
+    "a norm": (lambda: nn.ModuleDict({"x": nn.LayerNorm(4)}), "x", "no kind of LoRA layer adapts a LayerNorm"),
+    "a container": (Model, "layers", "no kind of LoRA layer adapts a ModuleList"),
+    "lazy": (lambda: nn.ModuleDict({"x": nn.LazyLinear(4)}), "x", "is lazy and has no shape yet"),
+    "lazy convolution": (lambda: nn.ModuleDict({"x": nn.LazyConv2d(4, 3)}), "x", "is lazy and has no shape yet"),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), "out_proj", "a MultiheadAttention, reads its weight and bypass"),
+    "fast path": (encoder_layer, "linear1", "a TransformerEncoderLayer, reads its weight and bypasses"),
+    "fast path's other": (encoder_layer, "linear2", "torch.backends.mha.set_fastpath_enabled(False)"),
+    "forward on the instance": (on_instance, "x", "forward"),
+    "parametrized": (parametrized, "x", "parametri"),
+    "parametrized and frozen": (frozen_and_parametrized, "x", "parametri"),
+    "pruned": (pruned, "x", "weight"),
+    "attributes of our names": (lambda: nn.ModuleDict({"x": Named()}), "x", "scaling"),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "message"), CANNOT.values(), ids=CANNOT)
+def test_a_module_that_cannot_be_adapted_is_refused(make, name, message):
+    refuses(make(), message, target_modules=[name])
+
+
+def test_attention_is_refused_deep_inside_too():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2)
+    parents = [f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "multihead_attn")]
+    refuses(model, *(f"{parent}.out_proj: its parent, a Multihead" for parent in parents), target_modules="all-linear")
+
+
+def test_attention_is_refused_where_only_one_of_its_names_tells():
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"also": attention.out_proj, "attention": attention})
+    refuses(model, "its parent, a MultiheadAttention", target_modules=["also"])
+
+
+def test_encoder_layers_are_adapted_once_the_fast_path_is_off():
+    model = encoder_layer().eval()
+    x = torch.randn(2, 3, 8)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        lora.inject(model, target_modules=["linear1", "linear2"])
+        nn.init.ones_(model.linear1.lora_B)
+        with torch.no_grad():
+            changed = model(x)
+            with lora.disabled(model):
+                assert not torch.allclose(model(x), changed)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_second_injection_is_refused():
+    model = Model()
+    lora.inject(model, target_modules=["q_proj"])
+    messages = [f"layers.{i}.attn.q_proj: has LoRA already; eject or merge it first." for i in (0, 1)]
+    refuses(model, *messages, target_modules=["q_proj", "v_proj"])
+
+
+SETTINGS = {
+    "short splits": (
+        {"splits": {"q_proj": (4, 2)}},
+        "`splits` (=(4, 2)) must be positive and add up to `out_features`",
+    ),
+    "negative splits": ({"splits": {"q_proj": (9, -1)}}, "`splits` (=(9, -1)) must be positive"),
+    "one number": ({"splits": {"q_proj": 8}}, "`splits`"),
+    "mask too long": ({"splits": {"q_proj": (4, 4)}, "enable_lora": {"q_proj": [1, 1, 1]}}, "must have one entry for"),
+    "mask of a 2": ({"enable_lora": {"q_proj": [1, 2]}}, "each a bool, 0 or 1, got [1, 2]"),
+    "mask of nothing": ({"enable_lora": {"q_proj": [0, 0]}}, "`enable_lora` enables no split"),
+    "mask that does not divide": ({"enable_lora": {"q_proj": [1, 0, 1]}}, "must be divisible by the 3 entries"),
+    "a number for a mask": ({"enable_lora": {"q_proj": 1}}, "`enable_lora`"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_do_not_fit_a_module_are_refused_for_each(fields, message):
+    refuses(Model(), *[message] * 2, **fields)
+
+
+def test_splits_are_refused_for_what_is_not_linear():
+    refuses(Model(), "for linear layers, not for a Embedding", target_modules=["embed"], splits={"embed": (4, 4)})
+
+
+def test_a_rank_that_groups_do_not_divide_is_refused():
+    refuses(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "must be divisible by `groups`", target_modules=["0"], r=3)
+
+
+def test_kernels_that_are_not_square_are_refused_in_the_form_of_loralib():
+    model = nn.Sequential(nn.Conv2d(4, 4, (3, 5)))
+    refuses(model, "pass `factored=True`", target_modules=["0"], factored=False)
+
+
+@pytest.mark.parametrize("saved", ["q_proj", "layers.0", "attn"])
+def test_a_module_is_not_trained_in_full_and_adapted_as_well(saved):
+    matched = 1 if saved == "layers.0" else 2
+    refuses(Model(), *["trains in full and cannot be adapted"] * matched, modules_to_save=[saved])
+
+
+def test_one_error_lists_everything():
+    model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LazyLinear(4), "c": nn.MultiheadAttention(4, 2)})
+    model["d"] = lora.Linear(4, 4, r=2)
+    model["e"] = nn.Linear(4, 4)
+    messages = ["'f' matches no module", "'g' matches no module", "'h' matches no adapted", "'i' matches no module"]
+    messages += ["a: no kind of", "b: is lazy", "c.out_proj: its parent", "d: has LoRA already", "e: `splits`"]
+    fields = {"exclude_modules": ["g"], "rank_pattern": {"h": 2}, "modules_to_save": ["i"], "splits": {"e": (1, 1)}}
+    refuses(model, *messages, target_modules=["a", "b", "out_proj", "d", "e", "f"], **fields)
+
+
+# ---- all or nothing, whatever goes wrong -----------------------------------------------------------------------
+
+
+class Fragile(nn.Linear):
+    pass
+
+
+class FragileLoRA(LinearLoRA):
+    error: BaseException = MemoryError("no memory left")
+
+    def reset_lora_parameters(self):
+        super().reset_lora_parameters()
+        raise self.error
+
+
+def with_fragile():
+    model = Model()
+    model.layers[1].attn["q_proj"] = Fragile(8, 8)
+    return model
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory left"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_model_is_as_it_was_when_a_layer_fails_half_way(own_kinds, monkeypatch, error, trainable):
+    lora.register(Fragile, FragileLoRA)
+    monkeypatch.setattr(FragileLoRA, "error", error)
+    model = with_fragile().requires_grad_(trainable)
+    before = snapshot(model)
+    with pytest.raises(type(error)):
+        lora.inject(model, target_modules=["q_proj", "v_proj", "embed"], modules_to_save=["head"], bias="all")
+    assert snapshot(model) == before
+
+
+def test_a_layer_of_ours_without_rank_is_as_it_was_when_another_fails(own_kinds):
+    lora.register(Fragile, FragileLoRA)
+    model = nn.Sequential(lora.Linear(4, 6, fan_in_fan_out=True), Fragile(6, 4))
+    before = snapshot(model)
+    with pytest.raises(MemoryError):
+        lora.inject(model, target_modules=["0", "1"])
+    assert snapshot(model) == before
+
+
+def test_the_model_is_as_it_was_when_memory_ends_while_values_are_remembered(monkeypatch):
+    def remember(module, name):
+        raise MemoryError
+
+    for module in ("lora.training", "lora.inject"):  # `lora.inject` itself is the function
+        monkeypatch.setattr(sys.modules[module], "remember", remember)
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(MemoryError):
+        lora.inject(model, target_modules=["q_proj"], modules_to_save=["head"], bias="all")
+    assert snapshot(model) == before
+
+
+def test_a_lazy_module_elsewhere_is_in_nobodys_way():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    lora.inject(model, target_modules=["0"])
+    assert adapted(model) == ["0"]
+    assert model(torch.ones(2, 4)).shape == (2, 3)
+
+
+def test_a_lazy_module_to_save_is_refused():
+    refuses(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), "1: is lazy", target_modules=["0"], modules_to_save=["1"])
+
+
+def test_a_model_that_was_refused_can_be_adapted():
+    model = Model()
+    refuses(model, "matches no module", target_modules=["q_proj", "nothing"])
+    before = model(IDS)
+    lora.inject(model, target_modules=["q_proj"])
+    assert torch.equal(model(IDS), before)
