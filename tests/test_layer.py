@@ -4,6 +4,7 @@ import copy
 import io
 import re
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -97,9 +98,9 @@ def test_what_is_saved_in_any_mode_loads_in_any_mode_as_the_same_function(kind, 
         one.train(mode == "train")
         if mode == "served":
             served(one, x)
-    layer.disabled = saved_in == "disabled"
     file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
+    with lora.disabled(layer) if saved_in == "disabled" else nullcontext():
+        torch.save(layer.state_dict(), file)
     file.seek(0)
     fresh.load_state_dict(torch.load(file), strict=True)
     for output in (fresh(x), served(fresh, x), fresh.train()(x)):
@@ -251,11 +252,12 @@ def test_the_merged_weight_is_computed_once_and_kept(kind):
     assert not first.requires_grad
 
 
-def test_train_drops_the_merged_weight_and_eval_alone_computes_none():
+@pytest.mark.parametrize("change", [lambda layer: layer.train(), lambda layer: layer.double()])
+def test_train_and_a_change_of_dtype_drop_the_merged_weight_and_eval_alone_computes_none(change):
     layer, x = make("Linear"), example("Linear")
     served(layer, x)
     kept = weakref.ref(layer.merged_weight())
-    layer.train()
+    change(layer)
     assert kept() is None
     layer.eval()
     assert layer._merged is None

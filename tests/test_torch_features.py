@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_copies_are_the_same_layer_in_every_mode(kind, copied, mode):
         layer = plain_twin(make(kind, r=0)).float()
         lora.inject(layer, target_modules=[""], r=2)
         randomised(layer)
-    layer.disabled = mode == "disabled"
-    with torch.set_grad_enabled(mode != "served"):
+    off = lora.disabled(layer) if mode == "disabled" else nullcontext()
+    with torch.set_grad_enabled(mode != "served"), off:
         expected = layer(x)
         other = COPIES[copied](layer)
         assert torch.equal(other(x), expected)
@@ -54,6 +55,23 @@ def test_copies_are_the_same_layer_in_every_mode(kind, copied, mode):
     assert (other.training, other.r, other.scaling) == (layer.training, layer.r, layer.scaling)
     assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in layer.parameters()]
     assert other.weight is not layer.weight
+
+
+class Scaled(nn.Linear):
+    """A user's own layer, for which no class is written."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_layer_whose_class_was_made_for_a_users_layer_is_copied_like_any(copied):
+    layer, x = Scaled(6, 5), torch.randn(3, 6)
+    lora.inject(layer, target_modules=[""], r=2)
+    other = COPIES[copied](randomised(layer))
+    assert type(other) is type(layer)
+    assert isinstance(other, Scaled)
+    assert torch.equal(other(x), layer(x))
 
 
 def test_a_merged_weight_is_not_pickled():
@@ -199,10 +217,13 @@ def test_after_inference_mode_it_trains(kind):
     layer, x = make(kind).eval(), example(kind)
     with torch.inference_mode():
         served = layer(x)
-    layer.lora_A.requires_grad_(False)  # the merged weight now serves with gradients on, too
+    for _, parameter in layer.lora_parameters():  # the merged weight then serves with gradients on, too
+        parameter.requires_grad_(False)
     if x.is_floating_point():
         layer(x.requires_grad_()).sum().backward()
-    layer.lora_A.requires_grad_(True)
+        assert x.grad.any()
+    for _, parameter in layer.lora_parameters():
+        parameter.requires_grad_(True)
     layer(x).square().sum().backward()
     assert layer.lora_A.grad.any()
     torch.testing.assert_close(layer.train()(x), served.clone())
