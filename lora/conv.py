@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional import Geometry, lora_conv
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 
@@ -32,6 +33,10 @@ class ConvLoRA(LoRALayer):
     out_channels: int
     groups: int
     kernel_size: tuple[int, ...]
+    stride: Any
+    padding: Any
+    dilation: Any
+    padding_mode: Any
 
     def __init__(
         self,
@@ -89,10 +94,19 @@ class ConvLoRA(LoRALayer):
         return (B @ A).reshape(self.weight.shape)
 
     def lora_forward(self, input: Tensor) -> Tensor:
+        if self._fuses(input):
+            dropout = self.lora_dropout if self.training else 0.0
+            geometry = Geometry(self.stride, self.padding, self.dilation)
+            adapter = self.lora_A, self.lora_B, self.scaling
+            return lora_conv(input, self.weight, self.bias, *adapter, geometry, dropout)
         one_convolution = self.weight.dtype in (torch.float32, torch.float64)  # else the sum loses much of the update
         if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input)
         return self.forward_with(input, self.weight + self._delta_like(self.weight) * self.scaling)
+
+    def _fuses(self, input: Tensor) -> bool:
+        plain_geometry = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        return self.factored and self.dense and plain_geometry and input.dim() == self.weight.dim()
 
     def lora_update(self, input: Tensor) -> Tensor:
         if self.factored:

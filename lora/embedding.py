@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional import Lookup, lora_embedding
 from lora.layer import LoRALayer, Shape
-from lora.lookup import Lookup, lora_embedding
 from lora.registry import register
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional import add_up_, lora_linear, spread
+from lora.functional.linear import add_up_, lora_linear, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 

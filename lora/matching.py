@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ from lora.config import LoraConfig, did_you_mean, name_matches, pattern_matches
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.registry import kind_for
+from lora.tensors import storage_key
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -49,26 +50,47 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[li
     targets = [module for module in targets if module not in excluded]
     if not targets and not problems:
         problems.append("`exclude_modules` leaves no module to adapt.")
+    adapted = {module: names[module] for module in targets}
     for option in ("rank_pattern", "alpha_pattern", "splits", "enable_lora"):
         patterns: Mapping[str, object] = getattr(config, option)
-        adapted = {module: names[module] for module in targets}
         _select(option, patterns, adapted, problems, pattern_matches, "adapted module")
+        problems += _shadowed(option, patterns, adapted)
     return targets, problems
+
+
+def _shadowed(option: str, patterns: Iterable[str], adapted: Names) -> Iterator[str]:
+    """A complaint for each pattern that matches, and is never the first to."""
+    left = adapted
+    for pattern in patterns:
+        matching = {module for module, known in adapted.items() if any(pattern_matches(n, pattern) for n in known)}
+        if matching and not matching & left.keys():
+            yield f"`{option}` {pattern!r} is never used: patterns before it match all its modules."
+        left = {module: known for module, known in left.items() if module not in matching}
 
 
 def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tuple[list[nn.Module], list[str]]:
     """The modules to train in full, and a complaint for each that cannot be."""
     problems: list[str] = []
     saved = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    weights = {
+        storage_key(weight): module
+        for module in targets
+        if (weight := module._parameters.get("weight")) is not None and not is_lazy(module)
+    }
     for module in saved:
-        inside = [names[part][0] for part in module.modules() if part in targets]
+        name = names[module][0]
         if is_lazy(module):
-            problems.append(f"{names[module][0]}: is lazy and has no values to train yet; run one forward pass first.")
-        if inside:
-            problems.append(
-                f"{names[module][0]}: a module of `modules_to_save` trains in full and cannot be adapted, or hold a "
-                f"module that is: {', '.join(inside)}."
-            )
+            problems.append(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
+            continue
+        inside = [part for part in module.modules() if part in targets]
+        tied = {weights[key] for p in module.parameters() if (key := storage_key(p)) in weights} - set(inside)
+        for found, hold in (
+            (inside, "be adapted, or hold a module that is"),
+            (tied, "share a weight with one adapted"),
+        ):
+            if found:
+                adapted = ", ".join(names[part][0] for part in names if part in found)
+                problems.append(f"{name}: a module of `modules_to_save` trains in full and cannot {hold}: {adapted}.")
     return saved, problems
 
 

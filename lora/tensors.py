@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -34,6 +35,20 @@ def _is_tracing() -> bool:
     )
 
 
+def needs_plain_backward(dy: Tensor) -> bool:
+    """Whether a backward must be differentiable, or takes many output gradients at once (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or not is_plain(dy) or not _has_storage(dy)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    # Batches of `is_grads_batched` look like ordinary tensors and have none.
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def storage_key(tensor: Tensor) -> int:
     """Equal for tensors where writing one writes the other: two Parameters may share one storage."""
     return tensor.untyped_storage().data_ptr() if _is_dense(tensor) and tensor.numel() else id(tensor)
@@ -45,3 +60,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype; itself, without a call to torch, where it is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+@torch.enable_grad()
+def twin_gradients(
+    twin: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dy: Tensor,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor | None]:
+    """Autograd's gradients of `twin(*inputs)`, cast to `dtype`, for the inputs that need one: differentiable ones."""
+    y = twin(*(tensor if tensor is None or dtype is None else cast(tensor, dtype) for tensor in inputs))
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed and tensor is not None]
+    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=False)]

@@ -190,6 +190,17 @@ def test_a_module_is_not_trained_in_full_and_adapted_as_well(saved):
     refuses(Model(), *["trains in full and cannot be adapted"] * matched, modules_to_save=[saved])
 
 
+def test_a_module_is_not_trained_in_full_when_another_is_adapted_that_shares_its_weight():
+    message = "head: a module of `modules_to_save` trains in full and cannot share a weight with one adapted: embed."
+    refuses(Model(tied=True), message, target_modules=["embed"], modules_to_save=["head"])
+
+
+def test_a_pattern_that_others_leave_nothing_to_is_refused():
+    message = "`rank_pattern` 'layers.1.attn.q_proj' is never used: patterns before it match all its modules."
+    refuses(Model(), message, rank_pattern={"q_proj": 2, "layers.1.attn.q_proj": 4})
+    lora.inject(Model(), target_modules=["q_proj"], rank_pattern={"layers.1.attn.q_proj": 4, "q_proj": 2})
+
+
 def test_one_error_lists_everything():
     model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LazyLinear(4), "c": nn.MultiheadAttention(4, 2)})
     model["d"] = lora.Linear(4, 4, r=2)

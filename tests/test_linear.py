@@ -116,6 +116,7 @@ def test_dropout_of_a_large_input_is_independent_in_all_rows_and_the_same_in_bac
     y = layer(x)
     y.sum().backward()
     assert len(torch.unique(y.detach(), dim=0)) == len(y)
+    assert abs(y.mean().item() - 1) < 5 / y.numel() ** 0.5, "the expectation is that without dropout, exactly"
     torch.testing.assert_close(x.grad, y.detach())
 
 

@@ -138,11 +138,15 @@ def test_backward_runs_again_over_a_graph_that_is_kept(kind):
 
 
 @pytest.mark.parametrize("kind", WITH_DROPOUT)
-def test_many_gradients_at_once_are_those_one_by_one(kind):
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_many_gradients_at_once_are_those_one_by_one(kind, how):
     layer, x = make(kind), example(kind, requires_grad=True)
     y, inputs = layer(x), (x, layer.lora_A, layer.lora_B)
     wanted = torch.randn(3, *y.shape)
-    got = torch.autograd.grad(y, inputs, wanted, is_grads_batched=True, retain_graph=True)
+    if how == "is_grads_batched":
+        got = torch.autograd.grad(y, inputs, wanted, is_grads_batched=True, retain_graph=True)
+    else:
+        got = torch.func.vmap(lambda one: torch.autograd.grad(y, inputs, one, retain_graph=True))(wanted)
     one_by_one = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in wanted]
     expected = tuple(map(torch.stack, zip(*one_by_one, strict=True)))
     torch.testing.assert_close(got, expected)

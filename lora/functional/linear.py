@@ -1,4 +1,4 @@
-"""LoRA as functions of tensors: the plain equation, and beside it the same with a hand-written backward.
+"""LoRA for linear layers as a function: the plain equation, and beside it the same with a hand-written backward.
 
 The fused function saves x and h = drop(x) Aᵀ for its backward, never a dropped copy of x, and adds its products
 into the base layer's output and input gradient, never into fresh tensors of their size.
@@ -6,15 +6,15 @@ into the base layer's output and input gradient, never into fresh tensors of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.noise import Noise
-from lora.tensors import is_plain, without_autocast
+from lora.functional.noise import Noise
+from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
 
 Slices = Sequence[tuple[int, int]]
 
@@ -155,13 +155,13 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
-        x_, weight_, A_, B_ = (_cast(t, how.dtype) for t in (_rows(x), weight, A, B))
+        x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (_rows(x), weight, A, B))
         y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
         y_ = _rows(y)  # (N, out_features)
         if bias is None:
             torch.mm(x_, weight_.T, out=y_)
         else:
-            torch.addmm(_cast(bias, how.dtype), x_, weight_.T, out=y_)
+            torch.addmm(cast(bias, how.dtype), x_, weight_.T, out=y_)
         h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
         add_up_(y_, h, B_, how.slices)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
@@ -173,25 +173,24 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy.device):
-            return _plain_backward(ctx, dy) if torch.is_grad_enabled() or not is_plain(dy) else _backward(ctx, dy)
+            return _plain_backward(ctx, dy) if needs_plain_backward(dy) else _backward(ctx, dy)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, _, A, B, h = ctx.saved_tensors
     how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
     dy_ = _rows(dy)  # (N, out_features)
-    dx = torch.mm(dy_, _cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
+    dx = torch.mm(dy_, cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
     dA, dB = None, _outer(dy_, h, how.slices) if needs_B else None
     if needs_x or needs_A:
-        dh = _to_rank(dy_, _cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
-        x_ = _cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
-        dA = _through_down(dh, _cast(A, how.dtype), x_, dx, how.noise)
+        dh = _to_rank(dy_, cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
+        x_ = cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
+        dA = _through_down(dh, cast(A, how.dtype), x_, dx, how.noise)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, None, dy_.sum(0) if needs_bias else None, dA, dB, None
 
 
-@torch.enable_grad()
 def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
     *inputs, _ = ctx.saved_tensors
@@ -203,13 +202,12 @@ def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         )
     if inputs[0] is None:  # then its value does not matter: y is linear in it
         inputs[0] = dy.new_zeros(*dy.shape[:-1], inputs[1].shape[1], requires_grad=True)
-    tensors: Iterable[Any] = (tensor if tensor is None else _cast(tensor, how.dtype) for tensor in inputs)
-    x, weight, bias, A, B = tensors
-    mask = None if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
-    y = plain_lora_linear(x, weight, bias, A, B, how.scaling, 0.0 if mask is None else mask, how.slices)
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
-    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return *(next(gradients) if needed else None for needed in needs[:5]), None
+
+    def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        mask = 0.0 if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
+        return plain_lora_linear(x, weight, bias, A, B, how.scaling, mask, how.slices)
+
+    return *twin_gradients(twin, inputs, needs, dy, how.dtype), None
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
@@ -259,7 +257,3 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
 def _rows(x: Tensor) -> Tensor:
     """(..., features) as (N, features)."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)

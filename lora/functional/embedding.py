@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.tensors import is_plain, without_autocast
+from lora.tensors import is_plain, needs_plain_backward, twin_gradients, without_autocast
 
 
 class Lookup(NamedTuple):
@@ -38,9 +38,9 @@ def lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float,
     Returns:
         (..., embedding_dim), in y's dtype.
 
-    >>> import torch, lora.lookup
+    >>> import torch, lora.functional
     >>> A, B, y = torch.eye(2, 3), torch.ones(4, 2), torch.zeros(1, 4)
-    >>> lora.lookup.lora_embedding(torch.tensor([1]), y, A, B, scaling=0.5)
+    >>> lora.functional.lora_embedding(torch.tensor([1]), y, A, B, scaling=0.5)
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     how = how or Lookup()
@@ -75,7 +75,7 @@ class _LoRAEmbedding(torch.autograd.Function):
         ids, A, B, h = ctx.saved_tensors
         needs_A, needs_B = ctx.needs_input_grad[2:4]
         with without_autocast(dy.device):
-            if torch.is_grad_enabled() or not is_plain(dy):
+            if needs_plain_backward(dy):
                 return _plain_backward(ctx, dy)
             rows = dy.reshape(-1, dy.shape[-1])  # (N, embedding_dim)
             dA = dB = None
@@ -101,12 +101,11 @@ def _scatter(dh: Tensor, ids: Tensor, vocabulary: int, how: Lookup) -> Tensor:
     return torch.sparse_coo_tensor(indices, values.T.reshape(-1), (r, vocabulary), check_invariants=False)
 
 
-@torch.enable_grad()
 def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
     ids, A, B, _ = ctx.saved_tensors
-    needs = ctx.needs_input_grad[2:4]
-    update = plain_lora_embedding(ids, dy.new_zeros(dy.shape), A, B, ctx.scaling, ctx.how)
-    wanted = [tensor for tensor, needed in zip((A, B), needs, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(update, wanted, dy, create_graph=True))
-    return None, None, *(next(gradients) if needed else None for needed in needs), None, None
+
+    def twin(A: Tensor, B: Tensor) -> Tensor:
+        return plain_lora_embedding(ids, dy.detach().new_zeros(dy.shape), A, B, ctx.scaling, ctx.how)
+
+    return None, None, *twin_gradients(twin, [A, B], ctx.needs_input_grad[2:4], dy), None, None

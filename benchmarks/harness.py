@@ -1,0 +1,156 @@
+"""Time functions against each other: in one process, in turns, as ratios to the first of them, which is the limit.
+
+Every script has `cases(quick)`, which maps the name of each case to a function that makes it, and calls `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from chart import draw
+
+from lora.report import table
+
+RESULTS = Path(__file__).parent / "results"
+LEAST_ROUNDS = 5
+LEAST_SAMPLE = 5e-3  # seconds; what is shorter is repeated, for the clock and the caches to settle
+
+
+@dataclass(frozen=True)
+class Case:
+    """Functions that do the same in different ways.
+
+    Attributes:
+        variants: what to time, by name; the first is the limit that the others are measured against.
+        columns: what else to say of them: {"kept / x": {"frozen": 0.0, "lora": 1.01}}.
+        setups: what to do before each run of a variant, untimed.
+        note: a sentence below the table.
+    """
+
+    variants: Mapping[str, Callable[[], object]]
+    columns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    setups: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    note: str = ""
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    """One row for each variant: medians of time, and of the ratio to the first variant in the same round."""
+    repeats = {name: _repeats(case, name) for name in case.variants}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        rounds += 1
+        for name, taken in samples.items():
+            taken.append(_run(case, name, repeats[name]))
+    limit = next(iter(samples.values()))
+    return [_row(case, name, taken, limit) for name, taken in samples.items()]
+
+
+def _run(case: Case, name: str, repeats: int) -> tuple[float, float]:
+    """Seconds of wall-clock and of this process' CPU time that one call takes."""
+    case.setups.get(name, lambda: None)()
+    function = case.variants[name]
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+
+
+def _repeats(case: Case, name: str) -> int:
+    _run(case, name, 1)  # the first call of all warms up
+    wall, _ = _run(case, name, 1)
+    return 1 if name in case.setups else max(1, round(LEAST_SAMPLE / wall))
+
+
+def _row(case: Case, name: str, taken: Sequence[tuple[float, float]], limit: Sequence[tuple[float, float]]) -> dict:
+    ratios = [wall / wall_0 for (wall, _), (wall_0, _) in zip(taken, limit, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    wall, cpu = (statistics.median(times) for times in zip(*taken, strict=True))
+    beyond = statistics.median(cpu - cpu_0 for (_, cpu), (_, cpu_0) in zip(taken, limit, strict=True))
+    return {
+        "variant": name,
+        "ms": 1e3 * wall,
+        "ratio": ratio,
+        "quartiles": [low, high],
+        "CPU ms": 1e3 * cpu,
+        "CPU ms beyond the first": 1e3 * beyond,
+        **{column: values.get(name, "–") for column, values in case.columns.items()},
+        "rounds": len(taken),
+    }
+
+
+def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callable[[], Case]]], *argv: str) -> None:
+    """Run a script's cases, print a table of each, and write JSON, Markdown and a chart of all."""
+    parser = argparse.ArgumentParser(description=question, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the sizes: whether it runs, not how fast")
+    parser.add_argument("--seconds", type=float, help="time for each case (default: 30, or 0.1 when quick)")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases that have these words in their name")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: results/, of full runs alone)")
+    chosen = parser.parse_args(argv or None)
+    seconds = chosen.seconds or (0.1 if chosen.quick else 30)
+    topic, about, results = Path(script).stem, machine(), {}
+    about["command"] = shlex.join(["python", f"benchmarks/{Path(script).name}", *(argv or sys.argv[1:])])
+    for name, make in cases(chosen.quick).items():
+        if chosen.only in name:
+            case = make()
+            results[name] = {"rows": measure(case, seconds), "note": case.note}
+            print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
+    out = chosen.out or (None if chosen.quick or chosen.only else RESULTS)
+    if out and results:
+        write(out, topic, question, about, results)
+
+
+def write(out: Path, topic: str, question: str, about: dict[str, str], results: dict[str, Any]) -> None:
+    """The results as <topic>.json, .md and .png in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": about, "results": results}, indent=1, ensure_ascii=False)
+    (out / f"{topic}.json").write_text(text + "\n")
+    parts = [f"# {topic}", question.strip(), f"![]({topic}.png)"]
+    for name, result in results.items():
+        header, rows = _cells(result["rows"])
+        lines = [" | ".join(line) for line in (header, ["---"] * len(header), *rows)]
+        parts += [f"## {name}", "\n".join(f"| {line} |" for line in lines), result["note"]]
+    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
+    (out / f"{topic}.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    draw(out / f"{topic}.png", {name: result["rows"] for name, result in results.items()})
+
+
+def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    return list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return "–".join(map(_cell, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def machine() -> dict[str, str]:
+    """Where and with what this runs."""
+    model = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
+    versions = (f"{name} {version(name)}" for name in ("torch", "numpy", "loralib", "peft", "transformers", "lora"))
+    return {
+        "CPU": f"{(model or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(versions),
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _read(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

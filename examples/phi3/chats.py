@@ -1,0 +1,43 @@
+"""Conversations as the loop needs them: which rows each step sees, and what is measured."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from phi3 import chat_data, packing, replies
+from phi3.errors import UserError
+from phi3.settings import Settings
+
+
+class Chats(NamedTuple):
+    """Rows to train on, rows to measure with, and beginnings to have continued."""
+
+    order: packing.Order
+    held_out: list[packing.Batch]
+    prompts: list[replies.Prompt]
+    fingerprint: str
+
+
+def prepare(
+    conversations: list[chat_data.Conversation], tokenizer: Any, run: Settings, training: Settings, device: torch.device
+) -> Chats:
+    """Splits by conversation, tokenizes, and packs."""
+    length, seed, pad = training["max_seq_length"], training["seed"], tokenizer.pad_token_id
+    to_train, to_hold = chat_data.split_held_out(
+        conversations, run["eval_conversations"], run["train_conversations"], seed
+    )
+    stretches = chat_data.encode(to_train, tokenizer, length)
+    rows = packing.pack(stretches, length)
+    held_rows = packing.pack(chat_data.encode(to_hold, tokenizer, length), length)
+    if not rows or not held_rows:
+        raise UserError("no reply fits into --max-seq-length tokens")
+    order = packing.Order(
+        rows, training["per_device_train_batch_size"], training["gradient_accumulation_steps"], seed, pad
+    )
+    print(
+        f"Training on {len(to_train)} conversations in {len(rows)} rows of {length} tokens "
+        f"({order.steps_per_epoch} steps to an epoch); {len(to_hold)} others are held out."
+    )
+    held_out = packing.batches(held_rows, training["per_device_eval_batch_size"], pad)
+    prompts = replies.prompts(to_hold, run["sample_replies"])
+    return Chats(order, [batch.to(device) for batch in held_out], prompts, chat_data.fingerprint(stretches))

@@ -1,0 +1,270 @@
+"""Fine-tunes Phi-3 with LoRA on chat data, in a training loop that you can read and change.
+
+With nothing but pip, on a CPU, in a few minutes: SmolLM2-135M-Instruct in Phi-3's own class learns to
+chat as people do in chitchat-dataset.
+
+    python examples/phi3_chat.py
+
+The same code fine-tunes the real thing, which wants a GPU and `pip install datasets`:
+
+    python examples/phi3_chat.py --model microsoft/Phi-3-mini-4k-instruct --bf16 --gradient-checkpointing \\
+        --data HuggingFaceH4/ultrachat_200k --data-split train_sft --train-conversations 20000 \\
+        --max-seq-length 2048 --learning-rate 2e-4 --max-steps -1 --output-dir phi3-ultrachat
+
+or a model folder of yours on conversations of yours, a JSONL file of {"messages": [...]}:
+
+    python examples/phi3_chat.py --model path/to/folder --data chats.jsonl
+
+Everything that a run makes is in --output-dir: adapter.safetensors, checkpoint-<step>/, metrics.jsonl,
+loss.png and replies.jsonl. A run that was stopped goes on with --resume, to the same losses.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from phi3 import chat_data, chats, checkpoints, loop, output_dir, pretrained, replies, report, settings
+from phi3.errors import Diverged, UserError
+from phi3.fetch import default_cache_dir
+from phi3.settings import Settings
+from torch import nn
+
+import lora
+
+# The three dictionaries are the defaults; every key is a flag too (--help says what each one means).
+training_config: Settings = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_seq_length": 256,
+    "num_train_epochs": 1.0,
+    "max_steps": 40,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "logging_steps": 1,
+    "eval_steps": 20,
+    "save_steps": 20,
+    "save_total_limit": 2,
+    "seed": 0,
+}
+
+peft_config: Settings = {
+    "r": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "modules_to_save": None,
+}
+
+run_config: Settings = {
+    "model": pretrained.SMOLLM2,
+    "data": chat_data.CHITCHAT,
+    "data_split": "train",
+    "train_conversations": 1000,
+    "eval_conversations": 16,
+    "sample_replies": 4,
+    "max_new_tokens": 40,
+    "attn_implementation": "sdpa",
+    "device": "auto",
+    "output_dir": "phi3_chat_output",
+    "cache_dir": None,
+}
+
+DICTIONARIES = {
+    "training (training_config)": training_config,
+    "adapter (peft_config)": peft_config,
+    "model, data and output (run_config)": run_config,
+}
+
+
+def load_model(run: Settings, training: Settings) -> tuple[nn.Module, Any]:
+    """The pretrained model, set up for training, and its tokenizer."""
+    device = run["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = pretrained.load(
+        run["model"],
+        cache_of(run),
+        dtype=torch.bfloat16 if training["bf16"] else torch.float32,
+        attn_implementation=run["attn_implementation"],
+    )
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device!r}: {error}") from error
+    model.config.use_cache = False  # of no use in training, and at odds with gradient checkpointing
+    if training["gradient_checkpointing"]:
+        # Not reentrant: the embeddings are frozen, so no input of a layer requires a gradient.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return model, tokenizer
+
+
+def cache_of(run: Settings) -> Path:
+    return Path(run["cache_dir"]).expanduser() if run["cache_dir"] else default_cache_dir()
+
+
+def inject(model: nn.Module, peft: Settings) -> None:
+    """Swaps the target layers for LoRA layers and prints which."""
+    splits = pretrained.fused_splits(model.config)
+    if isinstance(peft["target_modules"], list):  # a fused layer that is no target needs no splits
+        leaves = {name.rpartition(".")[2] for name in peft["target_modules"]}
+        splits = {name: parts for name, parts in splits.items() if name in leaves}
+    try:
+        print(lora.inject(model, lora.LoraConfig(**peft, splits=splits)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cannot adapt this model: {error}") from error
+
+
+def train(
+    model: nn.Module,
+    data: chats.Chats,
+    training: Settings,
+    folder: Path,
+    identity: Settings,
+    resume: Path | None,
+) -> report.Report:
+    """From the start or from a checkpoint to the last step, with measurements and checkpoints on the way."""
+    optimizer = loop.make_optimizer(model, training)
+    state: dict[str, Any] = {"step": 0, "records": []}
+    if resume:
+        state = checkpoints.read(resume, identity)
+        checkpoints.restore(resume, state, model, optimizer)
+        print(f"Resuming after step {state['step']} of {resume}")
+    total = loop.total_steps(training, data.order.steps_per_epoch)
+    output_dir.prepare(folder, resume)
+    with report.Report(folder, state["records"], total, training["logging_steps"]) as progress:
+        if not resume:
+            progress.evaluation(0, loop.held_out_loss(model, data.held_out))
+        model.train()
+        for step in range(state["step"], total):
+            run_step(model, optimizer, data, training, step, total, progress)
+            done = step + 1
+            if done % training["eval_steps"] == 0 or done == total:
+                progress.evaluation(done, loop.held_out_loss(model, data.held_out))
+            if done % training["save_steps"] == 0 or done == total:
+                keep = training["save_total_limit"]
+                checkpoints.save(folder, done, model, optimizer, identity, progress.records, keep)
+    return progress
+
+
+def run_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: chats.Chats,
+    training: Settings,
+    step: int,
+    total: int,
+    progress: report.Report,
+) -> None:
+    """One step and its place in the report."""
+    watch = report.Stopwatch()
+    micro_batches = [batch.to(model.device) for batch in data.order.step(step)]
+    lr = loop.learning_rate_at(step, total, training)
+    try:
+        result = loop.train_step(model, optimizer, micro_batches, lr, training["max_grad_norm"])
+    except Diverged as error:
+        progress.draw()
+        raise Diverged(f"step {step + 1}: {error} (learning rate {lr:.1e})") from error
+    progress.step(step + 1, result, watch.seconds)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags: one for each key of the dictionaries, and the two that say what to do with an old run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for title, defaults in DICTIONARIES.items():
+        settings.add_flags(parser, title, defaults)
+    old_run = parser.add_argument_group("an earlier run")
+    old_run.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint directory, or from the latest one in --output-dir",
+    )
+    old_run.add_argument("--overwrite", action="store_true", help="replace a run that is in --output-dir")
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """From the flags to the files in the output directory."""
+    training, peft, general = (settings.chosen(flags, defaults) for defaults in DICTIONARIES.values())
+    folder = Path(general["output_dir"]).expanduser()
+    resume = checkpoints.find(flags.resume, folder) if flags.resume else None
+    output_dir.check(folder, resume, flags.overwrite)
+    random.seed(training["seed"])
+    torch.manual_seed(training["seed"])
+
+    conversations = chat_data.read(general["data"], general["data_split"], cache_of(general))
+    model, tokenizer = load_model(general, training)
+    data = chats.prepare(conversations, tokenizer, general, training, model.device)
+    identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
+    inject(model, peft)
+
+    def answers() -> list[str]:
+        return [replies.reply(model, tokenizer, p, general["max_new_tokens"]) for p in data.prompts]
+
+    with lora.disabled(model):  # the pretrained model, also when a run is resumed
+        before = answers()
+    for prompt, first in zip(data.prompts, before, strict=True):
+        print(replies.show(prompt, {"before": first}))
+    print()
+    progress = train(model, data, training, folder, identity, resume)
+    lora.save_adapter(model, folder / checkpoints.ADAPTER)
+    after = answers()
+    replies.write(folder, data.prompts, before, after)
+    for prompt, first, second in zip(data.prompts, before, after, strict=True):
+        print(replies.show(prompt, {"before": first, "after": second}))
+    summarize(progress)
+
+
+def summarize(progress: report.Report) -> None:
+    """The numbers that matter, and where everything is."""
+    curve = progress.draw()
+    first, last = progress.evaluations[0], progress.evaluations[-1]
+    print(
+        f"\nHeld-out perplexity {first['eval_perplexity']:.2f} before, {last['eval_perplexity']:.2f} after "
+        f"{last['step']} steps.\nEverything is in {curve.parent}: the adapter in {checkpoints.ADAPTER}, "
+        f"metrics in {report.METRICS}, the curve in {curve.name}, replies in {replies.REPLIES}."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the example; 0 if all went well, 2 for a mistake in what it was given, 1 for a diverged loss."""
+    flags = argparse.Namespace()
+    try:
+        flags = parse(argv)
+        run(flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        saved = list(checkpoints.steps_in(Path(flags.output_dir).expanduser()).values())
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        print(
+            f"error: training diverged at {error}; {kept}. Try again with a lower --learning-rate.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Go on from the last checkpoint with --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

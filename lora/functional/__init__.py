@@ -1,0 +1,16 @@
+"""LoRA as functions of tensors: each plain equation, and beside it the same with a hand-written backward."""
+
+from lora.functional.conv import Geometry, lora_conv, plain_lora_conv
+from lora.functional.embedding import Lookup, lora_embedding, plain_lora_embedding
+from lora.functional.linear import lora_linear, plain_lora_linear
+
+__all__ = [
+    "Geometry",
+    "Lookup",
+    "lora_conv",
+    "lora_embedding",
+    "lora_linear",
+    "plain_lora_conv",
+    "plain_lora_embedding",
+    "plain_lora_linear",
+]

@@ -1,0 +1,186 @@
+"""LoRA for convolutions as a function: r filters, then a convolution of kernel 1 that adds into the base's output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.functional.noise import Noise
+from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Geometry(NamedTuple):
+    """Where a convolution's kernel goes: one number for each dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+    dropout: float = 0.0,
+) -> Tensor:
+    """A convolution with a low-rank update, factored: A has r filters, B a kernel of 1.
+
+        y = W ∗ x + b + s · B ∗ (A ∗ drop(x))
+
+    Keeps x and A ∗ drop(x) for its backward, dropout included. Where the fused function does not apply (a trainable
+    or subclassed weight, `torch.compile`, function transforms) this is `plain_lora_conv`; the two agree to rounding.
+
+    Args:
+        x: (N, in_channels, *size), with one, two or three sizes.
+        weight: (out_channels, in_channels, *kernel).
+        bias: (out_channels), or None.
+        A: (r, in_channels, *kernel); cast to x's dtype.
+        B: (out_channels, r, 1, …); cast to x's dtype.
+        scaling: s.
+        geometry: stride, padding and dilation.
+        dropout: probability of dropping a value of x on the LoRA path, as in `lora_linear`. Default: 0.
+
+    Returns:
+        y (N, out_channels, *out_size).
+
+    >>> import torch, lora.functional
+    >>> x, W, A, B = torch.ones(1, 2, 5), torch.ones(4, 2, 3), torch.ones(1, 2, 3), torch.ones(4, 1, 1)
+    >>> lora.functional.lora_conv(x, W, None, A, B, 0.5, lora.functional.Geometry((1,), (0,), (1,))).shape
+    torch.Size([1, 4, 3])
+    """
+    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+        return plain_lora_conv(x, weight, bias, A, B, scaling, geometry, dropout)
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    noise = Noise.draw(dropout, x) if dropout else None
+    if (weight.dtype != x.dtype and not autocast) or (dropout and noise is None):
+        return plain_lora_conv(x, weight, bias, A, B, scaling, geometry, dropout)
+    how = _How(scaling, noise, geometry, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+    with without_autocast(x.device):
+        y: Tensor = _LoRAConv.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
+    return y
+
+
+def plain_lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+    dropout: float | Tensor = 0.0,
+) -> Tensor:
+    """What `lora_conv` computes, as the equation reads, in operations that autograd knows.
+
+    Args:
+        dropout: the probability, or what to multiply x by in the place of dropping at random.
+
+    The other arguments and the result are `lora_conv`'s.
+    """
+    convolve = _CONVOLUTIONS[weight.dim() - 2]
+    y: Tensor = convolve(x, weight, bias, *geometry)  # (N, out_channels, *out_size)
+    dropped = x * dropout if isinstance(dropout, Tensor) else F.dropout(x, dropout) if dropout else x
+    h = convolve(dropped, A.to(x.dtype), None, *geometry)  # (N, r, *out_size)
+    return y + (convolve(h, B.to(x.dtype)) * scaling).to(y.dtype)
+
+
+class _How(NamedTuple):
+    """What the fused function is told beside tensors."""
+
+    scaling: float
+    noise: Noise | None
+    geometry: Geometry
+    dtype: torch.dtype
+
+    @property
+    def c(self) -> float:
+        """The scaling, times the rescaling of dropout."""
+        return self.scaling if self.noise is None else self.scaling * self.noise.rescale
+
+
+class _LoRAConv(torch.autograd.Function):
+    """`plain_lora_conv`, fused. With L output places and h (N, r, L), B (out_channels, r):
+
+    h = c · A ∗ (D ⊙ x)        y  = W ∗ x + b,   y += B h
+    dh = c · Bᵀ dy             dx = Wᵀ ∗ dy + D ⊙ (Aᵀ ∗ dh)
+    dB = Σ dy hᵀ               dA = dh ∗ (D ⊙ x)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
+        x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (x, weight, A, B))
+        convolve = _CONVOLUTIONS[weight.dim() - 2]
+        y: Tensor = convolve(x_, weight_, None if bias is None else cast(bias, how.dtype), *how.geometry)
+        h = convolve(_dropped(x_, how.noise), A_, None, *how.geometry).flatten(2).mul_(how.c)  # (N, r, L)
+        y.flatten(2).baddbmm_(B_.flatten(1).expand(len(y), -1, -1), h)
+        ctx.how = how
+        ctx.save_for_backward(x, weight, bias, A, B, h if ctx.needs_input_grad[4] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device):
+            return _plain_backward(ctx, dy) if needs_plain_backward(dy) else _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, _, A, B, h = ctx.saved_tensors
+    how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
+    x_ = cast(x, how.dtype)
+    dx = dA = dB = dbias = None
+    rows = dy.flatten(2)  # (N, out_channels, L)
+    if needs_x or needs_bias:
+        dx, _, dbias = _gradients(dy, x_, cast(weight, how.dtype), how.geometry, (needs_x, False, needs_bias))
+    if needs_B:
+        dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
+    if needs_x or needs_A:
+        dh = torch.matmul(cast(B, how.dtype).flatten(1).T, rows).mul_(how.c)  # (N, r, L)
+        dh = dh.view(len(dy), -1, *dy.shape[2:])
+        needs = (needs_x, needs_A, False)
+        update, dA, _ = _gradients(dh, _dropped(x_, how.noise), cast(A, how.dtype), how.geometry, needs)
+        if dx is not None and update is not None:
+            dx += _dropped(update, how.noise)
+    return dx, None, dbias, dA, dB, None
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a convolution for its input, weight and bias, those that are needed."""
+    no_padding_of_output = (0,) * len(geometry.stride)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], *geometry, False, no_padding_of_output, 1, needs
+    )
+    return gradients
+
+
+def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
+    *inputs, _ = ctx.saved_tensors
+    how = ctx.how
+
+    def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        mask = 0.0 if how.noise is None else how.noise.mask(x.flatten(1)).view(x.shape) * how.noise.rescale
+        return plain_lora_conv(x, weight, bias, A, B, how.scaling, how.geometry, mask)
+
+    return *twin_gradients(twin, inputs, ctx.needs_input_grad, dy, how.dtype), None
+
+
+def _dropped(x: Tensor, noise: Noise | None) -> Tensor:
+    """D ⊙ x."""
+    if noise is None:
+        return x
+    rows = x.flatten(1)  # (N, in_channels · sizes)
+    kept = torch.empty_like(rows)
+    for part, chunk in noise.chunks(rows):
+        noise.gate(rows[part], chunk, out=kept[part])
+    return kept.view(x.shape)
