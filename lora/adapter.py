@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.layer import is_number, join, settings_problems
+from lora.layer import join
+from lora.settings import is_number, settings_problems
 
 VERSION = 1
 PARAMETERS = ("lora_A", "lora_B")

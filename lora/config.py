@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from lora.layer import settings_problems
+from lora.settings import settings_problems
 from lora.training import BIAS_CHOICES
 
 T = TypeVar("T")

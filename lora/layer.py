@@ -9,7 +9,6 @@ A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from lora.merged import MergedWeight
 from lora.registry import enter, new
+from lora.settings import settings_problems
 from lora.tensors import is_plain, without_autocast
 
 Shape = tuple[int, ...]
@@ -280,23 +280,6 @@ class LoRALayer(nn.Module):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, type(self).__bases__, *reduced[2:]
         return reduced
-
-
-def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
-    """What is wrong with settings that no layer can take; nothing if they are fine."""
-    problems = []
-    if not isinstance(r, int) or isinstance(r, bool) or r < 0:
-        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
-    if not is_number(lora_alpha):
-        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
-    if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
-    return problems
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def join(module: str, name: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora.functional.linear import add_up_, lora_linear, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
+from lora.settings import split_settings
 
 
 class LinearLoRA(LoRALayer):
@@ -270,31 +271,6 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         fused = split_settings(out_features, splits, enable_lora)
         self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, **fused)
         self.reset_parameters()
-
-
-def split_settings(
-    out_features: int, splits: Sequence[int] | None, enable_lora: bool | Sequence[bool | int]
-) -> dict[str, Any]:
-    """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
-    if splits is not None and not (_is_sequence(splits) and all(isinstance(size, int) for size in splits)):
-        raise ValueError(f"`splits` must be a list or a tuple of integers, got {splits!r}.")
-    if isinstance(enable_lora, bool):
-        enable_lora = (enable_lora,) * len(splits or (0,))
-    mask = tuple(enable_lora) if _is_sequence(enable_lora) else ()
-    if not mask or any(entry not in (0, 1) for entry in mask):
-        raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {enable_lora!r}.")
-    if splits is None:
-        if out_features % len(mask):
-            raise ValueError(
-                f"`out_features` (={out_features}) must be divisible by the {len(mask)} entries of `enable_lora`; "
-                "for uneven splits give `splits`."
-            )
-        splits = (out_features // len(mask),) * len(mask)
-    return {"splits": tuple(splits), "enable_lora": tuple(map(bool, mask))}
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 register(nn.Linear, LinearLoRA)
