@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -37,11 +37,27 @@ def made(function: Callable[[], object]) -> int:
 
 
 def flops(function: Callable[[], object]) -> int:
-    """Floating-point operations, those of products in place too, which torch's own counter leaves out."""
-    in_place = {aten.addmm_: flop_registry[aten.addmm]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+    """Floating-point operations of products and convolutions."""
+    with _Flops() as counted:
         function()
-    return counted.get_total_flops()
+    return counted.flops
+
+
+class _Flops(TorchDispatchMode):
+    """As torch's FlopCounterMode, and products in place, which that one leaves out."""
+
+    formulas: ClassVar = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if formula := self.formulas.get(function.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=output)
+        return output
 
 
 class _Made(TorchDispatchMode):
@@ -64,7 +80,7 @@ class _Made(TorchDispatchMode):
 class WithoutBase(TorchDispatchMode):
     """Within it, a product with one of the `weights` only fills its result with zeros: what is left is LoRA's cost."""
 
-    products = (aten.mm, aten.addmm)
+    products: ClassVar = (aten.mm, aten.addmm)
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()

@@ -6,22 +6,16 @@ Every script has `cases(quick)`, which maps the name of each case to a function 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from chart import draw
+from machine import machine
 
 from lora.report import table
 
@@ -39,12 +33,14 @@ class Case:
         columns: what else to say of them: {"kept / x": {"frozen": 0.0, "lora": 1.01}}.
         setups: what to do before each run of a variant, untimed.
         note: a sentence below the table.
+        charted: whether its ratios belong into the chart.
     """
 
     variants: Mapping[str, Callable[[], object]]
     columns: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     setups: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     note: str = ""
+    charted: bool = True
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
@@ -103,11 +99,11 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     chosen = parser.parse_args(argv or None)
     seconds = chosen.seconds or (0.1 if chosen.quick else 30)
     topic, about, results = Path(script).stem, machine(), {}
-    about["command"] = shlex.join(["python", f"benchmarks/{Path(script).name}", *(argv or sys.argv[1:])])
+    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick} --seconds {seconds:g}"
     for name, make in cases(chosen.quick).items():
         if chosen.only in name:
             case = make()
-            results[name] = {"rows": measure(case, seconds), "note": case.note}
+            results[name] = {"rows": measure(case, seconds), "note": case.note, "charted": case.charted}
             print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
     out = chosen.out or (None if chosen.quick or chosen.only else RESULTS)
     if out and results:
@@ -126,7 +122,7 @@ def write(out: Path, topic: str, question: str, about: dict[str, str], results: 
         parts += [f"## {name}", "\n".join(f"| {line} |" for line in lines), result["note"]]
     parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
     (out / f"{topic}.md").write_text("\n\n".join(filter(None, parts)) + "\n")
-    draw(out / f"{topic}.png", {name: result["rows"] for name, result in results.items()})
+    draw(out / f"{topic}.png", {name: result["rows"] for name, result in results.items() if result["charted"]})
 
 
 def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -137,20 +133,3 @@ def _cell(value: object) -> str:
     if isinstance(value, list):
         return "–".join(map(_cell, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def machine() -> dict[str, str]:
-    """Where and with what this runs."""
-    model = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
-    versions = (f"{name} {version(name)}" for name in ("torch", "numpy", "loralib", "peft", "transformers", "lora"))
-    return {
-        "CPU": f"{(model or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(versions),
-        "load at the start": f"{os.getloadavg()[0]:.1f}",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _read(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

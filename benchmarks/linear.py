@@ -76,7 +76,7 @@ def against_frozen(
     x, dy = torch.randn(n, i, dtype=dtype, requires_grad=True), torch.randn(n, o, dtype=dtype)
     if not dropout:
         rivals.assert_equal(layer(x) for name, layer in layers.items() if name != "frozen")
-    steps = {name: partial(step, layer, x, dy) for name, layer in layers.items()}
+    steps = {name: partial(rivals.step, layer, x, dy) for name, layer in layers.items()}
     new = {name: made(run) for name, run in steps.items()}
     columns = {
         "kept / x": {name: kept(partial(layer, x), layer) / (n * i * x.itemsize) for name, layer in layers.items()},
@@ -85,11 +85,7 @@ def against_frozen(
     if isolated:
         weights = [w for layer in layers.values() for w in layer.parameters() if not w.requires_grad]
         steps = {name: partial(without_base, weights, run) for name, run in steps.items()}
-    return Case(steps, columns, note=note)
-
-
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-    torch.autograd.grad(layer(x), [x, *rivals.trainable(layer)], dy)
+    return Case(steps, columns, note=note, charted=not isolated)
 
 
 def without_base(weights: list[Tensor], run: Callable[[], None]) -> None:

@@ -20,7 +20,9 @@ _LORALIB = {
 }
 
 
-def layers(base: nn.Module, r: int, dropout: float = 0.0, adapter_dtype: torch.dtype | None = None) -> dict:
+def layers(
+    base: nn.Module, r: int, dropout: float = 0.0, adapter_dtype: torch.dtype | None = None
+) -> dict[str, nn.Module]:
     """The frozen base layer, and it with a LoRA by each library that has one of these dtypes.
 
     adapter_dtype: of A and B; the base's own if None. loralib knows no other.
@@ -37,7 +39,7 @@ def with_loralib(base: nn.Module, r: int, dropout: float = 0.0) -> nn.Module:
     """The base layer in loralib; its convolutions have no dropout and write `lora_B @ lora_A` out."""
     cls, names = _LORALIB[type(base)]
     options = {"r": r, "lora_alpha": 2 * r, "dtype": base.weight.dtype, "merge_weights": False}
-    if isinstance(base, nn.Linear):
+    if not isinstance(base, nn.Embedding):
         options |= {"bias": base.bias is not None, "lora_dropout": dropout}
     if isinstance(base, nn.Conv2d):
         options |= {"kernel_size": base.kernel_size[0], "padding": base.padding}
@@ -65,19 +67,28 @@ def with_lora(
     return same_start(holder["layer"])
 
 
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Forward and backward, with gradients for what trains and for x, if it wants one."""
+    wanted = [tensor for tensor in (x, *trainable(layer)) if tensor.requires_grad]
+    y = layer(x)
+    if wanted:
+        torch.autograd.grad(y, wanted, dy)
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that train: A and B of each layer, in this order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()
-def same_start(layer: nn.Module) -> nn.Module:
-    """The layer, in training, with an A and a B that are random but the same for the same shapes."""
+def same_start(module: nn.Module, up: float = 0.02) -> nn.Module:
+    """The module, in training, with random values in each A and B, the same for the same shapes; `up` is B's size."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in trainable(layer):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    layer.train()  # loralib's returns nothing
-    return layer
+    for number, parameter in enumerate(trainable(module)):
+        size = up if number % 2 else 0.02
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    module.train()  # loralib's returns nothing
+    return module
 
 
 def assert_equal(outputs: Iterable[Tensor]) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phi3 import chat_data, chats, checkpoints, loop, output_dir, pretrained, replies, report, settings
+from phi3 import chat_data, chats, checkpoints, fused_mlp, loop, output_dir, pretrained, replies, report, settings
 from phi3.errors import Diverged, UserError
 from phi3.fetch import default_cache_dir
 from phi3.settings import Settings
@@ -48,6 +48,7 @@ training_config: Settings = {
     "num_train_epochs": 1.0,
     "max_steps": 40,
     "gradient_checkpointing": False,
+    "fused_mlp": False,
     "bf16": False,
     "logging_steps": 1,
     "eval_steps": 20,
@@ -214,6 +215,8 @@ def run(flags: argparse.Namespace) -> None:
     data = chats.prepare(conversations, tokenizer, general, training, model.device)
     identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
     inject(model, peft)
+    if training["fused_mlp"]:
+        fused_mlp.fuse(model)
 
     def answers() -> list[str]:
         return [replies.reply(model, tokenizer, p, general["max_new_tokens"]) for p in data.prompts]

@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.linear import add_up_, lora_linear, spread
+from lora.functional import Adapted, lora_linear
+from lora.functional.linear import add_up_, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 from lora.settings import split_settings
@@ -75,9 +76,13 @@ class LinearLoRA(LoRALayer):
     def lora_forward(self, input: Tensor) -> Tensor:
         if not self.dense:
             return super().lora_forward(input)
+        return lora_linear(input, *self.adapted())
+
+    def adapted(self) -> Adapted:
+        """The layer as the arguments of `lora.functional.lora_linear`."""
         dropout = self.lora_dropout if self.training else 0.0
         weight = self.stored(self.weight)
-        return lora_linear(input, weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())
+        return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())
 
     def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.stored(weight), self.bias)

@@ -77,6 +77,6 @@ def twin_gradients(
 ) -> list[Tensor | None]:
     """Autograd's gradients of `twin(*inputs)`, cast to `dtype`, for the inputs that need one: differentiable ones."""
     y = twin(*(tensor if tensor is None or dtype is None else cast(tensor, dtype) for tensor in inputs))
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed and tensor is not None]
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=False)]
+    return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=True)]

@@ -48,6 +48,7 @@ SETTINGS = {
     "num_train_epochs": Setting("passes over the data, unless max_steps ends the run", *_POSITIVE),
     "max_steps": Setting("steps in all; -1: as many as the epochs take", lambda v: v == -1 or v > 0, "-1 or above 0"),
     "gradient_checkpointing": Setting("trade a third more time for much less memory"),
+    "fused_mlp": Setting("compute each MLP in one function that keeps less for backward"),
     "bf16": Setting("keep the model in bfloat16; the adapter stays in float32"),
     "logging_steps": Setting("steps between two lines of metrics", *_at_least(1)),
     "eval_steps": Setting("steps between two held-out measurements", *_at_least(1)),

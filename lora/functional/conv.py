@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional.how import How, choose
 from lora.functional.noise import Noise
-from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -57,15 +58,11 @@ def lora_conv(
     >>> lora.functional.lora_conv(x, W, None, A, B, 0.5, lora.functional.Geometry((1,), (0,), (1,))).shape
     torch.Size([1, 4, 3])
     """
-    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+    how = choose(x, weight, bias, A, B, scaling, dropout)
+    if how is None:
         return plain_lora_conv(x, weight, bias, A, B, scaling, geometry, dropout)
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    noise = Noise.draw(dropout, x) if dropout else None
-    if (weight.dtype != x.dtype and not autocast) or (dropout and noise is None):
-        return plain_lora_conv(x, weight, bias, A, B, scaling, geometry, dropout)
-    how = _How(scaling, noise, geometry, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
     with without_autocast(x.device):
-        y: Tensor = _LoRAConv.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
+        y: Tensor = _LoRAConv.apply(x, weight, bias, A, B, how, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -93,20 +90,6 @@ def plain_lora_conv(
     return y + (convolve(h, B.to(x.dtype)) * scaling).to(y.dtype)
 
 
-class _How(NamedTuple):
-    """What the fused function is told beside tensors."""
-
-    scaling: float
-    noise: Noise | None
-    geometry: Geometry
-    dtype: torch.dtype
-
-    @property
-    def c(self) -> float:
-        """The scaling, times the rescaling of dropout."""
-        return self.scaling if self.noise is None else self.scaling * self.noise.rescale
-
-
 class _LoRAConv(torch.autograd.Function):
     """`plain_lora_conv`, fused. With L output places and h (N, r, L), B (out_channels, r):
 
@@ -116,13 +99,15 @@ class _LoRAConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, geometry: Geometry
+    ) -> Tensor:
         x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (x, weight, A, B))
         convolve = _CONVOLUTIONS[weight.dim() - 2]
-        y: Tensor = convolve(x_, weight_, None if bias is None else cast(bias, how.dtype), *how.geometry)
-        h = convolve(_dropped(x_, how.noise), A_, None, *how.geometry).flatten(2).mul_(how.c)  # (N, r, L)
+        y: Tensor = convolve(x_, weight_, None if bias is None else cast(bias, how.dtype), *geometry)
+        h = convolve(_dropped(x_, how.noise), A_, None, *geometry).flatten(2).mul_(how.c)  # (N, r, L)
         y.flatten(2).baddbmm_(B_.flatten(1).expand(len(y), -1, -1), h)
-        ctx.how = how
+        ctx.how, ctx.geometry = how, geometry
         ctx.save_for_backward(x, weight, bias, A, B, h if ctx.needs_input_grad[4] else None)
         return y
 
@@ -134,22 +119,22 @@ class _LoRAConv(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, _, A, B, h = ctx.saved_tensors
-    how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
+    how, geometry, (needs_x, _, needs_bias, needs_A, needs_B, *_) = ctx.how, ctx.geometry, ctx.needs_input_grad
     x_ = cast(x, how.dtype)
     dx = dA = dB = dbias = None
     rows = dy.flatten(2)  # (N, out_channels, L)
     if needs_x or needs_bias:
-        dx, _, dbias = _gradients(dy, x_, cast(weight, how.dtype), how.geometry, (needs_x, False, needs_bias))
+        dx, _, dbias = _gradients(dy, x_, cast(weight, how.dtype), geometry, (needs_x, False, needs_bias))
     if needs_B:
         dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
     if needs_x or needs_A:
         dh = torch.matmul(cast(B, how.dtype).flatten(1).T, rows).mul_(how.c)  # (N, r, L)
         dh = dh.view(len(dy), -1, *dy.shape[2:])
         needs = (needs_x, needs_A, False)
-        update, dA, _ = _gradients(dh, _dropped(x_, how.noise), cast(A, how.dtype), how.geometry, needs)
+        update, dA, _ = _gradients(dh, _dropped(x_, how.noise), cast(A, how.dtype), geometry, needs)
         if dx is not None and update is not None:
             dx += _dropped(update, how.noise)
-    return dx, None, dbias, dA, dB, None
+    return dx, None, dbias, dA, dB, None, None
 
 
 def _gradients(
@@ -166,13 +151,13 @@ def _gradients(
 def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
     *inputs, _ = ctx.saved_tensors
-    how = ctx.how
+    how, geometry = ctx.how, ctx.geometry
 
     def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         mask = 0.0 if how.noise is None else how.noise.mask(x.flatten(1)).view(x.shape) * how.noise.rescale
-        return plain_lora_conv(x, weight, bias, A, B, how.scaling, how.geometry, mask)
+        return plain_lora_conv(x, weight, bias, A, B, how.scaling, geometry, mask)
 
-    return *twin_gradients(twin, inputs, ctx.needs_input_grad, dy, how.dtype), None
+    return *twin_gradients(twin, inputs, ctx.needs_input_grad[:5], dy, how.dtype), None, None
 
 
 def _dropped(x: Tensor, noise: Noise | None) -> Tensor:

@@ -7,14 +7,15 @@ into the base layer's output and input gradient, never into fresh tensors of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional.how import How, choose
 from lora.functional.noise import Noise
-from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
 
 Slices = Sequence[tuple[int, int]]
 
@@ -56,16 +57,11 @@ def lora_linear(
     tensor([16., 16., 16., 16.])
     """
     slices = slices or ((0, weight.shape[0]),)
-    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+    how = choose(x, weight, bias, A, B, scaling, dropout)
+    if how is None:
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    noise = Noise.draw(dropout, x) if dropout else None
-    # Where dtypes do not fit, the plain path raises what nn.Linear raises.
-    if (weight.dtype != x.dtype and not autocast) or (dropout and noise is None):
-        return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
-    how = _How(scaling, noise, slices, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
     with without_autocast(x.device):
-        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how)  # type: ignore[no-untyped-call]
+        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how, slices)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -129,20 +125,6 @@ def _tall(B: Tensor, slices: Slices) -> Sequence[Tensor]:
     return [B] if len(slices) == 1 else torch.split(B, [stop - start for start, stop in slices])
 
 
-class _How(NamedTuple):
-    """What the fused function is told beside tensors."""
-
-    scaling: float
-    noise: Noise | None
-    slices: Slices
-    dtype: torch.dtype
-
-    @property
-    def c(self) -> float:
-        """The scaling, times the rescaling of dropout."""
-        return self.scaling if self.noise is None else self.scaling * self.noise.rescale
-
-
 class _LoRALinear(torch.autograd.Function):
     """`plain_lora_linear`, fused. Saves x (if A trains) and h (if B does), and inputs that are not copies.
 
@@ -154,18 +136,12 @@ class _LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
-        x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (_rows(x), weight, A, B))
-        y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
-        y_ = _rows(y)  # (N, out_features)
-        if bias is None:
-            torch.mm(x_, weight_.T, out=y_)
-        else:
-            torch.addmm(cast(bias, how.dtype), x_, weight_.T, out=y_)
-        h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
-        add_up_(y_, h, B_, how.slices)
-        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.how = how
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
+    ) -> Tensor:
+        y, h = fused_forward(x, weight, bias, A, B, how, slices)
+        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.how, ctx.slices = how, slices
         # x itself: of a view made here, double backward would know nothing.
         ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
         return y
@@ -173,28 +149,58 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy.device):
-            return _plain_backward(ctx, dy) if needs_plain_backward(dy) else _backward(ctx, dy)
+            if needs_plain_backward(dy):
+                return _plain_backward(ctx, dy)
+            x, weight, _, A, B, h = ctx.saved_tensors
+            needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+            dx, dA, dB = fused_backward(dy, x, weight, A, B, h, ctx.how, ctx.slices, needs_x)
+            return dx, None, _rows(dy).sum(0) if needs_bias else None, dA, dB, None, None
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, _, A, B, h = ctx.saved_tensors
-    how, (needs_x, _, needs_bias, needs_A, needs_B, _) = ctx.how, ctx.needs_input_grad
+def fused_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
+) -> tuple[Tensor, Tensor]:
+    """y (..., out_features) and h (N, G·r), with nothing else of the size of x or y made on the way."""
+    x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (_rows(x), weight, A, B))
+    y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
+    y_ = _rows(y)  # (N, out_features)
+    if bias is None:
+        torch.mm(x_, weight_.T, out=y_)
+    else:
+        torch.addmm(cast(bias, how.dtype), x_, weight_.T, out=y_)
+    h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
+    add_up_(y_, h, B_, slices)
+    return y, h
+
+
+def fused_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    how: How,
+    slices: Slices,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, where it is needed; dA, where there is an x; dB, where there is an h."""
     dy_ = _rows(dy)  # (N, out_features)
     dx = torch.mm(dy_, cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
-    dA, dB = None, _outer(dy_, h, how.slices) if needs_B else None
-    if needs_x or needs_A:
-        dh = _to_rank(dy_, cast(B, how.dtype), how.slices).mul_(how.c)  # (N, G·r)
-        x_ = cast(_rows(x), how.dtype) if needs_A else None  # (N, in_features)
+    dA, dB = None, None if h is None else _outer(dy_, h, slices)
+    if needs_x or x is not None:
+        dh = _to_rank(dy_, cast(B, how.dtype), slices).mul_(how.c)  # (N, G·r)
+        x_ = None if x is None else cast(_rows(x), how.dtype)  # (N, in_features)
         dA = _through_down(dh, cast(A, how.dtype), x_, dx, how.noise)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, None, dy_.sum(0) if needs_bias else None, dA, dB, None
+    return dx, dA, dB
 
 
 def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
     *inputs, _ = ctx.saved_tensors
-    how, needs = ctx.how, ctx.needs_input_grad
+    how, slices, needs = ctx.how, ctx.slices, ctx.needs_input_grad[:5]
     if inputs[0] is None and needs[4]:
         raise RuntimeError(
             "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does not; "
@@ -205,9 +211,9 @@ def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
     def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         mask = 0.0 if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
-        return plain_lora_linear(x, weight, bias, A, B, how.scaling, mask, how.slices)
+        return plain_lora_linear(x, weight, bias, A, B, how.scaling, mask, slices)
 
-    return *twin_gradients(twin, inputs, needs, dy, how.dtype), None
+    return *twin_gradients(twin, inputs, needs, dy, how.dtype), None, None
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:

@@ -1,0 +1,60 @@
+"""How fast is one token through a layer, when text is generated?
+
+576→960, r = 16, without gradients, against `nn.Linear`: with the adapter beside the weight (unmerged), in `eval()`
+with a merged weight (loralib writes the base weight, lora keeps a cache beside it), and after `lora.merge`.
+
+    python benchmarks/decode.py [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import rivals
+import torch
+from harness import Case, main
+from torch import Tensor, nn
+
+import lora
+
+R = 16
+# in_features, out_features, dtype
+SHAPES = {
+    "576→960, one token, float32": (576, 960, torch.float32),
+    "576→960, one token, bfloat16": (576, 960, torch.bfloat16),
+}
+
+
+def cases(quick: bool) -> dict[str, Callable[[], Case]]:
+    return {name: partial(case, *sizes) for name, sizes in SHAPES.items()}
+
+
+def case(i: int, o: int, dtype: torch.dtype) -> Case:
+    base = nn.Linear(i, o, bias=False, dtype=dtype)
+    layers = rivals.layers(base, R)
+    loralib_merged, merged = rivals.with_loralib(base, R), nn.Sequential(rivals.with_lora(base, R))
+    loralib_merged.merge_weights = True
+    lora.merge(merged)
+    layers = {
+        "nn.Linear": layers["frozen"],
+        "loralib, unmerged": layers["loralib"],
+        "PEFT, unmerged": layers["PEFT"],
+        "lora, unmerged": layers["lora"],
+        "loralib, eval": loralib_merged,
+        "lora, eval with its cache": rivals.with_lora(base, R, merge_weights=True),
+        "lora, after lora.merge": merged[0],
+    }
+    x = torch.randn(1, i, dtype=dtype)
+    for layer in layers.values():
+        layer.eval()
+    return Case({name: partial(infer, layer, x) for name, layer in layers.items()})
+
+
+@torch.no_grad()
+def infer(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__, cases)

@@ -1,0 +1,98 @@
+"""Models to train, and each library's way of adapting one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import rivals
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
+from phi3 import fetch, pretrained, tiny
+
+R = {"llama": 8, "phi3": 16}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model with one library's adapter; small if quick."""
+
+    model: str
+    quick: bool
+    dtype: torch.dtype
+    library: str
+    adapter: torch.dtype
+    dropout: float
+
+
+def build(plan: Plan) -> nn.Module:
+    """The model in training, its A random and its B zero: the same for all libraries where their shapes are."""
+    torch.manual_seed(0)
+    model = _MODELS[plan.model](plan.quick, plan.dtype).requires_grad_(False)
+    _ADAPT[plan.library](model, plan)
+    return rivals.same_start(model, up=0.0)
+
+
+def _llama(quick: bool, dtype: torch.dtype) -> nn.Module:
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 8192}
+    if quick:
+        sizes = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3)).to(dtype)
+
+
+def _phi3(quick: bool, dtype: torch.dtype) -> nn.Module:
+    if quick:
+        return tiny.model().to(dtype)
+    return pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=dtype)[0]
+
+
+def _adapt_loralib(model: nn.Module, plan: Plan) -> None:
+    for name, module in _targets(model, plan):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, rivals.with_loralib(module, R[plan.model], plan.dropout))
+
+
+def _targets(model: nn.Module, plan: Plan) -> Iterable[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if name.rpartition(".")[2] in TARGETS[plan.model]]
+
+
+def _adapt_peft(model: nn.Module, plan: Plan) -> None:
+    config = peft.LoraConfig(**_settings(plan))
+    peft.get_peft_model(model, config, autocast_adapter_dtype=plan.adapter != plan.dtype)
+
+
+def _adapt_lora(model: nn.Module, plan: Plan) -> None:
+    lora.inject(model, **_settings(plan), adapter_dtype=plan.adapter)
+
+
+def _adapt_lora_split(model: nn.Module, plan: Plan) -> None:
+    splits = pretrained.fused_splits(model.config)
+    lora.inject(model, **_settings(plan), adapter_dtype=plan.adapter, splits=splits)
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """What PEFT and lora call by the same names."""
+    r, names = R[plan.model], TARGETS[plan.model]
+    return {"r": r, "lora_alpha": 2 * r, "lora_dropout": plan.dropout, "target_modules": names}
+
+
+_MODELS = {"llama": _llama, "phi3": _phi3}
+_ADAPT = {
+    "frozen": lambda model, plan: None,
+    "loralib": _adapt_loralib,
+    "PEFT": _adapt_peft,
+    "lora": _adapt_lora,
+    "lora, split": _adapt_lora_split,
+}

@@ -1,0 +1,99 @@
+"""The benchmarks run, measure what they say, and write it down."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ["linear", "merged", "conv", "embedding", "merge", "decode", "training_step"]
+
+pytest.importorskip("loralib")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.filterwarnings("default")  # the rivals' own
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at these sizes threads wait more than they work
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
+    harness, module = importlib.import_module("harness"), importlib.import_module(script)
+    monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
+    harness.main(module.__file__, module.__doc__, module.cases, "--quick", "--seconds", "1e-9", "--out", str(tmp_path))
+    written = json.loads((tmp_path / f"{script}.json").read_text())
+    assert list(written["results"]) == list(module.cases(True))
+    assert str(tmp_path) not in json.dumps(written)
+    for result in written["results"].values():
+        first, *others = result["rows"]
+        assert first["ratio"] == 1
+        assert any(row["variant"].startswith("lora") for row in others)
+    assert (tmp_path / f"{script}.md").read_text().startswith(f"# {script}\n")
+    assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_medians_of_rounds(monkeypatch):
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    now, durations = [0.0], {"limit": iter([1, 1, 1, 2, 4, 8, 1]), "other": iter([9, 9, 2, 2, 4, 24, 9])}
+
+    def take(name):
+        now[0] += next(durations[name])
+
+    case = harness.Case({"limit": lambda: take("limit"), "other": lambda: take("other")}, {"kept": {"other": 3}})
+    limit, other = harness.measure(case, seconds=0)
+    assert (limit["ratio"], limit["quartiles"], limit["kept"], limit["rounds"]) == (1, [1, 1], "–", 5)
+    assert (other["ratio"], other["quartiles"], other["kept"]) == (2, [1, 3], 3)
+    assert (limit["ms"], other["ms"]) == (2000, 4000)
+
+
+def test_what_is_short_is_repeated_and_setups_are_not_timed():
+    harness = importlib.import_module("harness")
+    calls = {"short": 0, "set up": 0, "setup": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    case = harness.Case(
+        {"short": lambda: count("short"), "set up": lambda: count("set up")}, setups={"set up": lambda: count("setup")}
+    )
+    harness.measure(case, seconds=0)
+    assert calls["set up"] == calls["setup"] == 2 + harness.LEAST_ROUNDS
+    assert calls["short"] > 100
+
+
+def test_counts():
+    counts, rivals = importlib.import_module("counts"), importlib.import_module("rivals")
+    layer, x, dy = nn.Linear(8, 4, bias=False), torch.randn(3, 8, requires_grad=True), torch.randn(3, 4)
+    assert counts.kept(lambda: layer(x), layer) == 3 * 8 * 4
+    assert counts.flops(lambda: layer(x)) == 2 * 3 * 8 * 4
+    assert counts.flops(lambda: torch.zeros(3, 4).addmm_(x.detach(), layer.weight.detach().T)) == 2 * 3 * 8 * 4
+    assert counts.made(lambda: layer(x)) == 3 * 4 * 4
+    frozen = layer.requires_grad_(False)
+    with counts.WithoutBase([frozen.weight]):
+        assert not frozen(x).any()
+        (dx,) = torch.autograd.grad(frozen(x), x, dy)
+    assert not dx.any()
+    assert rivals.trainable(frozen) == []
+
+
+def test_losses_do_not_depend_on_the_library():
+    models, steps = importlib.import_module("models"), importlib.import_module("training_step")
+    libraries = {"llama": ("loralib", "PEFT", "lora"), "phi3": ("PEFT", "lora")}
+    for model, names in libraries.items():
+        plans = [models.Plan(model, True, torch.float32, name, torch.float32, 0.0) for name in names]
+        first, *others = (list(steps.take_steps(plan).values())[1:] for plan in plans)
+        assert first[1] < first[0]
+        for losses in others:
+            assert losses == pytest.approx(first, rel=1e-5)
