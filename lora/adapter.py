@@ -61,10 +61,7 @@ class Adapter:
         for name, tensor in self.tensors.items():
             if name not in self.trained_in_full:
                 yield from _dtype_problems(name, tensor)
-            if tensor.numel() == 0:
-                yield f"{name} is empty: its shape is {tuple(tensor.shape)}."
-            elif tensor.dtype in _DTYPES and not bool(tensor.isfinite().all()):
-                yield f"{name} holds NaN or infinity."
+            yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
 
 
 def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
@@ -81,6 +78,19 @@ def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: `sample` must hold finite numbers, got {sample!r}."
 
 
+def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]:
+    """`mask_like` tensors are those of whole modules, whose buffers may be empty, or hold -inf to mask with."""
+    if tensor.is_meta:
+        yield f"{name} has no values, being on the meta device."
+    elif tensor.numel() == 0:
+        if not mask_like:
+            yield f"{name} is empty: its shape is {tuple(tensor.shape)}."
+    elif tensor.dtype in _DTYPES:
+        wrong = tensor.isnan() | tensor.isposinf() if mask_like else ~tensor.isfinite()
+        if bool(wrong.any()):
+            yield f"{name} holds NaN or infinity."
+
+
 def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
     if not tensor.is_floating_point():
         yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
@@ -91,6 +101,9 @@ def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
 def write(adapter: Adapter, path: Path) -> None:
     """Write an adapter to a safetensors file: the old file or the new one is there, whenever this is killed."""
     about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
+    path = Path(os.path.realpath(path))  # a link stays one
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in adapter.tensors.items():
@@ -136,10 +149,3 @@ def read(path: Path) -> Adapter:
     if not sound:
         raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
     return Adapter(modules, tensors, *names)
-
-
-def raise_all(what: str, problems: Iterator[str] | list[str]) -> None:
-    """Raise one AdapterError that lists every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise AdapterError(f"{what}, because\n" + "\n".join(f"  - {problem}" for problem in problems))

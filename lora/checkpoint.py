@@ -13,11 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora import adapter as files
-from lora.adapter import PARAMETERS, Adapter, raise_all
+from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.inject import Plan, adapt, all_or_nothing, lora_layers
 from lora.layer import LoRALayer, join
-from lora.matching import Names, names_of, why_not
+from lora.matching import Names, names_of, why_not, without_wrappers
 from lora.registry import kind_for
+from lora.settings import raise_all
 from lora.tensors import is_plain
 from lora.training import mark_only_lora_as_trainable, originals, remember, train_in_full, trains_in_full
 
@@ -49,7 +50,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> lora.load_adapter(model, path)
     """
     adapter = collect(model)
-    raise_all(f"{path} is not written", adapter.problems())
+    raise_all(f"{path} is not written", adapter.problems(), AdapterError)
     files.write(adapter, Path(path))
 
 
@@ -84,9 +85,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, check_base: 
     """
     lora_layers(model, "load_adapter", none=True)
     adapter = files.read(Path(path))
-    raise_all(f"{path} is not loaded", adapter.problems())
+    raise_all(f"{path} is not loaded", adapter.problems(), AdapterError)
     fit = _Fit(model, adapter, check_base)
-    raise_all(f"{path} is not loaded", fit.problems)
+    raise_all(f"{path} is not loaded", fit.problems, AdapterError)
     with all_or_nothing(model):
         adapt(fit.plans)
         if fit.plans:
@@ -100,13 +101,12 @@ def collect(model: nn.Module) -> Adapter:
     """The adapter of a model, sharing its tensors."""
     layers = lora_layers(model, "save_adapter")
     names = names_of(model)
-    adapted = {names[layer][0]: layer for layer in layers if layer.r > 0}
+    adapted = {without_wrappers(names[layer][0]): layer for layer in layers if layer.r > 0}
     full = dict(_trained_in_full(names))
     tensors = {join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()}
     about = {name: _about(layer) for name, layer in adapted.items()}
-    return Adapter(
-        about, {**tensors, **full}, list(full), [known[0] for m, known in names.items() if trains_in_full(m)]
-    )
+    modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
+    return Adapter(about, {**tensors, **full}, list(full), modules_to_save)
 
 
 class _Fit:
@@ -115,13 +115,15 @@ class _Fit:
     def __init__(self, model: nn.Module, adapter: Adapter, check_base: bool) -> None:
         self.adapter = adapter
         self.names = names_of(model)
-        self.modules = {name: module for module, known in self.names.items() for name in known}
+        self.modules = {without_wrappers(name): module for module, known in self.names.items() for name in known}
         self.plans: list[Plan] = []
         self.problems: list[str] = []
         injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         for name, settings in adapter.modules.items():
             try:
                 module = self._module(name)
+                if any(tensor.is_meta for tensor in module.parameters()):
+                    raise ValueError("has no values yet, being on the meta device; give it some first.")
                 if injected:
                     self._compare(name, module, settings)
                 else:
@@ -131,8 +133,7 @@ class _Fit:
             except (ValueError, TypeError) as error:
                 self.problems.append(f"{name}: {error}")
         for module in injected:
-            given = [name for name in self.names[module] if name in adapter.modules]
-            if not given:
+            if not any(without_wrappers(name) in adapter.modules for name in self.names[module]):
                 self.problems.append(f"{self.names[module][0]}: has LoRA in the model, and no adapter in the file.")
         self._find_twins()
         for name in adapter.trained_in_full:
@@ -147,7 +148,7 @@ class _Fit:
 
     def _find_twins(self) -> None:
         for known in self.names.values():
-            twins = [name for name in known if name in self.adapter.modules]
+            twins = [name for name in map(without_wrappers, known) if name in self.adapter.modules]
             if len(twins) > 1:
                 self.problems.append(f"{', '.join(twins)}: one module in the model, and {len(twins)} in the file.")
 
@@ -239,7 +240,7 @@ def _trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tupl
                 continue
             if name in in_full or (tensor.requires_grad and not only_recorded):
                 seen.add(id(tensor))
-                yield join(known[0], name), tensor
+                yield join(without_wrappers(known[0]), name), tensor
 
 
 def _about(layer: LoRALayer) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def _sample(module: nn.Module) -> list[float] | None:
     last = weight.numel() - 1
     index = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
     sample: list[float] = weight.detach().reshape(-1)[index].double().tolist()
-    return sample
+    return sample if all(map(math.isfinite, sample)) else None
 
 
 def _check_sample(theirs: list[float] | None, ours: list[float] | None) -> None:

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import torch
 
-from lora.settings import settings_problems
+from lora.settings import raise_all, settings_problems
 from lora.training import BIAS_CHOICES
 
 T = TypeVar("T")
+
+_BY_PATTERN = ("rank_pattern", "alpha_pattern", "splits", "enable_lora")
 
 
 @dataclass(kw_only=True)
@@ -69,10 +71,11 @@ class LoraConfig:
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for option in ("rank_pattern", "alpha_pattern", "splits", "enable_lora"):
+        for option in _BY_PATTERN:
             if getattr(self, option) is None:  # as PEFT takes it
                 setattr(self, option, {})
-        problems = []
+        problems = self._type_problems()
+        raise_all("LoraConfig: nothing was changed", problems)
         for r in (self.r, *self.rank_pattern.values()):
             for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
                 problems += settings_problems(r, alpha, self.lora_dropout)
@@ -82,11 +85,29 @@ class LoraConfig:
             problems.append("`target_modules` must name the modules to adapt, or be 'all-linear'.")
         if self.bias not in BIAS_CHOICES:
             problems.append(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}.")
-        if isinstance(self.modules_to_save, str):
-            problems.append(f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}.")
         for expression in self.expressions():
             problems += _problems_of(expression)
-        raise_all("LoraConfig", dict.fromkeys(problems))
+        raise_all("LoraConfig: nothing was changed", dict.fromkeys(problems))
+
+    def _type_problems(self) -> list[str]:
+        problems = []
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, option)
+            if not (value is None or isinstance(value, str) or _names(value)):
+                problems.append(f"`{option}` must be a list of names, got {value!r}.")
+        if isinstance(self.modules_to_save, str):
+            problems.append(f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}.")
+        for option in _BY_PATTERN:
+            value = getattr(self, option)
+            if not isinstance(value, Mapping) or not _names(list(value)):
+                problems.append(f"`{option}` must say by pattern, as in {{'qkv_proj': …}}, got {value!r}.")
+        for option in ("use_rslora", "factored", "merge_weights"):
+            if not isinstance(getattr(self, option), bool):
+                problems.append(f"`{option}` must be True or False, got {getattr(self, option)!r}.")
+        dtype = self.adapter_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            problems.append(f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}.")
+        return problems
 
     def expressions(self) -> list[tuple[str, str]]:
         """Every regular expression in the config, as it was given and as it is used."""
@@ -118,11 +139,8 @@ def did_you_mean(target: str, names: Iterable[str]) -> str:
     return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
 
 
-def raise_all(what: str, problems: Iterable[str]) -> None:
-    """Raise one ValueError that lists every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise ValueError(f"{what}: nothing was changed, because\n" + "\n".join(f"  - {line}" for line in problems))
+def _names(value: object) -> bool:
+    return isinstance(value, Iterable) and all(isinstance(name, str) for name in value)
 
 
 def _at_end(pattern: str) -> str:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
+from lora.functional.conv import CONVOLUTIONS
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from lora.tensors import autocasts
 
 
 class ConvLoRA(LoRALayer):
@@ -83,7 +82,7 @@ class ConvLoRA(LoRALayer):
         return self._convolve(x, A)  # (N, in_channels, *size) -> (N, r, *out_size)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
-        convolution = _CONVOLUTIONS[len(self.kernel_size)]
+        convolution = CONVOLUTIONS[len(self.kernel_size)]
         return convolution(h, B, groups=self.groups)  # (N, r, *out_size) -> (N, out_channels, *out_size)
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
@@ -99,7 +98,9 @@ class ConvLoRA(LoRALayer):
             geometry = Geometry(self.stride, self.padding, self.dilation)
             adapter = self.lora_A, self.lora_B, self.scaling
             return lora_conv(input, self.weight, self.bias, *adapter, geometry, dropout)
-        one_convolution = self.weight.dtype in (torch.float32, torch.float64)  # else the sum loses much of the update
+        # In lower precision the sum of both weights would lose much of the update.
+        precise = self.weight.dtype in (torch.float32, torch.float64)
+        one_convolution = precise and not autocasts(input.device)
         if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input)
         return self.forward_with(input, self.weight + self._delta_like(self.weight) * self.scaling)

@@ -11,13 +11,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.config import LoraConfig, for_module, raise_all
+from lora.config import LoraConfig, for_module
 from lora.layer import LoRALayer
 from lora.matching import Names, find_saved, find_targets, names_of, why_not
 from lora.registry import Kind, class_for, kind_for
 from lora.report import AdaptedModule, InjectionReport
-from lora.tensors import storage_key
-from lora.training import forget_originals, mark_only_lora_as_trainable, originals, remember, train_in_full
+from lora.settings import raise_all
+from lora.tensors import Spans
+from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     """
     if (config is None) == (not settings):
         raise TypeError("inject takes either a LoraConfig or its fields as keywords.")
+    if not isinstance(config, (LoraConfig, type(None))):
+        raise TypeError(f"`config` must be a lora.LoraConfig, got a {type(config).__module__}.{type(config).__name__}.")
     config = config or LoraConfig(**settings)
     lora_layers(model, "inject", none=True)
     names = names_of(model)
@@ -70,13 +73,12 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             plans.append(_plan(model, names[module], module, config))
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
-    raise_all("inject", problems)
+    raise_all("inject: nothing was changed", problems)
     with all_or_nothing(model):
         adapt(plans)
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias)
-        remember_trained(model)
     return _report(model, names, targets, tuple(names[module][0] for module in saved))
 
 
@@ -85,6 +87,9 @@ def eject(model: nn.Module) -> None:
 
     Parameters that trained in full (`modules_to_save`, biases) get the values that they had when LoRA was put in.
     What `requires_grad` says of the others stays as it is.
+
+    Args:
+        model: a model with LoRA layers, injected or constructed.
 
     Raises:
         ValueError: there is no LoRA layer in the model.
@@ -114,7 +119,10 @@ def eject(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within ``with lora.disabled(model):`` the model computes what the base model does.
 
-    Modules and biases that trained in full count with their values from before, too.
+    Modules and biases that train in full count with the values that they had when LoRA was put in, too.
+
+    Args:
+        model: a model with LoRA layers, or a part of one.
 
     Raises:
         ValueError: there is no LoRA layer in the model.
@@ -130,20 +138,32 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     lora_layers(model, "disabled", inside_disabled=True)
     modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
-    # A counter, not a flag, and kept on the modules: contexts of several generators may end in any order.
-    for module in modules:
-        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
-        if vars(module)["lora_disabled"] == 1:
-            vars(module)["lora_swapped"] = list(_originals(module))
-            _swap(model, {id(trained): base for trained, base in vars(module)["lora_swapped"]})
+    entered: list[nn.Module] = []
     try:
+        for module in modules:
+            _enter(model, module)
+            entered.append(module)
         yield
     finally:
-        for module in modules:
-            vars(module)["lora_disabled"] -= 1
-            if not vars(module)["lora_disabled"]:
-                _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
-                del vars(module)["lora_disabled"]
+        for module in entered:
+            _leave(model, module)
+
+
+def _enter(model: nn.Module, module: nn.Module) -> None:
+    # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
+    count = vars(module).get("lora_disabled", 0)
+    if not count:
+        swapped = list(_originals(module))
+        _swap(model, {id(trained): base for trained, base in swapped})
+        vars(module)["lora_swapped"] = swapped
+    vars(module)["lora_disabled"] = count + 1
+
+
+def _leave(model: nn.Module, module: nn.Module) -> None:
+    vars(module)["lora_disabled"] -= 1
+    if not vars(module)["lora_disabled"]:
+        _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
+        del vars(module)["lora_disabled"]
 
 
 def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
@@ -153,9 +173,13 @@ def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disab
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if any(layer.lora_disabled for layer in layers) and not inside_disabled:
         raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
+    if computed:
+        raise ValueError(f"{what}: a weight of {', '.join(computed)} is computed, by a parametrization; remove that.")
     return layers
 
 
+@torch.inference_mode(False)
 def adapt(plans: Sequence[Plan]) -> None:
     """Carry out plans: the modules become LoRA layers with fresh adapters."""
     for plan in plans:
@@ -164,6 +188,7 @@ def adapt(plans: Sequence[Plan]) -> None:
             layer.detach()
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.attach(**plan.settings)
+        layer.injected = True
         layer.reset_lora_parameters()
 
 
@@ -223,17 +248,6 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def remember_trained(model: nn.Module) -> None:
-    """Keep a copy of what trains outside the adapters; a tensor with several owners once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
-                seen.add(id(parameter))
-                remember(module, name)
-
-
 def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of a tensor that trained outside the adapters and its value from before."""
     for name, value in originals(module).items():
@@ -254,9 +268,9 @@ def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
 
 
 def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(storage_key(parameter), []).append(name)
+    owners = Spans[str]()
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        owners.add(tensor, name)
     rows = []
     for layer in targets:
         assert isinstance(layer, LoRALayer)
@@ -269,7 +283,7 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
                 r=layer.r,
                 scaling=layer.scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in owners.get(storage_key(layer.weight), ()) if name not in own),
+                tied_to=tuple(name for name in owners.sharing(layer.weight) if name not in own),
             )
         )
     parameters = initialized_parameters(model)

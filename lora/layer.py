@@ -51,6 +51,7 @@ class LoRALayer(nn.Module):
     merge_weights: bool = False
     scaling: float = 1.0
     lora_disabled: int = 0
+    injected: bool = False
     _merged: MergedWeight | None = None
     _subclassed: bool = False
 
@@ -151,7 +152,8 @@ class LoRALayer(nn.Module):
 
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
-        for name in ("lora_A", "lora_B", "scaling", "lora_disabled", "_merged", "_subclassed", *self.settings):
+        made = ("lora_A", "lora_B", "scaling", "lora_disabled", "injected", "_merged", "_subclassed")
+        for name in (*made, *self.settings):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
@@ -172,6 +174,10 @@ class LoRALayer(nn.Module):
         for name in ("lora_A", "lora_B"):
             if name in self._parameters:
                 yield name, getattr(self, name)
+
+    def owns_its_tensors(self) -> bool:
+        """Whether weight, A and B are parameters or buffers here, not computed by a parametrization, say."""
+        return {"weight", "lora_A", "lora_B"} <= {*self._parameters, *self._buffers}
 
     # ---- forward -----------------------------------------------------------------------------------
 

@@ -164,7 +164,8 @@ class Linear(LinearLoRA, nn.Linear):
         lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
         fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
-            weight and brought up to date when anything changes. Default: True.
+            weight and brought up to date when anything changes. (Of writes through `weight.data` a sample is seen,
+            on a CPU; after others call `train()` or `eval()` once more.) Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 

@@ -5,25 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import torch
 import torch.nn as nn
 
+from lora.bypassed import bypass_of
 from lora.config import LoraConfig, did_you_mean, name_matches, pattern_matches
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.registry import kind_for
-from lora.tensors import storage_key
+from lora.tensors import Spans
 
 Names = dict[nn.Module, tuple[str, ...]]
-
-# Parents that read a child's weight and never call the child, and what a user can do about it.
-_BYPASSED: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
-    nn.MultiheadAttention: (("out_proj",), "leave it out with `exclude_modules`"),
-    nn.TransformerEncoderLayer: (
-        ("linear1", "linear2"),
-        "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first",
-    ),
-}
 
 
 def names_of(model: nn.Module) -> Names:
@@ -32,6 +23,11 @@ def names_of(model: nn.Module) -> Names:
     for name, module in model.named_modules(remove_duplicate=False):
         names[module] = (*names.get(module, ()), name)
     return names
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name without the parts that torch's wrappers put in it: that of the model as it was written."""
+    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))
 
 
 def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:
@@ -72,25 +68,22 @@ def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tu
     """The modules to train in full, and a complaint for each that cannot be."""
     problems: list[str] = []
     saved = _select("modules_to_save", config.modules_to_save or (), names, problems)
-    weights = {
-        storage_key(weight): module
-        for module in targets
-        if (weight := module._parameters.get("weight")) is not None and not is_lazy(module)
-    }
+    adapted = Spans[nn.Module]()
+    for module in targets:
+        if module._parameters.get("weight") is not None and not is_lazy(module):
+            adapted.add(module._parameters["weight"], module)
     for module in saved:
         name = names[module][0]
         if is_lazy(module):
             problems.append(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
             continue
         inside = [part for part in module.modules() if part in targets]
-        tied = {weights[key] for p in module.parameters() if (key := storage_key(p)) in weights} - set(inside)
-        for found, hold in (
-            (inside, "be adapted, or hold a module that is"),
-            (tied, "share a weight with one adapted"),
-        ):
+        tied = {part for parameter in module.parameters() for part in adapted.sharing(parameter)} - set(inside)
+        wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
+        for hold, found in wrong.items():
             if found:
-                adapted = ", ".join(names[part][0] for part in names if part in found)
-                problems.append(f"{name}: a module of `modules_to_save` trains in full and cannot {hold}: {adapted}.")
+                listed = ", ".join(names[part][0] for part in names if part in found)
+                problems.append(f"{name}: a module of `modules_to_save` trains in full and cannot {hold}: {listed}.")
     return saved, problems
 
 
@@ -111,10 +104,9 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
     for name in names:
         parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        for bypassing, (children, way_out) in _BYPASSED.items():
-            if isinstance(parent, bypassing) and child in children and _bypasses(parent):
-                return f"its parent, a {bypassing.__name__}, reads its weight and bypasses its forward; {way_out}."
+        reason = bypass_of(model.get_submodule(parent_name), child)
+        if reason:
+            return reason
     return None
 
 
@@ -130,10 +122,6 @@ def clashing_names(module: nn.Module) -> list[str]:
         return []
     theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
     return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
-
-
-def _bypasses(parent: nn.Module) -> bool:
-    return isinstance(parent, nn.MultiheadAttention) or torch.backends.mha.get_fastpath_enabled()
 
 
 def _all_linear(model: nn.Module, names: Names) -> list[nn.Module]:

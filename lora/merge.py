@@ -6,12 +6,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.config import raise_all
 from lora.inject import lora_layers
-from lora.layer import LoRALayer
-from lora.matching import Names, names_of
+from lora.layer import LoRALayer, join
+from lora.matching import Names, names_of, without_wrappers
 from lora.report import MergedModule, MergeReport
-from lora.tensors import is_plain, storage_key
+from lora.settings import raise_all
+from lora.tensors import Spans, is_plain
 from lora.training import forget_originals
 
 
@@ -20,6 +20,9 @@ def merge(model: nn.Module) -> MergeReport:
 
     The sum is taken in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
     rounding takes a good part of a small update; the report says how much of it.
+
+    Args:
+        model: a model with LoRA layers, injected or constructed.
 
     Returns:
         A report that prints as a table: module, dtype, and the share of the update that rounding lost.
@@ -44,14 +47,14 @@ def merge(model: nn.Module) -> MergeReport:
     owners = _owners(names)
     problems = _problems(layers, names)
     for layer in layers:
-        tied = owners.get(storage_key(layer.weight), set()) - {layer}
+        tied = {*owners.sharing(layer.weight)} - {layer}
         if tied:
             others = ", ".join(names[other][0] for other in names if other in tied)
             problems.append(
                 f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
                 "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
             )
-    raise_all("merge", problems)
+    raise_all("merge: nothing was changed", problems)
     rows = [_merge(layer, names[layer][0]) for layer in layers]
     for layer in lora_layers(model, "merge", none=True):  # those with r = 0
         layer.detach()
@@ -65,6 +68,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Keys and layouts are the pretrained model's (with `fan_in_fan_out`, the transposed weight stays transposed). Weights
     that are tied in the model are entries of their own.
+
+    Args:
+        model: a model with LoRA layers.
 
     Returns:
         `model.state_dict()` with merged weights and without the adapters; tensors that LoRA does not touch are shared.
@@ -84,14 +90,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         beyond = layer.beyond_weight()
         if beyond:
             problems.append(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
-    raise_all("merged_state_dict", problems)
+    raise_all("merged_state_dict: nothing was changed", problems)
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in layers:
         merged = layer.compute_merged().to(layer.weight.dtype)
-        for prefix in (f"{name}." if name else "" for name in names[layer]):
-            state[f"{prefix}weight"] = merged
-            for name, _ in layer.lora_parameters():
-                del state[f"{prefix}{name}"]
+        for known in names[layer]:
+            name = without_wrappers(known)
+            state[join(name, "weight")] = merged
+            for own, _ in layer.lora_parameters():
+                del state[join(name, own)]
     return state
 
 
@@ -112,7 +119,9 @@ def _merge(layer: LoRALayer, name: str) -> MergedModule:
 def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     problems = []
     for layer in layers:
-        if not layer.dense or not is_plain(layer.weight, layer.lora_A, layer.lora_B):
+        if layer.weight.is_meta:
+            problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
+        elif not layer.dense or not is_plain(layer.weight, layer.lora_A, layer.lora_B):
             problems.append(
                 f"{names[layer][0]}: a {type(layer.weight).__name__} in a {type(layer).__name__} is not dense."
             )
@@ -121,10 +130,9 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     return problems
 
 
-def _owners(names: Names) -> dict[int, set[nn.Module]]:
-    owners: dict[int, set[nn.Module]] = {}
+def _owners(names: Names) -> Spans[nn.Module]:
+    owners = Spans[nn.Module]()
     for module in names:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(storage_key(parameter), set()).add(module)
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            owners.add(tensor, module)
     return owners

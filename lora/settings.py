@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -28,7 +29,7 @@ def split_settings(
     out_features: int, splits: Sequence[int] | None, enable_lora: bool | Sequence[bool | int]
 ) -> dict[str, Any]:
     """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
-    if splits is not None and not (_is_sequence(splits) and all(isinstance(size, int) for size in splits)):
+    if splits is not None and not (_is_sequence(splits) and all(isinstance(size, numbers.Integral) for size in splits)):
         raise ValueError(f"`splits` must be a list or a tuple of integers, got {splits!r}.")
     if isinstance(enable_lora, bool):
         enable_lora = (enable_lora,) * len(splits or (0,))
@@ -42,8 +43,15 @@ def split_settings(
                 "for uneven splits give `splits`."
             )
         splits = (out_features // len(mask),) * len(mask)
-    return {"splits": tuple(splits), "enable_lora": tuple(map(bool, mask))}
+    return {"splits": tuple(int(size) for size in splits), "enable_lora": tuple(map(bool, mask))}
 
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def raise_all(what: str, problems: Iterable[str], error: type[ValueError] = ValueError) -> None:
+    """Raise one error that lists every problem, if there is any."""
+    problems = list(problems)
+    if problems:
+        raise error(f"{what}, because\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -30,6 +33,7 @@ def _is_dense(tensor: Tensor) -> bool:
 def _is_tracing() -> bool:
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -49,17 +53,42 @@ def _has_storage(tensor: Tensor) -> bool:
     return True
 
 
-def storage_key(tensor: Tensor) -> int:
-    """Equal for tensors where writing one writes the other: two Parameters may share one storage."""
-    return tensor.untyped_storage().data_ptr() if _is_dense(tensor) and tensor.numel() else id(tensor)
+class Spans(Generic[T]):
+    """What owns which memory: finds out whether writing one tensor writes another."""
+
+    def __init__(self) -> None:
+        self._spans: dict[int, list[tuple[int, int, T]]] = {}
+
+    def add(self, tensor: Tensor | None, owner: T) -> None:
+        """Enter the owner of a tensor."""
+        if tensor is not None:
+            storage, start, stop = _span(tensor)
+            self._spans.setdefault(storage, []).append((start, stop, owner))
+
+    def sharing(self, tensor: Tensor) -> list[T]:
+        """The owners of tensors that share memory with this one; two Parameters may share one storage."""
+        storage, start, stop = _span(tensor)
+        return [owner for i, j, owner in self._spans.get(storage, []) if i < stop and start < j]
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage, and begin and end in it; another tensor's identity, where memory cannot be looked at."""
+    if not _is_dense(tensor) or tensor.numel() == 0:
+        return id(tensor), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which operations compute in the dtype of what they are given."""
     # Entering torch's own costs as much as a small product: only where it changes something.
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether operations on this kind of device are being cast automatically."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

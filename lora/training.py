@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -37,6 +38,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
+    if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
+        remember_trained(model)
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
@@ -61,11 +64,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     >>> list(lora.lora_state_dict(model, bias="lora_only"))
     ['0.bias', '0.lora_A', '0.lora_B']
     """
-    names = {name for name, _ in trained_parameters(model, bias)}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    for module in model.modules():
         if trains_in_full(module):
-            names.update(join(prefix, name) for name in module._buffers)
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+            trained.update(id(buffer) for buffer in module._buffers.values())
+    # By object, not by name: wrappers rename keys, and tied parameters have several.
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in state.items() if id(tensor) in trained}
 
 
 def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:
@@ -106,6 +111,7 @@ def trains_in_full(module: nn.Module) -> bool:
     return "lora_in_full" in module.__dict__
 
 
+@torch.inference_mode(False)
 def remember(module: nn.Module, name: str) -> None:
     """Keep a copy of one of the module's own parameters or buffers, unless there is one already."""
     tensor: Tensor = getattr(module, name)
@@ -122,3 +128,14 @@ def forget_originals(module: nn.Module) -> None:
     """Treat the module's parameters, as they are now, as the base's."""
     module.__dict__.pop("lora_in_full", None)
     module.__dict__.pop("lora_originals", None)
+
+
+def remember_trained(model: nn.Module) -> None:
+    """Keep a copy of what trains outside the adapters; a tensor with several owners once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
+                seen.add(id(parameter))
+                remember(module, name)

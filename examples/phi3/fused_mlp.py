@@ -25,6 +25,6 @@ def fuse(model: nn.Module) -> None:
     if not mlps or model.config.hidden_act != "silu":
         raise UserError("--fused-mlp is for models with Phi-3's MLP and the activation silu")
     for mlp in mlps:
-        if not all(isinstance(layer, lora.LoRALayer) for layer in (mlp.gate_up_proj, mlp.down_proj)):
+        if not all(isinstance(layer, lora.LoRALayer) and layer.dense for layer in (mlp.gate_up_proj, mlp.down_proj)):
             raise UserError("--fused-mlp needs both gate_up_proj and down_proj among --target-modules")
         mlp.__class__ = FusedMLP

@@ -12,7 +12,7 @@ from lora.functional.how import How, choose
 from lora.functional.noise import Noise
 from lora.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Geometry(NamedTuple):
@@ -83,7 +83,7 @@ def plain_lora_conv(
 
     The other arguments and the result are `lora_conv`'s.
     """
-    convolve = _CONVOLUTIONS[weight.dim() - 2]
+    convolve = CONVOLUTIONS[weight.dim() - 2]
     y: Tensor = convolve(x, weight, bias, *geometry)  # (N, out_channels, *out_size)
     dropped = x * dropout if isinstance(dropout, Tensor) else F.dropout(x, dropout) if dropout else x
     h = convolve(dropped, A.to(x.dtype), None, *geometry)  # (N, r, *out_size)
@@ -103,7 +103,7 @@ class _LoRAConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, geometry: Geometry
     ) -> Tensor:
         x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (x, weight, A, B))
-        convolve = _CONVOLUTIONS[weight.dim() - 2]
+        convolve = CONVOLUTIONS[weight.dim() - 2]
         y: Tensor = convolve(x_, weight_, None if bias is None else cast(bias, how.dtype), *geometry)
         h = convolve(_dropped(x_, how.noise), A_, None, *geometry).flatten(2).mul_(how.c)  # (N, r, L)
         y.flatten(2).baddbmm_(B_.flatten(1).expand(len(y), -1, -1), h)
@@ -129,7 +129,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
     if needs_x or needs_A:
         dh = torch.matmul(cast(B, how.dtype).flatten(1).T, rows).mul_(how.c)  # (N, r, L)
-        dh = dh.view(len(dy), -1, *dy.shape[2:])
+        dh = dh.view(len(dy), len(A), *dy.shape[2:])
         needs = (needs_x, needs_A, False)
         update, dA, _ = _gradients(dh, _dropped(x_, how.noise), cast(A, how.dtype), geometry, needs)
         if dx is not None and update is not None:

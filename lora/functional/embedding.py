@@ -55,7 +55,8 @@ def plain_lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: 
     """What `lora_embedding` computes, as the equation reads, in operations that autograd knows."""
     dtype = torch.promote_types(y.dtype, A.dtype)
     h = F.embedding(ids, A.T.to(dtype), how.padding_idx, scale_grad_by_freq=how.scale_grad_by_freq)  # (..., r)
-    return y + (F.linear(h, B.to(dtype)) * scaling).to(y.dtype)
+    with without_autocast(y.device):
+        return y + (F.linear(h, B.to(dtype)) * scaling).to(y.dtype)
 
 
 class _LoRAEmbedding(torch.autograd.Function):
