@@ -92,7 +92,7 @@ class ConvLoRA(LoRALayer):
         B = B.reshape(self.groups, -1, self.r // self.groups)  # (groups, out_channels / groups, r / groups)
         return (B @ A).reshape(self.weight.shape)
 
-    def lora_forward(self, input: Tensor) -> Tensor:
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._fuses(input):
             dropout = self.lora_dropout if self.training else 0.0
             geometry = Geometry(self.stride, self.padding, self.dilation)
@@ -102,7 +102,7 @@ class ConvLoRA(LoRALayer):
         precise = self.weight.dtype in (torch.float32, torch.float64)
         one_convolution = precise and not autocasts(input.device)
         if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
-            return super().lora_forward(input)
+            return super().lora_forward(input, *args, **kwargs)
         return self.forward_with(input, self.weight + self._delta_like(self.weight) * self.scaling)
 
     def _fuses(self, input: Tensor) -> bool:

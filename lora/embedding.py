@@ -36,9 +36,9 @@ class EmbeddingLoRA(LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def lora_forward(self, input: Tensor) -> Tensor:
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.dense:
-            return super().lora_forward(input)
+            return super().lora_forward(input, *args, **kwargs)
         how = Lookup(self.padding_idx, self.scale_grad_by_freq, self.sparse)
         return lora_embedding(input, self.base_forward(input), self.lora_A, self.lora_B, self.scaling, how)
 
@@ -51,9 +51,9 @@ class EmbeddingLoRA(LoRALayer):
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
 
-    def base_forward(self, input: Tensor) -> Tensor:
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.r == 0 or self.max_norm is None:
-            return super().base_forward(input)
+            return super().base_forward(input, *args, **kwargs)
         # torch's max_norm writes the rows that it looks up; a frozen base is renormalised on the way out.
         return self._renormed(self.forward_with(input, self.weight))
 

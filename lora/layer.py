@@ -181,22 +181,25 @@ class LoRALayer(nn.Module):
 
     # ---- forward -----------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor) -> Tensor:
-        """y = W₀ x + b + s · B A drop(x), or the same from the merged weight (class docstring)."""
-        if self.r == 0 or self.lora_disabled:
-            return self.base_forward(input)
-        if self._serves_merged():
-            return self.forward_with(input, self.merged_weight())
-        return self.lora_forward(input)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = W₀ x + b + s · B A drop(x), or the same from the merged weight (class docstring).
 
-    def base_forward(self, input: Tensor) -> Tensor:
+        Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
+        """
+        if self.r == 0 or self.lora_disabled:
+            return self.base_forward(input, *args, **kwargs)
+        if self._serves_merged():
+            return self.forward_with(input, self.merged_weight(), *args, **kwargs)
+        return self.lora_forward(input, *args, **kwargs)
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The pretrained layer's own output."""
-        output: Tensor = super().forward(input)
+        output: Tensor = super().forward(input, *args, **kwargs)
         return output
 
-    def lora_forward(self, input: Tensor) -> Tensor:
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The equation in plain, out-of-place operations: right for every base, quantised or sharded."""
-        y = self.base_forward(input)
+        y = self.base_forward(input, *args, **kwargs)
         return y + (self.lora_update(input) * self.scaling).to(y.dtype)
 
     def lora_update(self, input: Tensor) -> Tensor:

@@ -67,15 +67,15 @@ class LinearLoRA(LoRALayer):
         """(out_features, in_features) as the base layer stores it, or back again."""
         return weight.T if self.fan_in_fan_out else weight
 
-    def base_forward(self, input: Tensor) -> Tensor:
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # nn.Linear itself knows no transposed weight; other bases that have one know it.
         if self.fan_in_fan_out and self.base_class is nn.Linear:
             return self.forward_with(input, self.weight)
-        return super().base_forward(input)
+        return super().base_forward(input, *args, **kwargs)
 
-    def lora_forward(self, input: Tensor) -> Tensor:
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.dense:
-            return super().lora_forward(input)
+            return super().lora_forward(input, *args, **kwargs)
         return lora_linear(input, *self.adapted())
 
     def adapted(self) -> Adapted:
@@ -165,7 +165,7 @@ class Linear(LinearLoRA, nn.Linear):
         fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
             weight and brought up to date when anything changes. (Of writes through `weight.data` a sample is seen,
-            on a CPU; after others call `train()` or `eval()` once more.) Default: True.
+            on a CPU; after others call `train()` and `eval()` again.) Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 

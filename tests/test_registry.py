@@ -295,3 +295,17 @@ def test_a_layer_of_a_made_class_survives_copying(copied, make, training):
         assert twin[0].scaling == 3 / 2
         nn.init.zeros_(twin[0].lora_B)
         assert torch.equal(model(x), expected)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input, scale=1.0, *, shift=0.0):
+        return super().forward(input) * scale + shift
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_further_arguments_of_a_subclass_go_to_its_own_forward(training):
+    layer, x = Scaled(6, 4), torch.randn(5, 6)
+    base = layer(x, 2.0, shift=1.0)
+    injected(layer, merge_weights=True).train(training)
+    update = x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
+    torch.testing.assert_close(layer(x, 2.0, shift=1.0), base + update)
