@@ -4,6 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
+import loralib  # noqa: F401 (the rivals, without which nothing is compared)
+import peft  # noqa: F401
 import pytest
 import torch
 from torch import nn
@@ -11,9 +13,6 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ["linear", "merged", "conv", "embedding", "merge", "decode", "training_step"]
 
-pytest.importorskip("loralib")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("default")  # the rivals' own
 
 

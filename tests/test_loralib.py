@@ -8,6 +8,7 @@ import loralib.layers
 import pytest
 import torch
 from conftest import randomised
+from counting import operations
 from torch import nn
 
 import lora
@@ -212,3 +213,29 @@ def test_loralibs_adapter_checkpoint_loads_by_loralibs_recipe(tmp_path, bias):
     assert set(missing) <= {"weight", "bias"}
     x = an_input("Linear")
     torch.testing.assert_close(fresh(x), ours(x))
+
+
+# ---- what trains, and what it costs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_on_a_model_without_traps_it_is_loralibs(bias):
+    def make(library):
+        torch.manual_seed(0)
+        merged = library.MergedLinear(8, 6, r=2, enable_lora=[True, False, True])
+        rest = nn.LayerNorm(4), nn.Linear(4, 8), library.Embedding(4, 4, r=2)
+        return nn.Sequential(library.Linear(4, 4, r=2), merged, *rest)
+
+    ours, theirs = make(lora), make(loralib)
+    lora.mark_only_lora_as_trainable(ours, bias)
+    loralib.mark_only_lora_as_trainable(theirs, bias)
+    assert [p.requires_grad for p in ours.parameters()] == [p.requires_grad for p in theirs.parameters()]
+    mine, other = lora.lora_state_dict(ours, bias), loralib.lora_state_dict(theirs, bias)
+    assert set(mine) == set(other)
+    assert all(torch.equal(value, other[name]) for name, value in mine.items())
+
+
+def test_the_counter_of_operations_sees_what_loralib_spends():
+    theirs = loralib.MergedLinear(256, 768, r=8, enable_lora=[True, True, True])
+    plain = operations(nn.Linear(256, 768), 4, 64).flops
+    assert operations(theirs, 4, 64).flops > 2 * plain

@@ -3,15 +3,14 @@
 import operator
 import re
 
-import loralib
 import pytest
 import torch
 from conftest import assert_equation, plain_twin, randomised, with_float32_adapter
+from counting import operations
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 
@@ -135,39 +134,6 @@ def test_masks_and_splits_that_do_not_fit_raise_and_are_repeated(arguments, mess
 # ---- what it costs ----------------------------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    """Counts the multiply-adds of matrix products and convolutions, and the largest tensor that was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "bmm", "mv", "addmm", "baddbmm", "addmv"):
-            left, right = args[1:3] if name.startswith(("add", "badd")) else args[:2]
-            self.flops += 2 * left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
-        elif name == "linear":
-            self.flops += 2 * args[0].numel() * args[1].shape[0]
-        elif name == "convolution":
-            self.flops += 2 * output.numel() * args[1][0].numel()
-        made = [t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, torch.Tensor)]
-        if not function.is_view and name not in ("detach", "lift_fresh"):
-            written = {id(argument) for argument in args if isinstance(argument, torch.Tensor)}
-            self.largest = max([self.largest, *(t.numel() for t in made if id(t) not in written)])
-        return output
-
-
-def operations(layer, *leading, dtype=torch.float32, backward=False):
-    x = torch.randn(*leading, 256, dtype=dtype, requires_grad=True)
-    with Operations() as counted:
-        y = layer(x)
-        if backward:
-            y.sum().backward()
-    return counted
-
-
 @pytest.mark.parametrize("mask", [(1, 1, 1), (1, 0, 1), (0, 0, 1)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_forward_pass_costs_at_most_a_tenth_more_than_nn_linears(mask, dropout):
@@ -175,12 +141,6 @@ def test_a_forward_pass_costs_at_most_a_tenth_more_than_nn_linears(mask, dropout
     assert plain == 2 * 4 * 64 * 256 * 768
     layer = lora.MergedLinear(256, 768, r=8, lora_dropout=dropout, enable_lora=mask)
     assert plain < operations(layer, 4, 64).flops <= 1.1 * plain
-
-
-def test_the_counter_of_operations_sees_what_loralib_spends():
-    theirs = loralib.MergedLinear(256, 768, r=8, enable_lora=[True, True, True])
-    plain = operations(nn.Linear(256, 768), 4, 64).flops
-    assert operations(theirs, 4, 64).flops > 2 * plain
 
 
 LAYERS = {

@@ -2,7 +2,6 @@
 
 import copy
 
-import loralib
 import pytest
 import torch
 import torch.nn as nn
@@ -107,23 +106,6 @@ def test_the_root_layer_itself_is_marked_and_saved():
     layer = lora.Linear(4, 4, r=2)
     lora.mark_only_lora_as_trainable(layer, "lora_only")
     assert trainable(layer) == set(lora.lora_state_dict(layer, "lora_only")) == {"lora_A", "lora_B", "bias"}
-
-
-@pytest.mark.parametrize("bias", BIASES)
-def test_on_a_model_without_traps_it_is_loralibs(bias):
-    def make(library):
-        torch.manual_seed(0)
-        merged = library.MergedLinear(8, 6, r=2, enable_lora=[True, False, True])
-        rest = nn.LayerNorm(4), nn.Linear(4, 8), library.Embedding(4, 4, r=2)
-        return nn.Sequential(library.Linear(4, 4, r=2), merged, *rest)
-
-    ours, theirs = make(lora), make(loralib)
-    lora.mark_only_lora_as_trainable(ours, bias)
-    loralib.mark_only_lora_as_trainable(theirs, bias)
-    assert trainable(ours) == trainable(theirs)
-    mine, other = lora.lora_state_dict(ours, bias), loralib.lora_state_dict(theirs, bias)
-    assert set(mine) == set(other)
-    assert all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
 def test_the_recipe_of_loralib_works(tmp_path):
