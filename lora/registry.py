@@ -22,8 +22,11 @@ _classes: dict[tuple[Kind, Base], Kind] = {}
 def register(base: Base | str, kind: Kind) -> None:
     """Teach `lora.inject` a class of layer: instances of `base` and of its subclasses become `kind`.
 
-    A kind derives from `lora.LoRALayer`, or from one of its kinds such as `lora.linear.LinearLoRA`, and
-    says what the shapes of A and B are and what `down`, `up`, `delta` and `forward_with` compute.
+    A kind derives from `lora.LoRALayer` and says four things: `lora_shapes`, `down` (x → A x), `up` (h → B h) and
+    `delta` (B A in the shape of the weight), and, for serving merged weights, `forward_with` (the base's function
+    with another weight). Or it derives from a kind that exists, such as `lora.linear.LinearLoRA`, and changes what
+    differs. What else `LoRALayer` defines (`configure`, `base_weight`, `write_weight`, `beyond_weight`) has defaults
+    that suit most.
 
     Args:
         base: the layer's class, or its full name (``"package.module.Class"``) where importing the package
@@ -34,22 +37,34 @@ def register(base: Base | str, kind: Kind) -> None:
         TypeError: `kind` is not a mixin that derives from `lora.LoRALayer`, or `base` is not a class of layer.
 
     >>> import torch, lora
-    >>> from lora.linear import LinearLoRA
-    >>> class Scorer(torch.nn.Module):  # a linear layer by other names
-    ...     def __init__(self, n):
+    >>> class Heads(torch.nn.Module):  # (..., heads, in) -> (..., heads, out), a matrix for each head
+    ...     def __init__(self, heads, inputs, outputs):
     ...         super().__init__()
-    ...         self.weight = torch.nn.Parameter(torch.zeros(1, n))
-    ...         self.bias = None
+    ...         self.weight = torch.nn.Parameter(torch.randn(heads, inputs, outputs))
     ...     def forward(self, x):
-    ...         return x @ self.weight.T
-    >>> class ScorerLoRA(LinearLoRA):
+    ...         return torch.einsum("...hi,hio->...ho", x, self.weight)
+    >>> class HeadsLoRA(lora.LoRALayer):
     ...     @classmethod
-    ...     def features(cls, base):
-    ...         return base.weight.shape[1], 1
-    >>> lora.register(Scorer, ScorerLoRA)
-    >>> model = torch.nn.Sequential(Scorer(4))
+    ...     def lora_shapes(cls, base, r, **settings):
+    ...         heads, inputs, outputs = base.weight.shape
+    ...         return (r, heads, inputs), (heads, r, outputs)
+    ...     def down(self, x, A):
+    ...         return torch.einsum("...hi,rhi->...hr", x, A)
+    ...     def up(self, h, B):
+    ...         return torch.einsum("...hr,hro->...ho", h, B)
+    ...     def delta(self, A, B):
+    ...         return torch.einsum("rhi,hro->hio", A, B)
+    ...     def forward_with(self, input, weight):
+    ...         return torch.einsum("...hi,hio->...ho", input, weight)
+    >>> lora.register(Heads, HeadsLoRA)
+    >>> model = torch.nn.Sequential(Heads(2, 4, 3))
     >>> lora.inject(model, target_modules=["0"], r=2).trainable
-    10
+    28
+    >>> _ = torch.nn.init.normal_(model[0].lora_B)
+    >>> before = model(torch.ones(2, 4))
+    >>> _ = lora.merge(model)
+    >>> torch.allclose(model(torch.ones(2, 4)), before, atol=1e-5)
+    True
     """
     from lora.layer import LoRALayer
 

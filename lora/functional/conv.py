@@ -53,6 +53,11 @@ def lora_conv(
     Returns:
         y (N, out_channels, *out_size).
 
+    Raises:
+        RuntimeError: the dtypes of x and weight differ, as torch's convolutions raise it.
+
+    From loralib, which applies arXiv:2106.09685 to convolutions, in the form of PEFT.
+
     >>> import torch, lora.functional
     >>> x, W, A, B = torch.ones(1, 2, 5), torch.ones(4, 2, 3), torch.ones(1, 2, 3), torch.ones(4, 1, 1)
     >>> lora.functional.lora_conv(x, W, None, A, B, 0.5, lora.functional.Geometry((1,), (0,), (1,))).shape

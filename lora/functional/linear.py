@@ -51,6 +51,11 @@ def lora_linear(
     Returns:
         y (..., out_features).
 
+    Raises:
+        RuntimeError: the dtypes of x and weight differ, as `torch.nn.functional.linear` raises it.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+
     >>> import torch, lora.functional
     >>> x, W, A, B = torch.ones(3, 8), torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2)
     >>> lora.functional.lora_linear(x, W, None, A, B, scaling=0.5)[0]
