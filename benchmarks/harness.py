@@ -95,7 +95,7 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the sizes: whether it runs, not how fast")
     parser.add_argument("--seconds", type=float, help="time for each case (default: 30, or 0.1 when quick)")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases that have these words in their name")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: results/, of full runs alone)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: results/, when run without options)")
     chosen = parser.parse_args(argv or None)
     seconds = chosen.seconds or (0.1 if chosen.quick else 30)
     topic, about, results = Path(script).stem, machine(), {}
@@ -105,7 +105,8 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
             case = make()
             results[name] = {"rows": measure(case, seconds), "note": case.note, "charted": case.charted}
             print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
-    out = chosen.out or (None if chosen.quick or chosen.only else RESULTS)
+    partial = chosen.quick or chosen.only or chosen.seconds
+    out = chosen.out or (None if partial else RESULTS)
     if out and results:
         write(out, topic, question, about, results)
 

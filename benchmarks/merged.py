@@ -18,6 +18,7 @@ import torch
 from counts import flops, kept
 from harness import Case, main
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 F32, BF16 = torch.float32, torch.bfloat16
 R = 16
@@ -32,7 +33,13 @@ SHAPES = {
 }
 THREE = {
     "q, k and v as three layers or one, 3072→3·3072, 2048 tokens, bfloat16": (3072, (3072,) * 3, 2048, BF16, 0.0),
-    "the same, dropout 0.05": (3072, (3072,) * 3, 2048, BF16, 0.05),
+    "q, k and v as three layers or one, 3072→3·3072, 2048 tokens, bfloat16, dropout 0.05": (
+        3072,
+        (3072,) * 3,
+        2048,
+        BF16,
+        0.05,
+    ),
 }
 
 
@@ -55,7 +62,10 @@ def fused(i: int, splits: Sequence[int], enabled: Sequence[int], n: int, dtype: 
     if len(set(splits)) == 1:
         layers["loralib"] = merged_loralib(base, enabled, dropout)
     layers["lora"] = merged_lora(base, splits, enabled, dropout)
-    return against_frozen(layers, torch.randn(n, i, dtype=dtype, requires_grad=True), sum(splits), dropout)
+    x = torch.randn(n, i, dtype=dtype, requires_grad=True)
+    if not dropout:
+        rivals.assert_equal(layer(x) for name, layer in layers.items() if name != "frozen")
+    return against_frozen(layers, x)
 
 
 def three_or_one(i: int, splits: Sequence[int], n: int, dtype: torch.dtype, dropout: float) -> Case:
@@ -66,18 +76,18 @@ def three_or_one(i: int, splits: Sequence[int], n: int, dtype: torch.dtype, drop
     threes = [rivals.layers(base, R, dropout) for base in bases]
     layers = {name: SideBySide([three[name] for three in threes]) for name in threes[0]}
     layers["lora, MergedLinear"] = merged_lora(fused_base, splits, (1, 1, 1), dropout)
-    return against_frozen(layers, torch.randn(n, i, dtype=dtype, requires_grad=True), sum(splits), dropout)
+    return against_frozen(layers, torch.randn(n, i, dtype=dtype, requires_grad=True))
 
 
 class SideBySide(nn.Module):
-    """Layers of one input; all outputs are one."""
+    """Layers of one input."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [part(x) for part in self.parts]
 
 
 def merged_loralib(base: nn.Linear, enabled: Sequence[int], dropout: float) -> nn.Module:
@@ -91,11 +101,9 @@ def merged_lora(base: nn.Linear, splits: Sequence[int], enabled: Sequence[int], 
     return rivals.with_lora(base, R, dropout, splits={"layer": splits}, enable_lora={"layer": enabled})
 
 
-def against_frozen(layers: Mapping[str, nn.Module], x: Tensor, out_features: int, dropout: float) -> Case:
-    dy = torch.randn(len(x), out_features, dtype=x.dtype)
-    if not dropout and len(layers) > 2 and "PEFT" not in layers:  # three layers' A and B start otherwise
-        rivals.assert_equal(layer(x) for name, layer in layers.items() if name != "frozen")
-    steps = {name: partial(rivals.step, layer, x, dy) for name, layer in layers.items()}
+def against_frozen(layers: Mapping[str, nn.Module], x: Tensor) -> Case:
+    gradients = {name: tree_map(torch.randn_like, layer(x)) for name, layer in layers.items()}
+    steps = {name: partial(rivals.step, layer, x, gradients[name]) for name, layer in layers.items()}
     arithmetic = {name: flops(run) for name, run in steps.items()}
     columns = {
         "FLOPs / frozen": {name: count / arithmetic["frozen"] for name, count in arithmetic.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import loralib
 import peft
@@ -67,8 +67,8 @@ def with_lora(
     return same_start(holder["layer"])
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-    """Forward and backward, with gradients for what trains and for x, if it wants one."""
+def step(layer: nn.Module, x: Tensor, dy: Tensor | Sequence[Tensor]) -> None:
+    """Forward and backward of a layer of one or more outputs, for what trains and for x, if it wants a gradient."""
     wanted = [tensor for tensor in (x, *trainable(layer)) if tensor.requires_grad]
     y = layer(x)
     if wanted:

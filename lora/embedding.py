@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.functional import Lookup, lora_embedding
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
+from lora.tensors import sample_of
 
 
 class EmbeddingLoRA(LoRALayer):
@@ -64,9 +65,13 @@ class EmbeddingLoRA(LoRALayer):
     def base_weight(self) -> Tensor:
         return self.weight if self.max_norm is None else self._renormed(self.weight)
 
-    def write_weight(self, weight: Tensor) -> None:
-        super().write_weight(weight)
+    def merge(self) -> None:
+        super().merge()
         self.max_norm = None  # the base rows are within it now, and it does not bound the update
+
+    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        rows = sample_of(weight)
+        return weight[rows], A[:, rows]
 
     def beyond_weight(self) -> str | None:
         return None if self.max_norm is None else "`max_norm` does not bound the update"

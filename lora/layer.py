@@ -88,10 +88,6 @@ class LoRALayer(nn.Module):
         """The shapes of lora_A and lora_B for `base`; ValueError where the kind's own settings do not fit it."""
         raise NotImplementedError(f"{cls.__name__} must define lora_shapes")
 
-    def write_weight(self, weight: Tensor) -> None:
-        """Make `weight`, a merged one, the base weight; the layer computes with it what `forward_with` does."""
-        self.weight.copy_(weight)
-
     def beyond_weight(self) -> str | None:
         """What of the merged layer's function its weight alone cannot say; None if nothing."""
         return None
@@ -230,18 +226,29 @@ class LoRALayer(nn.Module):
         """W₀ + s · B A in the base weight's dtype, remembered until something that it depends on changes."""
         sources = (self.weight, self.lora_A, self.lora_B)
         if self._merged is None or not self._merged.is_current(sources, self.scaling):
-            self._merged = MergedWeight(sources, self.scaling, self.compute_merged().to(self.weight.dtype))
+            self._merged = MergedWeight(sources, self.scaling, self.compute_merged())
         return self._merged.tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def compute_merged(self) -> Tensor:
-        """W₀ + s · B A in float32, or float64 where the weight is; the caller rounds, once."""
+        """W₀ + s · B A in the weight's dtype: added in float32, or float64 where the weight is, and rounded once."""
+        return self.merge_into(torch.empty_like(self.weight))
+
+    def merge(self) -> None:
+        """Make the merged weight the base weight; the base layer computes with it what `forward_with` does."""
+        self.merge_into(self.weight)
+
+    def merge_into(self, out: Tensor) -> Tensor:
+        """Write W₀ + s · B A to `out`, which is like the weight: the weight itself, or another."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(self.weight.device):
-            return self.add_update(
-                self.base_weight().to(dtype, copy=True), self.lora_A.to(dtype), self.lora_B.to(dtype)
-            )
+            A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+            return out.copy_(self.add_update(self.base_weight().to(dtype, copy=True), A, B))
+
+    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of a weight and of A that belong together, few where that is quick; `delta` of one is of the other."""
+        return weight, A
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Add s · B A to `weight`, in place."""

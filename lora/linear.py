@@ -16,6 +16,10 @@ from lora.functional.linear import add_up_, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 from lora.settings import split_settings
+from lora.tensors import sample_of, without_autocast
+
+# How many rows of a weight in low precision are merged at a time.
+_PART = 256
 
 
 class LinearLoRA(LoRALayer):
@@ -58,6 +62,28 @@ class LinearLoRA(LoRALayer):
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+
+    def merge_into(self, out: Tensor) -> Tensor:
+        exact = torch.promote_types(out.dtype, torch.float32)
+        A, B = self.lora_A.to(exact), self.lora_B.to(exact)
+        if out is not self.weight:
+            out.copy_(self.weight)
+        with without_autocast(out.device):
+            if out.dtype == exact:
+                return self.add_update(out, A, B)
+            # In lower precision by parts, so that no second weight is made in float32.
+            sizes = [stop - start for start, stop in self.slices()]
+            for (start, stop), A_g, B_g in zip(
+                self.slices(), torch.split(A, self.r), torch.split(B, sizes), strict=True
+            ):
+                rows = self.stored(out)[start:stop]  # (size, in_features)
+                for part, B_part in zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True):
+                    part.copy_(torch.addmm(part.to(exact), B_part, A_g, alpha=self.scaling))
+        return out
+
+    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        columns = sample_of(weight)
+        return self.stored(self.stored(weight)[:, columns]), A[:, columns]
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)

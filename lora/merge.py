@@ -93,7 +93,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     raise_all("merged_state_dict: nothing was changed", problems)
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in layers:
-        merged = layer.compute_merged().to(layer.weight.dtype)
+        merged = layer.compute_merged()
         for known in names[layer]:
             name = without_wrappers(known)
             state[join(name, "weight")] = merged
@@ -104,15 +104,16 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
-    exact = layer.compute_merged()
-    merged = exact.to(layer.weight.dtype)
-    update = layer.add_update(torch.zeros_like(exact), layer.lora_A.to(exact.dtype), layer.lora_B.to(exact.dtype))
-    gained = merged.to(exact.dtype) - layer.base_weight().to(exact.dtype)
-    size, error = update.norm(), gained.sub_(update).norm()
+    dtype = layer.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
+    weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
+    size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
+    lost = float(error / size) if size else 0.0
     # Nothing can fail between these two, which would leave the update in twice.
-    layer.write_weight(merged)
+    layer.merge()
     layer.detach()
-    return MergedModule(name, str(merged.dtype).removeprefix("torch."), float(error / size) if size else 0.0)
+    return MergedModule(name, str(dtype).removeprefix("torch."), lost)
 
 
 @torch.no_grad()
@@ -122,12 +123,24 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
         if layer.weight.is_meta:
             problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
         elif not layer.dense or not is_plain(layer.weight, layer.lora_A, layer.lora_B):
-            problems.append(
-                f"{names[layer][0]}: a {type(layer.weight).__name__} in a {type(layer).__name__} is not dense."
-            )
-        elif not bool(layer.compute_merged().to(layer.weight.dtype).isfinite().all()):
+            what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
+            problems.append(f"{names[layer][0]}: {what} is not dense.")
+        elif not _surely_finite(layer) and not bool(layer.compute_merged().isfinite().all()):
             problems.append(f"{names[layer][0]}: the merged weight would not be finite in {layer.weight.dtype}.")
     return problems
+
+
+def _surely_finite(layer: LoRALayer) -> bool:
+    """Whether the largest that a merged weight could be is finite, from one look at each tensor."""
+    if layer.weight.numel() == 0:
+        return True
+    W, A, B = (_largest(tensor) for tensor in (layer.weight, layer.lora_A, layer.lora_B))
+    return W + abs(layer.scaling) * A * B * layer.lora_B.shape[1] < torch.finfo(layer.weight.dtype).max
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor)  # in one pass, with nothing made; NaN makes both of them NaN
+    return max(-float(low), float(high))
 
 
 def _owners(names: Names) -> Spans[nn.Module]:

@@ -25,7 +25,7 @@ def register(base: Base | str, kind: Kind) -> None:
     A kind derives from `lora.LoRALayer` and says four things: `lora_shapes`, `down` (x → A x), `up` (h → B h) and
     `delta` (B A in the shape of the weight), and, for serving merged weights, `forward_with` (the base's function
     with another weight). Or it derives from a kind that exists, such as `lora.linear.LinearLoRA`, and changes what
-    differs. What else `LoRALayer` defines (`configure`, `base_weight`, `write_weight`, `beyond_weight`) has defaults
+    differs. What else `LoRALayer` defines (`configure`, `base_weight`, `merge`, `beyond_weight`) has defaults
     that suit most.
 
     Args:

@@ -109,3 +109,8 @@ def twin_gradients(
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=True)]
+
+
+def sample_of(matrix: Tensor, values: int = 2**19) -> slice:
+    """Every so many rows or columns of a matrix: enough for this many values, all of a small one."""
+    return slice(None, None, max(1, matrix.numel() // values))

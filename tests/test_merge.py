@@ -236,7 +236,7 @@ def test_a_model_without_lora_is_refused(function):
 
 
 class FragileLoRA(LinearLoRA):
-    def write_weight(self, weight):
+    def merge(self):
         raise MemoryError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _LEVELS = 256  # one random byte decides on one value
-_CACHED = 2**18  # values of noise that stay in the processor's cache while they are used
+_CACHED = 2**20  # values of noise that stay in a processor's cache while they are used
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Noise:
         The noise is written over by the next chunk, and may be written over by the caller.
         """
         rows, features = x.shape
-        step = max(16, _CACHED // max(features, 1)) if x.device.type == "cpu" else max(rows, 1)
+        pieces = max(1, round(rows * features / _CACHED)) if x.device.type == "cpu" else 1
+        step = max(1, -(-rows // pieces))  # of equal size: a small rest would cost as many calls as a whole chunk
         generator = torch.Generator(x.device).manual_seed(self.seed)
         words = torch.empty(min(step, rows), -(-features // 8), dtype=torch.int64, device=x.device)
         noise = x.new_empty(min(step, rows), features)
