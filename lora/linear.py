@@ -72,10 +72,9 @@ class LinearLoRA(LoRALayer):
             if out.dtype == exact:
                 return self.add_update(out, A, B)
             # In lower precision by parts, so that no second weight is made in float32.
-            sizes = [stop - start for start, stop in self.slices()]
-            for (start, stop), A_g, B_g in zip(
-                self.slices(), torch.split(A, self.r), torch.split(B, sizes), strict=True
-            ):
+            slices = self.slices()
+            Bs = torch.split(B, [stop - start for start, stop in slices])
+            for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
                 rows = self.stored(out)[start:stop]  # (size, in_features)
                 for part, B_part in zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True):
                     part.copy_(torch.addmm(part.to(exact), B_part, A_g, alpha=self.scaling))

@@ -13,7 +13,7 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ["linear", "merged", "conv", "embedding", "merge", "decode", "training_step"]
 
-pytestmark = pytest.mark.filterwarnings("default")  # the rivals' own
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 
 
 @pytest.fixture(autouse=True)

@@ -81,10 +81,11 @@ def test_its_gradients_are_right_and_so_are_theirs(slices, dropout):
     assert gradgradcheck(function, (x, b, A, B))
 
 
+@pytest.mark.parametrize("rows", [1, 26, 49, 50])  # one row, equal chunks, and a smaller last one
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_many_chunks_of_noise_are_one_mask(dropout, monkeypatch):
-    monkeypatch.setattr("lora.functional.noise._CACHED", 64)  # 4 chunks, and one of them smaller
-    x, weight, b, A, B = problem(7, None, 50)
+def test_many_chunks_of_noise_are_one_mask(dropout, rows, monkeypatch):
+    monkeypatch.setattr("lora.functional.noise._CACHED", 64)
+    x, weight, b, A, B = problem(7, None, rows)
     torch.manual_seed(1)
     ours = gradients(lora_linear, (x, weight, b, A, B), 0.7, dropout)
     torch.manual_seed(1)
