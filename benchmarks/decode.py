@@ -1,7 +1,8 @@
 """How fast is one token through a layer, when text is generated?
 
 576→960, r = 16, without gradients, against `nn.Linear`: with the adapter beside the weight (unmerged), in `eval()`
-with a merged weight (loralib writes the base weight, lora keeps a cache beside it), and after `lora.merge`.
+with a merged weight (loralib writes the base weight, lora keeps a cache beside it), and after `lora.merge`. "The two
+products alone" are `nn.Linear` and LoRA's products into memory that is there already, with no layer around them.
 
     python benchmarks/decode.py [--quick]
 """
@@ -48,7 +49,16 @@ def case(i: int, o: int, dtype: torch.dtype) -> Case:
     x = torch.randn(1, i, dtype=dtype)
     for layer in layers.values():
         layer.eval()
-    return Case({name: partial(infer, layer, x) for name, layer in layers.items()})
+    variants = {name: partial(infer, layer, x) for name, layer in layers.items()}
+    variants["the two products alone"] = rivals.bound(variants["nn.Linear"], *products(x, o))
+    return Case(variants)
+
+
+def products(x: Tensor, out_features: int) -> list[Callable[[], Tensor]]:
+    """What one token costs in LoRA's arithmetic, without anything around it."""
+    A, B = x.new_ones(R, x.shape[1]), x.new_ones(out_features, R)
+    h, y = x.new_empty(1, R), x.new_zeros(1, out_features)
+    return [partial(torch.mm, x, A.T, out=h), partial(y.addmm_, h, B.T)]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import loralib
 import peft
@@ -73,6 +73,17 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor | Sequence[Tensor]) -> None:
     y = layer(x)
     if wanted:
         torch.autograd.grad(y, wanted, dy)
+
+
+def bound(frozen: Callable[[], object], *products: Callable[[], object]) -> Callable[[], None]:
+    """The frozen layer, then LoRA's products alone, into memory that is there: what no LoRA beside it can be below."""
+
+    def run() -> None:
+        frozen()
+        for product in products:
+            product()
+
+    return run
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

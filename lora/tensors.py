@@ -18,13 +18,16 @@ def is_plain(*tensors: Tensor | None) -> bool:
     Not plain are sharded, quantised, nested, sparse and meta tensors and subclasses; and any tensor under
     `torch.compile`, a function transform or forward-mode differentiation.
     """
-    return not _is_tracing() and all(_is_dense(tensor) for tensor in tensors if tensor is not None)
+    for tensor in tensors:  # a loop: with each token that is generated, a generator's overhead would show
+        if tensor is not None and not _is_dense(tensor):
+            return False
+    return not _is_tracing()
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.is_floating_point()
+        and tensor.dtype.is_floating_point
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_meta)
     )

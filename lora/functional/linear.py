@@ -67,7 +67,7 @@ def lora_linear(
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
     with without_autocast(x.device):
         if not torch.is_grad_enabled():  # as when text is generated, where every microsecond shows
-            return fused_forward(x, weight, bias, A, B, how, slices)[0]
+            return _forward_alone(x, weight, bias, A, B, how, slices)
         y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how, slices)  # type: ignore[no-untyped-call]
     return y
 
@@ -98,7 +98,7 @@ def plain_lora_linear(
 
 def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """h_g B_gᵀ in each slice of (..., out_features), zeros between them, for h (..., G·r) and B (sizes, r)."""
-    if len(slices) == 1 and slices[0] == (0, out_features):
+    if _whole(slices, out_features):
         return F.linear(h, B)
     pieces, end = [], 0
     for (start, stop), h_g, B_g in zip(slices, h.chunk(len(slices), -1), _tall(B, slices), strict=True):
@@ -111,6 +111,8 @@ def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
 
 def add_up_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
     """Add alpha · h_g B_gᵀ to each slice of y (N, out_features), in place, for h (N, G·r) and B (sizes, r)."""
+    if _whole(slices, y.shape[1]):
+        return y.addmm_(h, B.T, alpha=alpha)
     for y_g, h_g, B_g in zip(_wide(y, slices), _narrow(h, slices), _tall(B, slices), strict=True):
         y_g.addmm_(h_g, B_g.T, alpha=alpha)
     return y
@@ -119,9 +121,12 @@ def add_up_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0)
 # The parts that belong to each slice, of one that is wide, (N, out_features), narrow, (N, G·r), or tall, (sizes, r).
 
 
+def _whole(slices: Slices, out_features: int) -> bool:
+    return len(slices) == 1 and slices[0] == (0, out_features)
+
+
 def _wide(y: Tensor, slices: Slices) -> list[Tensor]:
-    whole = len(slices) == 1 and slices[0] == (0, y.shape[1])
-    return [y] if whole else [y[:, start:stop] for start, stop in slices]
+    return [y] if _whole(slices, y.shape[1]) else [y[:, start:stop] for start, stop in slices]
 
 
 def _narrow(h: Tensor, slices: Slices) -> Sequence[Tensor]:
@@ -178,6 +183,17 @@ def fused_forward(
     h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
     add_up_(y_, h, B_, slices)
     return y, h
+
+
+def _forward_alone(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
+) -> Tensor:
+    """`fused_forward` where no backward follows, in as few operations as there are products."""
+    dtype = how.dtype
+    x = cast(x, dtype)
+    y = F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))  # (..., out_features)
+    add_up_(_rows(y), _down(_rows(x), cast(A, dtype), how.noise), cast(B, dtype), slices, how.c)
+    return y
 
 
 def fused_backward(
