@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["linear", "merged", "conv", "embedding", "merge", "decode", "training_step"]
+SCRIPTS = ["linear", "merged", "swiglu", "conv", "embedding", "merge", "decode", "training_step"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 

@@ -192,7 +192,8 @@ def _forward_alone(
     dtype = how.dtype
     x = cast(x, dtype)
     y = F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))  # (..., out_features)
-    add_up_(_rows(y), _down(_rows(x), cast(A, dtype), how.noise), cast(B, dtype), slices, how.c)
+    h = _down(_rows(x), cast(A, dtype), how.noise).mul_(how.c)  # (N, G·r); as with a backward, to the last bit
+    add_up_(_rows(y), h, cast(B, dtype), slices)
     return y
 
 
