@@ -1,10 +1,11 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = W₀ + s · B A."""
 
-from lora.adapter import AdapterError
+from lora.adapter import Adapter, AdapterError
 from lora.checkpoint import load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
 from lora.embedding import Embedding
+from lora.formats import read_adapter, write_adapter
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
@@ -15,6 +16,7 @@ from lora.training import lora_state_dict, mark_only_lora_as_trainable
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "AdapterError",
     "Conv1d",
     "Conv2d",
@@ -32,6 +34,8 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "merged_state_dict",
+    "read_adapter",
     "register",
     "save_adapter",
+    "write_adapter",
 ]

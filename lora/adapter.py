@@ -1,25 +1,20 @@
-"""An adapter without its model: tensors, and what it takes to use them; its file, and what makes it sound."""
+"""An adapter without its model: tensors, what it takes to use them, and what makes it sound."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.layer import join
+from lora import fingerprint
+from lora.bare import bare_layer
+from lora.layer import LoRALayer, join
 from lora.settings import is_number, settings_problems
 
-VERSION = 1
 PARAMETERS = ("lora_A", "lora_B")
-_ABOUT = ("modules", "trained_in_full", "modules_to_save")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -34,20 +29,42 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """What LoRA trained in a model.
+    """What LoRA trained in a model: tensors, and what it takes to use them, without the model.
+
+    `lora.read_adapter` and `lora.write_adapter` read and write one, in any format; `lora.load_adapter` puts it into
+    a model.
 
     Attributes:
-        modules: for each adapted module, by name, the settings that define its adapter, its `scaling`, and a
-            `sample` of its base weight.
+        modules: for each adapted module, by name, the settings that define its adapter, its `scaling`, and `base`,
+            what is known of its base weight.
         tensors: by their names in the model, the adapters' and those that trained in full.
         trained_in_full: names of the tensors that replace the base model's.
         modules_to_save: names of the modules that train in full.
+        base_model: what the base model is called, if that is known.
+
+    >>> import torch, lora
+    >>> settings = {"r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0}
+    >>> settings["base"] = {"kind": "linear", "shape": [2, 3]}
+    >>> tensors = {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(2, 1)}
+    >>> lora.Adapter({"up": settings}, tensors).update("up")
+    tensor([[2., 2., 2.],
+            [2., 2., 2.]])
     """
 
     modules: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
     trained_in_full: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
+    base_model: str | None = None
+
+    def layer(self, name: str) -> LoRALayer:
+        """A module's adapter as a LoRA layer by itself, whose base weight has no values; ValueError if it cannot be."""
+        return bare_layer(self.modules[name], *(self.tensors[join(name, own)] for own in PARAMETERS))
+
+    def update(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """s · B A of one module, in the shape of its base weight and in this dtype."""
+        layer = self.layer(name)
+        return layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype)) * layer.scaling
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
@@ -65,7 +82,7 @@ class Adapter:
 
 
 def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
-    r, use_rslora, sample = settings.get("r"), settings.get("use_rslora"), settings.get("sample")
+    r, use_rslora = settings.get("r"), settings.get("use_rslora")
     for problem in settings_problems(r, settings.get("lora_alpha"), settings.get("lora_dropout")):
         yield f"{name}: {problem}"
     if r == 0:
@@ -74,8 +91,7 @@ def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: `use_rslora` must be true or false, got {use_rslora!r}."
     if not is_number(settings.get("scaling")):
         yield f"{name} has no scaling: it must be a finite number, got {settings.get('scaling')!r}."
-    if sample is not None and not (isinstance(sample, list) and all(map(is_number, sample))):
-        yield f"{name}: `sample` must hold finite numbers, got {sample!r}."
+    yield from (f"{name}: {problem}" for problem in fingerprint.problems(settings.get("base")))
 
 
 def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]:
@@ -96,56 +112,3 @@ def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
         yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
     elif tensor.dtype not in _DTYPES:
         yield f"{name} must be of dtype {', '.join(map(str, _DTYPES))}, got {tensor.dtype}."
-
-
-def write(adapter: Adapter, path: Path) -> None:
-    """Write an adapter to a safetensors file: the old file or the new one is there, whenever this is killed."""
-    about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
-    path = Path(os.path.realpath(path))  # a link stays one
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in adapter.tensors.items():
-        ready = tensor.detach().cpu().contiguous()
-        storage = ready.untyped_storage().data_ptr()
-        tensors[name] = ready.clone() if storage in storages else ready  # safetensors refuses shared storage
-        storages.add(storage)
-    content = safetensors.torch.save(tensors, {"format": "pt", "lora": json.dumps(about)})
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def read(path: Path) -> Adapter:
-    """Read what `write` wrote; AdapterError if it is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{path} is not a safetensors file: {error}.") from None
-    if "lora" not in metadata:
-        raise AdapterError(
-            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
-        )
-    try:
-        about = json.loads(metadata["lora"])
-        version, (modules, *names) = about["version"], (about[part] for part in _ABOUT)
-        sound = isinstance(modules, dict) and all(isinstance(settings, dict) for settings in modules.values())
-        sound = sound and all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in names)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        version, sound = VERSION, False
-    if version != VERSION:
-        raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
-    if not sound:
-        raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
-    return Adapter(modules, tensors, *names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +11,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import adapter as files
+from lora import fingerprint
 from lora.adapter import PARAMETERS, Adapter, AdapterError
+from lora.formats import native as files
 from lora.inject import Plan, adapt, all_or_nothing, lora_layers
 from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not, without_wrappers
 from lora.registry import kind_for
 from lora.settings import raise_all
-from lora.tensors import is_plain
 from lora.training import mark_only_lora_as_trainable, originals, remember, train_in_full, trains_in_full
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-# How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
-_SAMPLE, _TOLERANCE = 16, 0.01
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -106,7 +103,7 @@ def collect(model: nn.Module) -> Adapter:
     tensors = {join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()}
     about = {name: _about(layer) for name, layer in adapted.items()}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
-    return Adapter(about, {**tensors, **full}, list(full), modules_to_save)
+    return Adapter(about, {**tensors, **full}, list(full), modules_to_save, _name_of(model))
 
 
 class _Fit:
@@ -129,7 +126,7 @@ class _Fit:
                 else:
                     self._plan(model, name, module, settings)
                 if check_base:
-                    _check_sample(settings.get("sample"), _sample(module))
+                    fingerprint.check(settings["base"], module)
             except (ValueError, TypeError) as error:
                 self.problems.append(f"{name}: {error}")
         for module in injected:
@@ -245,31 +242,13 @@ def _trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tupl
 
 def _about(layer: LoRALayer) -> dict[str, Any]:
     settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
-    return {**settings, "scaling": layer.scaling, "sample": _sample(layer)}
+    return {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
 
 
-def _sample(module: nn.Module) -> list[float] | None:
-    """Values from all over a base weight, to know it by; None where it has no plain values."""
-    weight: Any = module.weight
-    if not is_plain(weight) or weight.numel() == 0:
-        return None
-    last = weight.numel() - 1
-    index = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
-    sample: list[float] = weight.detach().reshape(-1)[index].double().tolist()
-    return sample if all(map(math.isfinite, sample)) else None
-
-
-def _check_sample(theirs: list[float] | None, ours: list[float] | None) -> None:
-    if theirs is None or ours is None:
-        return
-    if len(theirs) != len(ours):
-        raise ValueError(f"`sample` must hold {len(ours)} numbers, got {len(theirs)}.")
-    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
-    if difference > _TOLERANCE:
-        raise ValueError(
-            "the base weight is not the one that the adapter was trained on: sampled values differ by "
-            f"{100 * difference:.0f} %; `check_base=False` loads it all the same."
-        )
+def _name_of(model: nn.Module) -> str | None:
+    """What a transformers model says that it was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _plain(value: Any) -> Any:

@@ -194,7 +194,7 @@ def test_the_file_is_one_safetensors_file_with_all_that_it_takes_to_use_it(path)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
     about, _ = content(path)
-    assert about["version"] == 1
+    assert about["version"] == 2
     assert about["trained_in_full"] == ["layers.0.norm.weight", "layers.0.norm.bias"]
     entry = about["modules"]["layers.0.attn.q_proj"]
     assert {key: entry[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")} == {

@@ -1,0 +1,98 @@
+"""What an adapter remembers of a base weight: enough to know it again, and to do without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from lora.conv import ConvLoRA
+from lora.embedding import EmbeddingLoRA
+from lora.layer import LoRALayer
+from lora.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
+from lora.settings import is_number
+from lora.tensors import is_plain
+
+# How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
+_SAMPLE, _TOLERANCE = 16, 0.01
+# What an adapter can be understood by without its model. Kinds that users register go by their class's name.
+_FORMS: dict[type[LoRALayer], str] = {
+    LinearLoRA: "linear",
+    MergedLinearLoRA: "linear",
+    Conv1DLoRA: "linear",
+    MergedConv1DLoRA: "linear",
+    EmbeddingLoRA: "embedding",
+    ConvLoRA: "conv",
+}
+
+
+def describe(layer: LoRALayer) -> dict[str, Any]:
+    """The layer's base weight in words and a few numbers, as a file's metadata can hold them.
+
+    `kind` is "linear", "embedding", "conv", or the name of a user's kind; `shape` that of the weight, None where it
+    is packed; `dtype` and `sample`, values from all over it, None where it has no plain ones.
+    """
+    kind = kind_of(layer)
+    form = _FORMS.get(kind, kind.__name__)
+    about: dict[str, Any] = {"kind": form, "shape": _shape(layer), "dtype": str(layer.weight.dtype)[6:]}
+    if form == "linear":
+        about["fan_in_fan_out"] = bool(getattr(layer, "fan_in_fan_out", False))
+    if form == "conv":
+        about["groups"] = getattr(layer, "groups", 1)
+    return about | {"sample": _sample(layer)}
+
+
+def kind_of(layer: LoRALayer) -> type[LoRALayer]:
+    """The kind of layer that a LoRA layer is, whatever its base class."""
+    return next(cls for cls in type(layer).__mro__ if issubclass(cls, LoRALayer) and cls.base_class is nn.Module)
+
+
+def problems(about: Any) -> Iterator[str]:
+    """What is wrong with a description, whatever the model."""
+    if not isinstance(about, dict) or not isinstance(about.get("kind"), str):
+        yield f"`base` must describe the base weight, got {about!r}."
+        return
+    shape, sample, groups = about.get("shape"), about.get("sample"), about.get("groups", 1)
+    sizes = [groups, *shape] if isinstance(shape, list) else [groups, 1 if shape is None else shape]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**40 for size in sizes):
+        yield f"`base` must have a shape and groups of positive integers, got {shape!r} and {groups!r}."
+    if sample is not None and not (isinstance(sample, list) and all(map(is_number, sample))):
+        yield f"`sample` must hold finite numbers, got {sample!r}."
+
+
+def check(about: dict[str, Any], module: nn.Module) -> None:
+    """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
+    shape, weight = about.get("shape"), module.weight
+    if shape is not None and is_plain(weight) and shape != list(weight.shape):  # type: ignore[arg-type]
+        raise ValueError(
+            f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "  # type: ignore[arg-type]
+            f"and was {tuple(shape)}."
+        )
+    theirs, ours = about.get("sample"), _sample(module)
+    if theirs is None or ours is None:
+        return
+    if len(theirs) != len(ours):
+        raise ValueError(f"`sample` must hold {len(ours)} numbers, got {len(theirs)}.")
+    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
+    if difference > _TOLERANCE:
+        raise ValueError(
+            "the base weight is not the one that the adapter was trained on: sampled values differ by "
+            f"{100 * difference:.0f} %; `check_base=False` loads it all the same."
+        )
+
+
+def _shape(layer: Any) -> list[int] | None:
+    return list(layer.weight.shape) if is_plain(layer.weight) or layer.weight.is_meta else None
+
+
+def _sample(module: nn.Module) -> list[float] | None:
+    weight: Any = module.weight
+    if not is_plain(weight) or weight.numel() == 0:
+        return None
+    last = weight.numel() - 1
+    index = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
+    sample: list[float] = weight.detach().reshape(-1)[index].double().tolist()
+    return sample if all(map(math.isfinite, sample)) else None
