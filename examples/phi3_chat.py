@@ -16,7 +16,9 @@ or a model folder of yours on conversations of yours, a JSONL file of {"messages
     python examples/phi3_chat.py --model path/to/folder --data chats.jsonl
 
 Everything that a run makes is in --output-dir: adapter.safetensors, checkpoint-<step>/, metrics.jsonl,
-loss.png and replies.jsonl. A run that was stopped goes on with --resume, to the same losses.
+loss.png and replies.jsonl. A run that was stopped goes on with --resume, to the same losses. `--export` writes the
+result for others as well: peft (PEFT), portable (vLLM and other servers of adapters), gguf (llama.cpp; see
+serve_llama_cpp.py), merged (a plain model folder).
 """
 
 import argparse
@@ -26,7 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phi3 import chat_data, chats, checkpoints, fused_mlp, loop, output_dir, pretrained, replies, report, settings
+from phi3 import (
+    chat_data,
+    chats,
+    checkpoints,
+    exporting,
+    fused_mlp,
+    loop,
+    output_dir,
+    pretrained,
+    replies,
+    report,
+    settings,
+)
 from phi3.errors import Diverged, UserError
 from phi3.fetch import default_cache_dir
 from phi3.settings import Settings
@@ -78,6 +92,7 @@ run_config: Settings = {
     "attn_implementation": "sdpa",
     "device": "auto",
     "output_dir": "phi3_chat_output",
+    "export": None,
     "cache_dir": None,
 }
 
@@ -228,6 +243,7 @@ def run(flags: argparse.Namespace) -> None:
     print()
     progress = train(model, data, training, folder, identity, resume)
     lora.save_adapter(model, folder / checkpoints.ADAPTER)
+    exporting.export(model, tokenizer, folder, general["export"] or [])
     after = answers()
     replies.write(folder, data.prompts, before, after)
     for prompt, first, second in zip(data.prompts, before, after, strict=True):

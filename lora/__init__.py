@@ -1,7 +1,7 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = W₀ + s · B A."""
 
 from lora.adapter import Adapter, AdapterError
-from lora.checkpoint import load_adapter, save_adapter
+from lora.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
 from lora.embedding import Embedding
@@ -26,6 +26,7 @@ __all__ = [
     "LoRALayer",
     "LoraConfig",
     "MergedLinear",
+    "adapter_of",
     "disabled",
     "eject",
     "inject",

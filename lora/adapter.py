@@ -41,6 +41,7 @@ class Adapter:
         trained_in_full: names of the tensors that replace the base model's.
         modules_to_save: names of the modules that train in full.
         base_model: what the base model is called, if that is known.
+        format: the format of the file that it was read from: "lora", "peft" or "loralib".
 
     >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0}
@@ -56,10 +57,15 @@ class Adapter:
     trained_in_full: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
     base_model: str | None = None
+    format: str = "lora"
 
     def layer(self, name: str) -> LoRALayer:
         """A module's adapter as a LoRA layer by itself, whose base weight has no values; ValueError if it cannot be."""
-        return bare_layer(self.modules[name], *(self.tensors[join(name, own)] for own in PARAMETERS))
+        return bare_layer(self.modules[name], *self.pair(name))
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of one module."""
+        return self.tensors[join(name, "lora_A")], self.tensors[join(name, "lora_B")]
 
     def update(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """s · B A of one module, in the shape of its base weight and in this dtype."""

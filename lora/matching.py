@@ -30,6 +30,13 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch's data-parallel wrappers, which put `module.` in front of every name."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
 def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:
     """The modules to adapt, and a complaint for each name or pattern that matches none."""
     problems: list[str] = []

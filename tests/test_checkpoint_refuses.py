@@ -1,6 +1,7 @@
 """load_adapter: strict both ways; one error lists everything, and the model is as it was."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -80,6 +81,7 @@ def test_one_error_lists_every_tensor_that_is_wrong(file, injected):
 # ---- what the file says of itself ------------------------------------------------------------------------------
 
 GONE = object()
+BASE = {"kind": "linear", "shape": [8, 8], "dtype": "float32", "fan_in_fan_out": False}
 SAID = {
     "no scaling": ({"scaling": GONE}, f"{Q1} has no scaling: it must be a finite number, got None."),
     "scaling in words": ({"scaling": "2"}, f"{Q1} has no scaling: it must be a finite number, got '2'."),
@@ -98,9 +100,22 @@ SAID = {
     "use_rslora in words": ({"use_rslora": "no"}, Q1),
     "splits that do not fit": ({"splits": [4, 3], "enable_lora": [True, True]}, Q1),
     "splits in words": ({"splits": "q, k, v"}, Q1),
-    "a sample in words": ({"sample": ["a"] * 16}, Q1),
-    "a sample too short": ({"sample": [1.0]}, Q1),
-    "a sample of NaN": ({"sample": [float("nan")] * 16}, Q1),
+    "no base": ({"base": GONE}, f"{Q1}: `base` must describe the base weight, got None."),
+    "base in words": ({"base": "linear"}, f"{Q1}: `base` must describe the base weight, got 'linear'."),
+    "a kind in numbers": ({"base": BASE | {"kind": 1}}, f"{Q1}: `base` must describe the base weight"),
+    "no kind": ({"base": {"shape": [8, 8]}}, f"{Q1}: `base` must describe the base weight"),
+    "another shape": ({"base": BASE | {"shape": [8, 9]}}, f"{Q1}: the base weight is not the one"),
+    "a shape in words": ({"base": BASE | {"shape": "8"}}, f"{Q1}: `base` must have a shape"),
+    "a shape of truths": ({"base": BASE | {"shape": [True, 8]}}, f"{Q1}: `base` must have a shape"),
+    "a negative shape": ({"base": BASE | {"shape": [-8, 8]}}, f"{Q1}: `base` must have a shape"),
+    "groups in words": ({"base": BASE | {"groups": "2"}}, f"{Q1}: `base` must have a shape and groups"),
+    "groups of 0": ({"base": BASE | {"groups": 0}}, f"{Q1}: `base` must have a shape and groups"),
+    "a sample in words": ({"base": BASE | {"sample": ["a"] * 16}}, f"{Q1}: `sample` must hold finite numbers"),
+    "one word for a sample": ({"base": BASE | {"sample": "a"}}, f"{Q1}: `sample` must hold finite numbers"),
+    "a sample too short": ({"base": BASE | {"sample": [1.0]}}, f"{Q1}: `sample` must hold 16 numbers, got 1."),
+    "a sample of NaN": ({"base": BASE | {"sample": [float("nan")] * 16}}, f"{Q1}: `sample` must hold finite numbers"),
+    "a sample beyond floats": ({"base": BASE | {"sample": [10**400] * 16}}, f"{Q1}: `sample` must hold finite"),
+    "a sample whose norm is": ({"base": BASE | {"sample": [1e308] * 16}}, f"{Q1}: the base weight is not the one"),
 }
 
 
@@ -114,8 +129,9 @@ def test_what_is_wrong_about_a_module_is_refused_by_its_name(file, changes, mess
 
 
 ABOUT = {
-    "another version": ({"version": 2}, "is an adapter of version 2; this release reads version 1."),
-    "version in words": ({"version": "1"}, "is an adapter of version '1'; this release reads version 1."),
+    "another version": ({"version": 3}, "is an adapter of version 3; this release reads version 2."),
+    "the first version": ({"version": 1}, "is an adapter of version 1; this release reads version 2."),
+    "version in words": ({"version": "1"}, "is an adapter of version '1'; this release reads version 2."),
     "modules in a list": ({"modules": [Q0]}, "is not an adapter"),
     "modules that say nothing": ({"modules": {Q0: None}}, "is not an adapter"),
     "no module": ({"modules": {}}, "it adapts no module."),
@@ -132,7 +148,7 @@ def test_what_is_wrong_about_the_whole_is_refused(file, changes, message, inject
     refuses(file.model(injected), file.path, message)
 
 
-@pytest.mark.parametrize("said", ["", "{", "[]", "1", "null", '{"version": 1}', '{"modules": {}}'], ids=repr)
+@pytest.mark.parametrize("said", ["", "{", "[]", "1", "null", '{"version": 2}', '{"modules": {}}'], ids=repr)
 def test_metadata_that_is_no_adapters_is_refused(file, said):
     safetensors.torch.save_file(file.tensors, file.path, {"lora": said})
     refuses(file.model(False), file.path, "is not an adapter")
@@ -141,7 +157,25 @@ def test_metadata_that_is_no_adapters_is_refused(file, said):
 @pytest.mark.parametrize("said", [None, {"format": "pt"}])
 def test_tensors_of_another_tool_are_refused(file, said):
     safetensors.torch.save_file(file.tensors, file.path, said)
+    refuses(file.model(False), file.path, "it has no scaling: loralib's files say nothing of lora_alpha; give `lora_a")
+
+
+@pytest.mark.parametrize("said", [None, {"format": "pt"}])
+def test_tensors_of_no_adapter_at_all_are_refused(file, said):
+    safetensors.torch.save_file({"0.weight": torch.ones(2, 2)}, file.path, said)
     refuses(file.model(False), file.path, "has no scaling: its metadata has no entry 'lora'")
+
+
+def test_a_file_whose_content_was_changed_is_refused(file):
+    content = bytearray(file.path.read_bytes())
+    content[-1] ^= 1
+    file.path.write_bytes(content)
+    refuses(file.model(False), file.path, "its content has changed since it was written")
+
+
+def test_a_file_without_a_checksum_is_refused(file):
+    safetensors.torch.save_file(file.tensors, file.path, {"format": "pt", "lora": json.dumps(file.about)})
+    refuses(file.model(False), file.path, "has no checksum")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -153,7 +187,12 @@ def test_a_file_cut_short_is_refused(file, size):
     refuses(file.model(False), file.path, "is not a safetensors file")
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04 a zip file of torch.save", b"{}", b"\0" * 64, b"\xff" * 64], ids=repr)
+def test_a_zip_file_of_something_else_is_refused(file):
+    file.path.write_bytes(b"PK\x03\x04 not what torch.save writes")
+    refuses(file.model(False), file.path, "is not a torch file")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\0" * 64, b"\xff" * 64], ids=repr)
 def test_a_file_of_something_else_is_refused(file, content):
     file.path.write_bytes(content)
     refuses(file.model(False), file.path, "is not a safetensors file")
@@ -185,14 +224,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=4,
 )
-KEYS = ["r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "sample", "splits", "enable_lora", "factored"]
+KEYS = ["r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "splits", "enable_lora", "factored", "base"]
+KEYS += [("base", part) for part in ("kind", "shape", "dtype", "sample", "groups", "fan_in_fan_out")]
 
 
 @SETTINGS
 @given(key=st.sampled_from(KEYS), value=VALUES, injected=st.booleans())
 def test_anything_said_of_a_module_loads_or_is_refused_and_never_by_half(file, key, value, injected):
     about = copy.deepcopy(file.about)
-    about["modules"][Q1][key] = value
+    said, key = (about["modules"][Q1]["base"], key[1]) if isinstance(key, tuple) else (about["modules"][Q1], key)
+    said[key] = value
     file.write(about)
     model = file.model(injected)
     before = snapshot(model)

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 import lora
+from lora.formats.safe import checksum
 
 
 class Block(nn.Module):
@@ -87,7 +88,8 @@ class AdapterFile:
 
     def write(self, about=None, tensors=None):
         about, tensors = about or self.about, self.tensors if tensors is None else tensors
-        safetensors.torch.save_file(tensors, self.path, {"format": "pt", "lora": json.dumps(about)})
+        said = {"format": "pt", "lora": json.dumps(about)}  # with a right checksum: who wrote the file meant all of it
+        safetensors.torch.save_file(tensors, self.path, {**said, "sha256": checksum(tensors, said)})
 
     def model(self, injected):
         model = copy.deepcopy(self.base)

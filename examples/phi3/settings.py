@@ -29,7 +29,8 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 _POSITIVE = (lambda value: 0 < value < float("inf"), "a number above 0")
 _NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number from 0 up")
 
-_NAMES = ("target_modules", "modules_to_save", "exclude_modules")
+_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "export")
+_EXPORTS = ("peft", "portable", "gguf", "merged")
 
 # All that a dictionary may hold; peft_config may be given more of them than it has at first.
 SETTINGS = {
@@ -78,6 +79,11 @@ SETTINGS = {
     "attn_implementation": Setting("attention: sdpa, eager, or flash_attention_2 where installed"),
     "device": Setting("cpu, cuda, cuda:1, …; auto: cuda if there is one"),
     "output_dir": Setting("where checkpoints, metrics, replies and the loss curve go"),
+    "export": Setting(
+        "write the result for others, too: any of " + ", ".join(_EXPORTS),
+        lambda names: set(names) <= set(_EXPORTS),
+        "any of " + ", ".join(_EXPORTS),
+    ),
     "cache_dir": Setting("where downloads are kept (default: $LORA_EXAMPLES_CACHE, or the user's cache)"),
 }
 

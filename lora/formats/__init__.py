@@ -3,23 +3,93 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lora.adapter import Adapter, AdapterError
-from lora.formats import native
+from lora.formats import flat, from_peft, native, peft
+from lora.formats.pickled import read_torch
+from lora.formats.safe import read_header, read_tensors
+from lora.formats.single import portable
 from lora.settings import raise_all
 
-_WRITERS = {"lora": native.write}
+_WRITERS: dict[str, Callable[[Adapter, Path, Iterable[str]], None]] = {
+    "lora": lambda adapter, path, names: native.write(adapter, path),
+    "peft": peft.write,
+    "portable": lambda adapter, path, names: peft.write(portable(adapter), path, names),
+}
 
 
-def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = None) -> Adapter:
-    """Read an adapter in whatever format it is, without its model."""
-    adapter = native.read(Path(path))
-    raise_all(f"{path} is not loaded", adapter.problems(), AdapterError)
+def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = None, check: bool = True) -> Adapter:
+    """Read an adapter without its model, in whatever format it is.
+
+    Args:
+        path: a file of `lora.save_adapter`'s; a folder of PEFT's, or one of its files; or a state dict of loralib's,
+            saved by torch or as safetensors.
+        lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
+        check: raise if the adapter is not sound. Default: True.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        TypeError: `lora_alpha` is given for a format that says it.
+        AdapterError: the file is no adapter, or not sound; one error lists everything.
+
+    >>> import os, tempfile, torch, lora
+    >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+    >>> lora.save_adapter(torch.nn.Sequential(lora.Linear(8, 4, r=2, bias=False)), path)
+    >>> list(lora.read_adapter(path).tensors)
+    ['0.lora_A', '0.lora_B']
+    """
+    adapter = _read(Path(path), lora_alpha)
+    if lora_alpha is not None and adapter.format != "loralib":
+        raise TypeError(
+            f"`lora_alpha` is for loralib's files; {path} is in the format {adapter.format!r}, which says it."
+        )
+    if check:
+        raise_all(f"{path} is not loaded", adapter.problems(), AdapterError)
     return adapter
 
 
-def write_adapter(adapter: Adapter, path: str | os.PathLike[str], format: str = "lora") -> None:
-    """Write an adapter in a format of your choice."""
+def _read(path: Path, lora_alpha: float | None) -> Adapter:
+    if path.is_dir() or (path.parent / peft.CONFIG).is_file():
+        return from_peft.read(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no adapter file {path}.")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if is_zip:
+        return flat.from_state_dict(path, read_torch(path), lora_alpha)
+    header = read_header(path)
+    if "lora" not in header.metadata and any(name.endswith(".lora_A") for name in header.tensors):
+        return flat.from_state_dict(path, read_tensors(path)[0], lora_alpha)
+    return native.read(path)
+
+
+def write_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], format: str = "lora", *, module_names: Iterable[str] = ()
+) -> None:
+    """Write an adapter, in a format of your choice.
+
+    Args:
+        adapter: what to write.
+        path: a file for "lora", a folder for the others; what is there is replaced.
+        format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
+            converter and others read alike. Default: "lora".
+        module_names: of the whole model, where they are known, for PEFT's target_modules to be unmistakable.
+
+    Raises:
+        ValueError: there is no such format.
+        AdapterError: the adapter is not sound, or the format has no place for something in it; one error lists all.
+
+    >>> import os, tempfile, torch, lora
+    >>> folder = tempfile.mkdtemp()
+    >>> lora.save_adapter(torch.nn.Sequential(lora.Linear(8, 4, r=2)), os.path.join(folder, "mine"))
+    >>> adapter = lora.read_adapter(os.path.join(folder, "mine"))
+    >>> lora.write_adapter(adapter, os.path.join(folder, "theirs"), format="peft")
+    >>> sorted(os.listdir(os.path.join(folder, "theirs")))
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"`format` must be one of {', '.join(map(repr, _WRITERS))}, got {format!r}.")
     raise_all(f"{path} is not written", adapter.problems(), AdapterError)
-    _WRITERS[format](adapter, Path(path))
+    _WRITERS[format](adapter, Path(path), module_names)

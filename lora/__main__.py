@@ -1,0 +1,58 @@
+"""The command line: `python -m lora`, or `lora`.
+
+Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lora import __version__
+from lora.cli import convert, diff, inspect, merging
+
+_COMMANDS = (inspect, convert, merging, diff)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, which knows all commands."""
+    made = argparse.ArgumentParser(
+        prog="lora",
+        description="Look at LoRA adapters, convert, combine and compare them, and merge them into models.",
+        epilog="example:\n  python -m lora inspect adapter.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="version", version=f"lora {__version__}")
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the arguments say; the exit code.
+
+    Args:
+        arguments: Default: those of the process.
+    """
+    chosen = parser().parse_args(arguments)
+    try:
+        code: int = chosen.run(chosen)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        return 141
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

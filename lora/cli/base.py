@@ -1,0 +1,143 @@
+"""A base model's folder: which files hold its weights, under which names, and what else is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora.formats.header import Entry
+from lora.formats.safe import read_header
+from lora.settings import raise_all
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What models put in front of all names, or leave away, depending on the class that saved them.
+_PREFIXES = ("model.", "base_model.model.", "transformer.")
+# Files that hold weights, which would be the old ones; an adapter's configuration would be applied once more.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data")
+_LEFT_OUT = (*_WEIGHTS, ".npz", ".tflite", ".index.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in safetensors files.
+
+    Attributes:
+        folder: where it is.
+        shards: for each file its tensors.
+        files: for each tensor its file.
+        config: what config.json says, {} without one.
+    """
+
+    folder: Path
+    shards: dict[str, dict[str, Entry]]
+    files: dict[str, str]
+    config: dict[str, Any]
+
+    def entry(self, key: str) -> Entry:
+        return self.shards[self.files[key]][key]
+
+
+def open_base(folder: Path) -> Base:
+    """Look at a model's folder; no tensor is read.
+
+    Raises:
+        OSError: there is no such folder, or no safetensors file in it.
+        ValueError: an index, or a file that it names, is not what it should be; one error lists all.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} must be the folder of a model.")
+    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if (folder / SINGLE).is_file():  # the one that transformers takes, where there is an index as well
+        shards = {SINGLE: read_header(folder / SINGLE).tensors}
+        return Base(folder, shards, dict.fromkeys(shards[SINGLE], SINGLE), config)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: other formats are not read.")
+    files = _json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{folder / INDEX} must have a `weight_map`: a file for each tensor.")
+    names = list(dict.fromkeys(files.values()))
+    odd = [f"{name!r} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)]
+    odd += [f"{name} is missing." for name in names if _is_plain(name) and not (folder / name).is_file()]
+    raise_all(f"{folder / INDEX} is of no use", odd)
+    shards = {name: read_header(folder / name).tensors for name in names}
+    absent = (f"{key} is not in {file}." for key, file in files.items() if key not in shards[file])
+    raise_all(f"{folder / INDEX} does not fit the files", absent)
+    return Base(folder, shards, files, config)
+
+
+def other_files(base: Base) -> tuple[list[Path], list[Path]]:
+    """What else is in the folder: files that belong to the model whatever its weights are, and weights in other forms.
+
+    Hidden folders (.git, .cache) count as neither.
+    """
+    copied, left_out = [], []
+    for parent, folders, files in os.walk(base.folder):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        for file in sorted(files):
+            path = Path(parent, file).relative_to(base.folder)
+            if str(path) in base.shards:
+                continue
+            is_index = str(path) == INDEX and SINGLE not in base.shards
+            (left_out if file.endswith(_LEFT_OUT) and not is_index else copied).append(path)
+    return copied, left_out
+
+
+def keys_for(names: Iterable[str], base: Base) -> tuple[dict[str, str], list[str]]:
+    """The base's key for each name of an adapter's, all with the same prefix more or less; and what is wrong.
+
+    The names as they are, where they fit; else the one change of prefix with which all do.
+    """
+    names = list(names)
+    as_they_are, *changed = [{name: rename(name) for name in names} for rename in _renamings()]
+    if all(key in base.files for key in as_they_are.values()):
+        return as_they_are, []
+    fitting: list[dict[str, str]] = []
+    for keys in changed:
+        fits = len(set(keys.values())) == len(names) and all(key in base.files for key in keys.values())
+        if fits and keys not in fitting:
+            fitting.append(keys)
+    if len(fitting) == 1:
+        return fitting[0], []
+    if fitting:
+        ways = " or ".join(next(iter(keys.values())) for keys in fitting)
+        return {}, [f"{names[0]} may be {ways} in {base.folder}: several prefixes fit."]
+    closest = max([as_they_are, *changed], key=lambda keys: sum(key in base.files for key in keys.values()))
+    problems = [_missing(name, key, base) for name, key in closest.items() if key not in base.files]
+    return {name: key for name, key in closest.items() if key in base.files}, problems
+
+
+def _renamings() -> Iterator[Callable[[str], str]]:
+    yield str
+    for prefix in _PREFIXES:
+        yield partial(_without, prefix)
+        yield f"{prefix}{{}}".format
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _missing(name: str, key: str, base: Base) -> str:
+    owner = key.rpartition(".")[0]
+    beside = sorted(known for known in base.files if known.rpartition(".")[0] == owner and owner)
+    there = f"; there is {', '.join(beside)}" if beside else ""
+    return f"{name}: there is no such tensor in {base.folder}{there}."
+
+
+def _is_plain(name: str) -> bool:
+    return name.endswith(".safetensors") and not {"/", "\\", ":"}.intersection(name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return content

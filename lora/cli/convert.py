@@ -1,0 +1,115 @@
+"""`convert`, `combine` and `resize`: adapters made of adapters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora.adapter import Adapter
+from lora.algebra import combine, resize
+from lora.cli.options import (
+    Subparsers,
+    add_check_base,
+    add_command,
+    add_format,
+    add_lora_alpha,
+    add_overwrite,
+    check_output,
+    number,
+    read,
+    write,
+)
+from lora.cli.progress import progress
+from lora.report import table
+
+METHODS = ("cat", "svd", "linear", "ties", "dare")
+
+
+def add(commands: Subparsers) -> None:
+    _add_convert(commands)
+    _add_combine(commands)
+    _add_resize(commands)
+
+
+def _add_convert(commands: Subparsers) -> None:
+    about = "write an adapter in another format"
+    parser = add_command(commands, run_convert, "convert", about, "convert adapter.safetensors folder --format peft")
+    parser.add_argument("file", type=Path, metavar="IN", help="an adapter in any format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    add_format(parser, required=True)
+    add_lora_alpha(parser)
+    add_overwrite(parser)
+
+
+def _add_combine(commands: Subparsers) -> None:
+    about = "add up adapters, each with a weight"
+    example = "combine both.safetensors one.safetensors=0.7 two.safetensors=0.3 --method svd --r 16"
+    parser = add_command(commands, run_combine, "combine", about, example)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter and its weight, or 1")
+    parser.add_argument("--method", choices=METHODS, default="cat", help="docs at lora.algebra.combine (default: cat)")
+    parser.add_argument("--r", type=int, metavar="R", help="rank of the result, for svd, ties and dare")
+    parser.add_argument(
+        "--density", type=number, default=0.5, metavar="D", help="share that ties and dare keep (default: 0.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of dare (default: 0)")
+    add_check_base(parser)
+    add_format(parser, default="lora")
+    add_overwrite(parser)
+
+
+def _add_resize(commands: Subparsers) -> None:
+    about = "bring an adapter to another rank, at the best approximation of it"
+    parser = add_command(commands, run_resize, "resize", about, "resize adapter.safetensors small.safetensors --r 8")
+    parser.add_argument("file", type=Path, metavar="IN", help="an adapter in any format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    rank = parser.add_mutually_exclusive_group(required=True)
+    rank.add_argument("--r", type=int, metavar="R", help="the rank of every module")
+    rank.add_argument(
+        "--energy", type=number, metavar="E", help="the smallest rank that keeps this share of the squared norm"
+    )
+    add_format(parser, default="lora")
+    add_lora_alpha(parser)
+    add_overwrite(parser)
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    check_output(arguments.out, arguments.overwrite, [arguments.file])
+    print(write(read(arguments.file, arguments.lora_alpha), arguments))
+    return 0
+
+
+def run_combine(arguments: argparse.Namespace) -> int:
+    weighted = [_weighted(text) for text in arguments.adapters]
+    check_output(arguments.out, arguments.overwrite, [path for path, _ in weighted])
+    adapters = [(read(path), weight) for path, weight in progress(weighted, "reading")]
+    how = {key: getattr(arguments, key) for key in ("r", "density", "seed", "check_base")}
+    print(write(combine(adapters, arguments.method, **how), arguments))
+    return 0
+
+
+def run_resize(arguments: argparse.Namespace) -> int:
+    check_output(arguments.out, arguments.overwrite, [arguments.file])
+    before = read(arguments.file, arguments.lora_alpha)
+    after, kept = resize(before, arguments.r, energy=arguments.energy)
+    written = write(after, arguments)
+    print(table(("module", "r", "new r", "energy kept"), _rows(before, after, kept)))
+    print(written)
+    return 0
+
+
+def _rows(before: Adapter, after: Adapter, kept: dict[str, float]) -> Sequence[Sequence[object]]:
+    ranks = [{name: settings["r"] for name, settings in adapter.modules.items()} for adapter in (before, after)]
+    return [(name, ranks[0][name], ranks[1][name], f"{100 * share:.2f} %") for name, share in kept.items()]
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """`ADAPTER=WEIGHT` taken apart; a path may hold an equals sign itself."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), number(weight)
+    except ValueError:
+        raise ValueError(f"the weight of {path} must be a finite number, got {weight!r}.") from None

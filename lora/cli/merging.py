@@ -1,0 +1,184 @@
+"""`merge`: an adapter written into a model's files, tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora import fingerprint
+from lora.adapter import Adapter, AdapterError
+from lora.cli.base import Base, keys_for, open_base, other_files
+from lora.cli.options import (
+    Subparsers,
+    add_check_base,
+    add_command,
+    add_json,
+    add_lora_alpha,
+    add_overwrite,
+    check_output,
+    print_json,
+    read,
+)
+from lora.cli.progress import progress
+from lora.cli.shards import mapped, rewrite
+from lora.cli.tied import tied_problems
+from lora.layer import LoRALayer, join
+from lora.report import MergedModule, MergeReport
+from lora.settings import raise_all
+
+_MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def add(commands: Subparsers) -> None:
+    about = "write an adapter into a model's safetensors files, with a few tensors in memory at a time"
+    parser = add_command(commands, run, "merge", about, "merge Phi-3-mini-4k-instruct adapter.safetensors merged")
+    parser.add_argument("base", type=Path, metavar="BASE", help="a folder with model.safetensors, or with shards")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter in any format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    add_check_base(parser)
+    add_json(parser)
+    add_lora_alpha(parser)
+    add_overwrite(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    base, out = open_base(arguments.base), arguments.out
+    check_output(out, arguments.overwrite, [arguments.base, arguments.adapter])
+    if arguments.base.resolve() in out.resolve().parents:
+        raise ValueError(f"{out} must not be in {arguments.base}.")
+    adapter = read(arguments.adapter, arguments.lora_alpha)
+    merging = Merging(base, adapter, arguments.check_base)
+    copied, left_out = other_files(base)
+    with whole_folder(out) as folder:
+        merging.write(folder)
+        for path in copied:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.folder / path, folder / path)
+    report = merging.report()
+    if arguments.json:
+        modules = [vars(module) for module in report.modules]
+        files = {"copied": [path.as_posix() for path in copied], "left_out": [path.as_posix() for path in left_out]}
+        print_json({"modules": modules, "lost": report.lost, "replaced": [*merging.full], **files})
+        return 0
+    print(report)
+    for key in merging.full:
+        print(f"replaced: {key}, which trained in full")
+    for path in left_out:
+        print(f"not copied: {path}, which holds other weights than the merged ones")
+    print(f"{out}: {len(base.shards)} of safetensors, {len(copied)} other files")
+    return 0
+
+
+class Merging:
+    """An adapter that fits a base model; AdapterError that lists everything that does not."""
+
+    def __init__(self, base: Base, adapter: Adapter, check_base: bool) -> None:
+        self.base, self.adapter = base, adapter
+        self.layers: dict[str, tuple[str, LoRALayer]] = {}  # by the base's key: a module's name and its layer
+        self._lost: dict[str, MergedModule] = {}
+        weights = {join(name, "weight"): name for name in adapter.modules}
+        keys, problems = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), base)
+        self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
+        for weight, name in weights.items():
+            if weight in keys:
+                try:
+                    self.layers[keys[weight]] = name, self._layer(name, keys[weight], check_base)
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+        problems += (problem for key in self.full for problem in self._full_problems(key))
+        adapted = [(keys.get(weight) or weight).rpartition(".")[0] for weight in weights]
+        problems += tied_problems(base, adapted, self.full)
+        raise_all(f"{base.folder} and the adapter are not merged", problems, AdapterError)
+
+    def _layer(self, name: str, key: str, check_base: bool) -> LoRALayer:
+        entry, layer = self.base.entry(key), self.adapter.layer(name)
+        if entry.dtype not in _MERGED:
+            raise ValueError(
+                f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
+                "merge into the weights that it was made of."
+            )
+        if layer.weight.shape != entry.shape:
+            raise ValueError(f"its base weight must have the shape {tuple(layer.weight.shape)}, got {entry.shape}.")
+        if check_base and key not in self.full:
+            # A layer of its own: what is mapped must not stay so.
+            probe = self.adapter.layer(name)
+            probe.weight = nn.Parameter(mapped(self.base.folder / self.base.files[key], entry), False)
+            fingerprint.check(self.adapter.modules[name]["base"], probe)
+        return layer
+
+    def _full_problems(self, key: str) -> Iterator[str]:
+        theirs, ours = self.full[key], self.base.entry(key)
+        if theirs.shape != ours.shape:
+            yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}."
+        if theirs.dtype != ours.dtype and not (theirs.dtype in _MERGED and ours.dtype in _MERGED):
+            yield f"{key} must be of dtype {ours.dtype}, got {theirs.dtype}."
+
+    def write(self, folder: Path) -> None:
+        """Write the base's files with the adapter merged; ValueError if a merged weight would not be finite."""
+        for file in progress(self.base.shards, "merging"):
+            names = {*self.layers, *self.full}.intersection(self.base.shards[file])
+            names = {name for name in names if self.base.files[name] == file}
+            rewrite(self.base.folder / file, folder / file, self.base.shards[file], self._change, names)
+
+    @torch.no_grad()
+    def _change(self, key: str, tensor: Tensor) -> None:
+        if key in self.full:
+            tensor.copy_(self.full[key])
+        if key not in self.layers:
+            return
+        name, layer = self.layers[key]
+        layer.weight = nn.Parameter(tensor, False)
+        lost = rounding_lost(layer)
+        layer.merge_into(layer.weight)
+        layer.weight = nn.Parameter(tensor.to("meta"), False)  # one tensor in memory, not all
+        self._lost[name] = MergedModule(name, str(tensor.dtype).removeprefix("torch."), lost)
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: the merged weight would not be finite in {tensor.dtype}.")
+
+    def report(self) -> MergeReport:
+        """What rounding lost, in the adapter's order."""
+        return MergeReport(tuple(self._lost[name] for name in self.adapter.modules))
+
+
+def rounding_lost(layer: LoRALayer) -> float:
+    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
+    dtype = layer.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
+    weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
+    size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
+    return float(error / size) if size else 0.0
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
+    out = out.resolve()
+    beside, old = (out.with_name(f".{out.name[:64]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
+    beside.mkdir()
+    try:
+        yield beside
+        if not out.exists():
+            os.replace(beside, out)
+            return
+        os.replace(out, old)
+        try:
+            os.replace(beside, out)
+        except BaseException:
+            os.replace(old, out)
+            raise
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

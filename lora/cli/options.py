@@ -1,0 +1,115 @@
+"""What the commands share: how they enter the parser, read adapters, look after their output, and print JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora.adapter import Adapter
+from lora.formats import read_adapter, write_adapter
+
+if TYPE_CHECKING:  # generic for type checkers only
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Subparsers = argparse._SubParsersAction
+
+Run = Callable[[argparse.Namespace], int]
+FORMATS = ("lora", "peft", "portable")
+
+
+def add_command(commands: Subparsers, run: Run, name: str, about: str, example: str) -> argparse.ArgumentParser:
+    """Enter a command, which `run` does and whose help has an example."""
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example:\n  python -m lora {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_lora_alpha(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def add_check_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-check-base",
+        dest="check_base",
+        action="store_false",
+        help="do not compare sampled values of the base weights with those that the adapter remembers",
+    )
+
+
+def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
+    about = "lora: one file; peft: PEFT's folder; portable: that with one rank and scaling 1"
+    parser.add_argument("--format", choices=FORMATS, help=about, **options)
+
+
+def number(text: str) -> float:
+    """A finite number; ValueError otherwise.
+
+    >>> number("0.5")
+    0.5
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {text}")
+    return value
+
+
+def read(path: Path, lora_alpha: float | None = None, *, check: bool = True) -> Adapter:
+    """`lora.read_adapter`; a `lora_alpha` that does not belong there is a mistake of the user's, too."""
+    try:
+        return read_adapter(path, lora_alpha=lora_alpha, check=check)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def write(adapter: Adapter, arguments: argparse.Namespace) -> str:
+    """Write to `arguments.out` in `arguments.format`; what was written, in a line."""
+    write_adapter(adapter, arguments.out, arguments.format)
+    ranks = sorted({settings["r"] for settings in adapter.modules.values()})
+    return f"{arguments.out}: {len(adapter.modules)} modules, r = {', '.join(map(str, ranks))}"
+
+
+def check_output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """OSError or ValueError if writing `out` would replace something that is not to be replaced."""
+    whole = out.resolve()
+    for path in inputs:
+        if whole == path.resolve() or whole in path.resolve().parents:
+            raise ValueError(f"{out} must not be an input, or hold one: {path}.")
+    if not whole.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {whole.parent} to write {out.name} to.")
+    if whole.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; --overwrite replaces it.")
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for what JSON has no word for.
+
+    >>> finite(1.5), finite(float("nan"))
+    (1.5, None)
+    """
+    return value if math.isfinite(value) else None
+
+
+def print_json(content: object) -> None:
+    print(json.dumps(content, indent=2, allow_nan=False))

@@ -1,0 +1,65 @@
+"""Safetensors files written anew with some of their tensors changed, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora.formats.header import Entry
+
+_CHUNK = 2**20
+
+
+def rewrite(
+    source: Path,
+    target: Path,
+    entries: Mapping[str, Entry],
+    change: Callable[[str, Tensor], None],
+    names: Collection[str],
+) -> None:
+    """Write `source` to `target`: the same header, and each tensor in turn.
+
+    Args:
+        source: a safetensors file; `entries` are its header's.
+        target: the file to write, which must not exist.
+        change: gets the name and the values of a tensor, and changes them in place.
+        names: the tensors to change.
+    """
+    with open(source, "rb") as old, open(target, "xb") as new:
+        _copy(old, new, min((entry.start for entry in entries.values()), default=source.stat().st_size))
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if name in names and entry.stop > entry.start:
+                content = bytearray(entry.stop - entry.start)
+                if old.readinto(content) < len(content):
+                    raise _cut_short(old)
+                change(name, torch.frombuffer(content, dtype=entry.dtype).view(entry.shape))
+                new.write(content)
+            else:
+                _copy(old, new, entry.stop - entry.start)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def mapped(path: Path, entry: Entry) -> Tensor:
+    """A tensor of a file whose values are read as they are looked at; changes do not reach the file."""
+    content = np.memmap(path, np.uint8, "c", offset=entry.start, shape=(entry.stop - entry.start,))
+    return torch.from_numpy(content).view(entry.dtype).view(entry.shape)
+
+
+def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
+    while size > 0:
+        content = old.read(min(size, _CHUNK))
+        if not content:
+            raise _cut_short(old)
+        new.write(content)
+        size -= len(content)
+
+
+def _cut_short(file: BinaryIO) -> OSError:
+    return OSError(f"{file.name} has changed while it was read.")

@@ -1,0 +1,53 @@
+"""loralib's format: a flat state dict, with lora_A and lora_B of every layer, and whatever else was saved with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora.adapter import PARAMETERS, Adapter, AdapterError
+from lora.layer import join
+from lora.settings import raise_all
+
+#: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
+KIND = "loralib"
+
+
+def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float | None) -> Adapter:
+    """The adapter in a state dict; what is neither lora_A nor lora_B trained in full.
+
+    `r` is what a linear layer's would be; `in_model` makes it a convolution's, where the model has one.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    full = dict(tensors)
+    for key in tensors:
+        owner, _, part = key.rpartition(".")
+        if part in PARAMETERS:
+            pairs.setdefault(owner, {})[part] = full.pop(key)
+    raise_all(f"{path} is not loaded", _problems(pairs, lora_alpha), AdapterError)
+    assert lora_alpha is not None, "it was looked at"
+    modules = {name: _settings(pair["lora_B"].shape[1], lora_alpha) for name, pair in pairs.items()}
+    adapters = {join(name, part): tensor for name, pair in pairs.items() for part, tensor in pair.items()}
+    return Adapter(modules, {**adapters, **full}, list(full), format="loralib")
+
+
+def _problems(pairs: Mapping[str, Mapping[str, Tensor]], lora_alpha: float | None) -> Iterator[str]:
+    if not pairs:
+        yield "it has neither lora's metadata nor any lora_A and lora_B."
+    elif lora_alpha is None:
+        yield "it has no scaling: loralib's files say nothing of lora_alpha; give `lora_alpha`, as it was in training."
+    for name, pair in pairs.items():
+        yield from (f"{join(name, part)} is missing." for part in PARAMETERS if part not in pair)
+        shapes = [tuple(tensor.shape) for tensor in pair.values()]
+        if any(len(shape) != 2 or 0 in shape for shape in shapes):
+            yield f"{name}: lora_A and lora_B must be matrices, got {' and '.join(map(str, shapes))}."
+        elif len(pair) == 2 and pair["lora_A"].shape[0] % pair["lora_B"].shape[1]:
+            yield f"{name}: the shapes {shapes[0]} and {shapes[1]} of lora_A and lora_B do not fit each other."
+
+
+def _settings(r: int, lora_alpha: float) -> dict[str, Any]:
+    about = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.0, "use_rslora": False}
+    return {**about, "scaling": lora_alpha / r, "base": {"kind": KIND, "shape": None}}

@@ -1,0 +1,188 @@
+"""Reading PEFT's format: what its configuration and the names of its tensors mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora.adapter import Adapter, AdapterError
+from lora.formats.patterns import Patterns, pattern_problem
+from lora.formats.peft import CONFIG, PREFIX, WEIGHTS, within_groups
+from lora.formats.pickled import read_torch
+from lora.formats.safe import read_tensors
+from lora.layer import join
+from lora.settings import is_number, raise_all, settings_problems
+
+READERS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
+    WEIGHTS: lambda path: read_tensors(path)[0],
+    "adapter_model.bin": read_torch,
+}
+_LARGEST_CONFIG = 2**24  # bytes
+# The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
+_PARTS = {
+    "lora_A": re.compile(r"\.lora_A(\.default)?\.weight$|\.lora_embedding_A(\.default)?$"),
+    "lora_B": re.compile(r"\.lora_B(\.default)?\.weight$|\.lora_embedding_B(\.default)?$"),
+}
+_REFUSED_PARTS = {
+    "DoRA is not supported yet": re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"),
+    "a bias of lora_B (`lora_bias`) has no place here": re.compile(r"\.lora_B(\.default)?\.bias$"),
+}
+# Settings under which an adapter's A and B alone do not say what it computes.
+_REFUSED_SETTINGS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+)
+# Initialisers that change the base weight: the adapter belongs to what is left of it.
+_REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
+
+
+def read(path: Path) -> Adapter:
+    """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
+    folder = path if path.is_dir() else path.parent
+    file = next((folder / name for name in READERS if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(READERS)}.")
+    config = _read_config(folder / CONFIG)
+    raise_all(f"{folder} is not loaded", _config_problems(config), AdapterError)
+    tensors = READERS[file.name](file)
+    pairs, full, problems = _sort(tensors)
+    adapter = _adapter(config, pairs, full, problems)
+    raise_all(f"{folder} is not loaded", problems, AdapterError)
+    return adapter
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}, without which PEFT's tensors mean nothing.")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterError(f"{path} must have at most {_LARGEST_CONFIG} bytes, got {path.stat().st_size}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} must hold an object, got a {type(config).__name__}.")
+    return config
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("peft_type") != "LORA":
+        yield f"`peft_type` must be 'LORA', got {config.get('peft_type')!r}."
+    for name in _REFUSED_SETTINGS:
+        if config.get(name):
+            yield f"`{name}` is set: what the adapter computes is more than its A and B say."
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
+        yield f"`init_lora_weights` is {init!r}, which changes the base weight; let PEFT convert it to a plain LoRA."
+    yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0))
+    if not isinstance(config.get("use_rslora", False), bool):
+        yield f"`use_rslora` must be true or false, got {config['use_rslora']!r}."
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, dict):
+            yield f"`{option}` must map names to numbers, got {patterns!r}."
+            continue
+        yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern)))
+        yield from (
+            f"`{option}`: {p!r} must have a number, got {v!r}." for p, v in patterns.items() if not is_number(v)
+        )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        yield f"`modules_to_save` must be a list of names, got {saved!r}."
+
+
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Pairs of A and B by module, tensors that trained in full, and everything that has no place."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    full: dict[str, Tensor] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        part = next((part for part, ending in _PARTS.items() if ending.search(name)), None)
+        refused = [reason for reason, ending in _REFUSED_PARTS.items() if ending.search(name)]
+        if refused:
+            problems.append(f"{key}: {refused[0]}.")
+        elif part is None:
+            full[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
+        else:
+            module = _PARTS[part].sub("", name)
+            kind = "embedding" if "lora_embedding_" in name[len(module) :] else "linear"
+            pairs.setdefault(module, {})[part] = tensor
+            pairs[module][kind] = tensor
+    return pairs, full, problems
+
+
+def _adapter(
+    config: Mapping[str, Any],
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    full: dict[str, Tensor],
+    problems: list[str],
+) -> Adapter:
+    modules: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = (Patterns(config.get(option) or {}) for option in ("rank_pattern", "alpha_pattern"))
+    for name, pair in pairs.items():
+        missing = [part for part in _PARTS if part not in pair]
+        problems += [f"{name}: {part} is missing." for part in missing]
+        if not missing:
+            try:
+                r = ranks.value_for(name, config.get("r", 8))
+                lora_alpha = alphas.value_for(name, config.get("lora_alpha", 8))
+                modules[name] = _settings(config, r, lora_alpha, pair)
+                A = within_groups(pair["lora_A"], modules[name]["base"].get("groups", 1))
+                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    if not pairs:
+        problems.append("it adapts no module.")
+    full = {name: tensor for name, tensor in full.items() if not _is_base_weight(name, pairs)}
+    saved = _saved(config.get("modules_to_save") or [], full)
+    base_model = config.get("base_model_name_or_path")
+    base_model = base_model if isinstance(base_model, str) else None
+    return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft")
+
+
+def _is_base_weight(name: str, pairs: Mapping[str, object]) -> bool:
+    # PEFT saves the weight of an adapted embedding beside its adapter: the base's own, which LoRA left as it was.
+    owner, _, own = name.rpartition(".")
+    return owner in pairs and own == "weight"
+
+
+def _saved(patterns: list[str], full: Iterable[str]) -> list[str]:
+    """The modules that own tensors which trained in full, and whose names, or a parent's, end as one of `patterns`."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in full)
+    return [owner for owner in owners if any(f".{pattern}." in f".{owner}." for pattern in patterns)]
+
+
+def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> dict[str, Any]:
+    A, B = pair["lora_A"], pair["lora_B"]
+    if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
+        raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
+    if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
+        raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
+    rslora = config.get("use_rslora", False)
+    base: dict[str, Any] = {"kind": "embedding" if "embedding" in pair else "linear", "shape": None}
+    settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": config.get("lora_dropout", 0.0), "use_rslora": rslora}
+    if A.dim() > 2:
+        groups = r // B.shape[1]
+        base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}
+        settings["factored"] = True
+    elif base["kind"] == "linear":
+        base["fan_in_fan_out"] = bool(config.get("fan_in_fan_out", False))
+    return {**settings, "scaling": lora_alpha / (math.sqrt(r) if rslora else r), "base": base}

@@ -1,0 +1,139 @@
+"""PEFT's format: a folder with adapter_config.json and adapter_model.safetensors (or .bin); writing it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.adapter import Adapter, AdapterError
+from lora.formats.safe import write_tensors
+from lora.formats.single import Form, singles
+from lora.settings import raise_all
+from lora.training import is_bias
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
+    """Write the folder that PEFT's `from_pretrained` reads.
+
+    Args:
+        names: of all modules of the model, where it is there: a target that is also the end of another module's name
+            is then written as part of a regular expression, which PEFT matches as a whole.
+    """
+    what = f"{path} is not written"
+    forms = singles(adapter, what)
+    raise_all(what, _homeless(adapter), AdapterError)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; PEFT's format is a folder.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.absolute().parent} to make {path.name} in.")
+    tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
+    for name, (settings, A, B) in forms.items():
+        embedding = settings["base"]["kind"] == "embedding"
+        A = over_all_channels(A, settings["base"].get("groups", 1))
+        for part, tensor in (("A", A), ("B", B)):
+            tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+    path.mkdir(exist_ok=True)
+    write_tensors(path / WEIGHTS, tensors, {})
+    text = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True)
+    beside = path / f".{CONFIG}.tmp"
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path / CONFIG)
+
+
+def over_all_channels(A: Tensor, groups: int) -> Tensor:
+    """A of a convolution with groups as PEFT has it: with kernels, zero ones, for the channels of other groups, too."""
+    if groups == 1:
+        return A
+    r, size, *kernel = A.shape
+    wide = A.new_zeros(groups, r // groups, groups, size, *kernel)
+    for group, rows in enumerate(A.view(groups, r // groups, size, *kernel)):
+        wide[group, :, group] = rows
+    return wide.view(r, groups * size, *kernel)
+
+
+def within_groups(A: Tensor, groups: int) -> Tensor:
+    """The inverse of `over_all_channels`; ValueError where a group reads the channels of another."""
+    r, size, *kernel = A.shape
+    if groups == 1:
+        return A
+    if size % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the {size} input channels of lora_A.")
+    own = torch.stack([A.view(groups, r // groups, groups, -1)[group, :, group] for group in range(groups)])
+    narrow = own.reshape(r, size // groups, *kernel)
+    if torch.count_nonzero(narrow) != torch.count_nonzero(A):
+        raise ValueError(f"its update mixes the {groups} groups of the convolution, which no weight of the layer can.")
+    return narrow
+
+
+def _homeless(adapter: Adapter) -> Iterator[str]:
+    """What trained in full, and is neither a bias nor in a module that trains in full as a whole."""
+    for name in adapter.trained_in_full:
+        owner, _, own = name.rpartition(".")
+        if owner not in adapter.modules_to_save and not is_bias(own):
+            yield f"{name} trains in full, alone: PEFT has a place for biases and for whole modules (modules_to_save)."
+
+
+def _full_key(name: str, forms: Mapping[str, Form]) -> str:
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.base_layer.{own}" if owner in forms else name
+
+
+def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
+    about = {name: settings for name, (settings, _, _) in forms.items()}
+    rslora = all(settings["use_rslora"] for settings in about.values())
+    ranks = {name: settings["r"] for name, settings in about.items()}
+    alphas = {name: s["scaling"] * (math.sqrt(s["r"]) if rslora else s["r"]) for name, s in about.items()}
+    r, lora_alpha = _most_common(ranks), _most_common(alphas)
+    linear = [settings["base"] for settings in about.values() if settings["base"]["kind"] == "linear"]
+    whole = adapter.modules_to_save
+    saved = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
+    biases = {name.rpartition(".")[0] for name in adapter.trained_in_full if name.rpartition(".")[0] not in whole}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _short(lora_alpha),
+        "lora_dropout": max(settings["lora_dropout"] for settings in about.values()),
+        "use_rslora": rslora,
+        "fan_in_fan_out": bool(linear) and all(base.get("fan_in_fan_out", False) for base in linear),
+        "target_modules": _targets(list(about), names),
+        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
+        "modules_to_save": saved or None,
+        "bias": "none" if not biases else "lora_only" if biases <= about.keys() else "all",
+        "init_lora_weights": True,
+    }
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _short(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _exactly(name: str) -> str:
+    """A pattern for one name: PEFT would match the ends of names, too."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
+    others = [name for name in names if name not in targets]
+    if not any(name.endswith(f".{target}") for name in others for target in targets):
+        return targets
+    return "|".join(map(re.escape, targets))
