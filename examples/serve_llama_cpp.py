@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--context", type=count, default=2048, help="tokens in a prompt and its reply, at most (default: 2048)")
     add("--threads", type=count, default=torch.get_num_threads(), help="threads of llama.cpp (default: PyTorch's)")
     add("--cache-dir", type=Path, help="as phi3_chat.py's")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # prompts may come after flags
 
 
 def run(flags: argparse.Namespace) -> None:

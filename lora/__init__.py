@@ -1,16 +1,19 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = W₀ + s · B A."""
 
 from lora.adapter import Adapter, AdapterError
+from lora.algebra import combine, scale, subtract
 from lora.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
 from lora.embedding import Embedding
+from lora.extract import Extracted, extract
 from lora.formats import read_adapter, write_adapter
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
 from lora.merge import merge, merged_state_dict
 from lora.registry import register
+from lora.resize import Resized, resize
 from lora.training import lora_state_dict, mark_only_lora_as_trainable
 
 __version__ = "0.1.0"
@@ -22,13 +25,17 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "Embedding",
+    "Extracted",
     "Linear",
     "LoRALayer",
     "LoraConfig",
     "MergedLinear",
+    "Resized",
     "adapter_of",
+    "combine",
     "disabled",
     "eject",
+    "extract",
     "inject",
     "load_adapter",
     "lora_state_dict",
@@ -37,6 +44,9 @@ __all__ = [
     "merged_state_dict",
     "read_adapter",
     "register",
+    "resize",
     "save_adapter",
+    "scale",
+    "subtract",
     "write_adapter",
 ]

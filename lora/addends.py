@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,12 +100,9 @@ def base_problems(bases: Mapping[int, dict[str, Any]], check_base: bool) -> Iter
             ours, theirs = known.get(fact, default), base.get(fact, default)
             if ours != theirs and (fact in _ALWAYS_KNOWN or (known.get("shape") and base.get("shape"))):
                 yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
-        ours, theirs = known.get("sample"), base.get("sample")
-        if check_base and ours and theirs:
-            scale = max(math.hypot(*ours), math.hypot(*theirs), 1e-30)
-            difference = math.dist(ours, theirs) / scale if len(ours) == len(theirs) else math.inf
-            if difference > fingerprint._TOLERANCE:
-                yield f"{of} sampled values differ by {100 * difference:.0f} %; `check_base=False` combines them."
+        difference = fingerprint.sample_difference(known.get("sample"), base.get("sample")) if check_base else None
+        if difference is not None:
+            yield f"{of} sampled values differ by {100 * difference:.0f} %; `check_base=False` combines them."
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -68,13 +68,11 @@ def combine(
         AdapterError: an adapter is not sound, or holds tensors that trained in full, which are no updates; base
             weights are not the same, a module is of a user's own kind, or a rank does not fit. One error lists all.
 
-    >>> import torch
-    >>> from lora import Adapter
-    >>> from lora.algebra import combine
+    >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0}
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
-    >>> one = Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
-    >>> both = combine([(one, 0.5), (one, 2)])
+    >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
+    >>> both = lora.combine([(one, 0.5), (one, 2)])
     >>> both.modules["up"]["r"], both.update("up")
     (2, tensor([[5., 5., 5.]]))
     """
@@ -117,13 +115,11 @@ def subtract(a: Adapter, b: Adapter, *, check_base: bool = True) -> Adapter:
     Raises:
         AdapterError: as `lora.combine`.
 
-    >>> import torch
-    >>> from lora import Adapter
-    >>> from lora.algebra import subtract
+    >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
-    >>> one = Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
-    >>> subtract(one, one).update("up")
+    >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
+    >>> lora.subtract(one, one).update("up")
     tensor([[0., 0., 0.]])
     """
     return combine([(a, 1), (b, -1)], check_base=check_base)
@@ -140,13 +136,11 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         ValueError: `factor` is not a finite number.
         AdapterError: the adapter is not sound, or holds tensors that trained in full, which are no updates.
 
-    >>> import torch
-    >>> from lora import Adapter
-    >>> from lora.algebra import scale
+    >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
-    >>> one = Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
-    >>> scale(one, -2).update("up")
+    >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
+    >>> lora.scale(one, -2).update("up")
     tensor([[-2., -2., -2.]])
     """
     if not is_number(factor):

@@ -31,7 +31,9 @@ def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> LoRALayer:
     make = _BASES.get(base["kind"])
     if make is None:
         raise ValueError(f"is of the kind {base['kind']}, which only its model knows.")
-    shape = list(base.get("shape") or _shape(base["kind"], settings, A, B))
+    shape = _shape(base["kind"], settings, A, B) if base.get("shape") is None else list(base["shape"])
+    if base["kind"] != "conv" and len(shape) != 2:
+        raise ValueError(f"`base` must have a shape of two sizes for {base['kind']!r}, got {shape}.")
     module = make(shape, base)
     kind = kind_for(type(module))
     assert kind is not None, "these are torch's own"

@@ -91,6 +91,8 @@ def load_adapter(
     model = unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
     if isinstance(source, Adapter):
+        if lora_alpha is not None:
+            raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
         adapter, what = source, "the adapter"
         raise_all(f"{what} is not loaded", adapter.problems(), AdapterError)
     else:
@@ -127,7 +129,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     tensors = {join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()}
     about = {name: _about(layer) for name, layer in adapted.items()}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
-    return Adapter(about, {**tensors, **full}, list(full), modules_to_save, _name_of(model))
+    return Adapter(about, {**tensors, **full}, list(full), modules_to_save, name_of(model))
 
 
 def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
@@ -162,15 +164,12 @@ def _write_all(targets: list[tuple[Tensor, Tensor]]) -> None:
         raise
 
 
-collect = adapter_of  # TEMPORARY: goes when nobody calls it
-
-
 def _about(layer: LoRALayer) -> dict[str, Any]:
     settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
     return {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
 
 
-def _name_of(model: nn.Module) -> str | None:
+def name_of(model: nn.Module) -> str | None:
     """What a transformers model says that it was loaded from."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None

@@ -14,7 +14,7 @@ from lora import fingerprint
 from lora.adapter import Adapter
 from lora.algebra import named
 from lora.blocks import block_rank, cut, dense_spectrum, layer_rank, matrices_of, shares, smallest_rank, tensors_of
-from lora.checkpoint import _name_of
+from lora.checkpoint import name_of
 from lora.config import LoraConfig
 from lora.inject import adapter_dtype
 from lora.layer import LoRALayer, join
@@ -69,16 +69,15 @@ def extract(
     Raises:
         ValueError: neither `r` nor `energy` is given, or both, or one is out of range; the models differ in the names
             or shapes of their tensors, have LoRA layers, or tensors that are packed, sharded or not finite; a target
-            matches nothing or cannot be adapted; `groups` of a convolution do not divide `r`; or no layer that can be
-            adapted differs. One error lists all.
+            matches nothing or cannot be adapted; `groups` of a convolution do not divide `r`; or no layer to adapt
+            differs. One error lists all.
 
-    >>> import copy, torch
-    >>> from lora.extract import extract
+    >>> import copy, torch, lora
     >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
     >>> finetuned = copy.deepcopy(base)
     >>> with torch.no_grad():
     ...     _ = finetuned[0].weight.add_(1), finetuned[0].bias.zero_()
-    >>> adapter, kept = extract(base, finetuned, r=1)
+    >>> adapter, kept = lora.extract(base, finetuned, r=1)
     >>> list(adapter.modules), adapter.trained_in_full, round(kept["0"], 4)
     (['0'], ['0.bias'], 1.0)
     """
@@ -95,9 +94,9 @@ def extract(
         except ValueError as error:
             problems.append(f"{name}: {error} A layer outside `target_modules` is kept in full.")
     if not layers and not problems:
-        problems.append(f"no layer that can be adapted differs; what differs: {', '.join(full) or 'nothing'}.")
+        problems.append(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
     raise_all(_WHAT, problems)
-    adapter, kept = Adapter({}, {}, list(full), base_model=_name_of(base)), {}
+    adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base)), {}
     for name, layer in layers.items():
         settings, pair, kept[name] = _approximated(layer, changes.theirs[join(name, "weight")], r, energy)
         adapter.modules[name] = settings

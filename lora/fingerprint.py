@@ -13,11 +13,13 @@ from lora.conv import ConvLoRA
 from lora.embedding import EmbeddingLoRA
 from lora.layer import LoRALayer
 from lora.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
+from lora.registry import kind_for
 from lora.settings import is_number
 from lora.tensors import is_plain
 
 # How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
 _SAMPLE, _TOLERANCE = 16, 0.01
+_LARGEST = 2**50  # values of a weight that is believed to be one
 # What an adapter can be understood by without its model. Kinds that users register go by their class's name.
 _FORMS: dict[type[LoRALayer], str] = {
     LinearLoRA: "linear",
@@ -42,12 +44,20 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
         about["fan_in_fan_out"] = bool(getattr(layer, "fan_in_fan_out", False))
     if form == "conv":
         about["groups"] = getattr(layer, "groups", 1)
-    return about | {"sample": _sample(layer)}
+    return about | {"sample": sample_of(layer.weight)}
 
 
 def kind_of(layer: LoRALayer) -> type[LoRALayer]:
     """The kind of layer that a LoRA layer is, whatever its base class."""
     return next(cls for cls in type(layer).__mro__ if issubclass(cls, LoRALayer) and cls.base_class is nn.Module)
+
+
+def check_kind(about: dict[str, Any], module: nn.Module) -> None:
+    """ValueError if the module is of another kind than the one described, whose shapes may well be alike."""
+    kind = type(module) if isinstance(module, LoRALayer) else kind_for(type(module))
+    ours = next((_FORMS[cls] for cls in kind.__mro__ if cls in _FORMS), None) if kind else None
+    if ours is not None and about["kind"] in _FORMS.values() and about["kind"] != ours:
+        raise ValueError(f"has an adapter of the kind {about['kind']!r} in the file, and is of {ours!r} in the model.")
 
 
 def problems(about: Any) -> Iterator[str]:
@@ -57,7 +67,8 @@ def problems(about: Any) -> Iterator[str]:
         return
     shape, sample, groups = about.get("shape"), about.get("sample"), about.get("groups", 1)
     sizes = [groups, *shape] if isinstance(shape, list) else [groups, 1 if shape is None else shape]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**40 for size in sizes):
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    if not whole or math.prod(sizes) > _LARGEST:
         yield f"`base` must have a shape and groups of positive integers, got {shape!r} and {groups!r}."
     if sample is not None and not (isinstance(sample, list) and all(map(is_number, sample))):
         yield f"`sample` must hold finite numbers, got {sample!r}."
@@ -71,25 +82,33 @@ def check(about: dict[str, Any], module: nn.Module) -> None:
             f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "  # type: ignore[arg-type]
             f"and was {tuple(shape)}."
         )
-    theirs, ours = about.get("sample"), _sample(module)
-    if theirs is None or ours is None:
-        return
-    if len(theirs) != len(ours):
+    theirs, ours = about.get("sample"), sample_of(weight)
+    if theirs is not None and ours is not None and len(theirs) != len(ours):
         raise ValueError(f"`sample` must hold {len(ours)} numbers, got {len(theirs)}.")
-    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
-    if difference > _TOLERANCE:
+    difference = sample_difference(theirs, ours)
+    if difference is not None:
         raise ValueError(
             "the base weight is not the one that the adapter was trained on: sampled values differ by "
             f"{100 * difference:.0f} %; `check_base=False` loads it all the same."
         )
 
 
+def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> float | None:
+    """By how much two samples differ, in parts of the larger; None if they are one weight's, or one is not known."""
+    if theirs is None or ours is None:
+        return None
+    if len(theirs) != len(ours):
+        return math.inf
+    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
+    return None if difference <= _TOLERANCE else difference  # also if it is beyond floats
+
+
 def _shape(layer: Any) -> list[int] | None:
     return list(layer.weight.shape) if is_plain(layer.weight) or layer.weight.is_meta else None
 
 
-def _sample(module: nn.Module) -> list[float] | None:
-    weight: Any = module.weight
+def sample_of(weight: Any) -> list[float] | None:
+    """Values from all over a weight; None if it has no plain and finite ones."""
     if not is_plain(weight) or weight.numel() == 0:
         return None
     last = weight.numel() - 1

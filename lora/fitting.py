@@ -40,6 +40,7 @@ class Fit:
                 module = self._module(name)
                 if any(tensor.is_meta for tensor in module.parameters()):
                     raise ValueError("has no values yet, being on the meta device; give it some first.")
+                fingerprint.check_kind(settings["base"], module)
                 if injected:
                     self._compare(name, module, settings)
                 else:

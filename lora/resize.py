@@ -43,13 +43,11 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
         AdapterError: the adapter is not sound, a module is of a user's own kind, or `groups` of a factored convolution
             do not divide `r`. One error lists all.
 
-    >>> import torch
-    >>> from lora import Adapter
-    >>> from lora.resize import resize
+    >>> import torch, lora
     >>> settings = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
     >>> settings["base"] = {"kind": "linear", "shape": [2, 2]}
     >>> B = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    >>> adapter, kept = resize(Adapter({"up": settings}, {"up.lora_A": torch.eye(2), "up.lora_B": B}), 1)
+    >>> adapter, kept = lora.resize(lora.Adapter({"up": settings}, {"up.lora_A": torch.eye(2), "up.lora_B": B}), 1)
     >>> adapter.update("up").round(decimals=4) + 0, round(kept["up"], 4)
     (tensor([[3., 0.],
             [0., 0.]]), 0.9)

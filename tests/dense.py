@@ -6,7 +6,6 @@ import torch.nn as nn
 from conftest import make, update
 
 import lora
-from lora.checkpoint import collect
 
 #: numpy's view of a weight-shaped update as the matrices that have a rank of their own, by the kinds of conftest.
 BLOCKS = {
@@ -36,7 +35,12 @@ def adapter_of(kind, r=2, dtype=torch.float64, scaling=None, **arguments):
     layer.scaling = layer.scaling if scaling is None else scaling
     model = nn.Sequential(layer)
     lora.mark_only_lora_as_trainable(model)
-    return collect(model)
+    return lora.adapter_of(model)
+
+
+def terms(kind, ranks=(2, 4, 2), weights=(0.5, -1.5, 2.0), **options):
+    """Pairs of an adapter and its weight."""
+    return [(adapter_of(kind, r, **options), weight) for r, weight in zip(ranks, weights, strict=True)]
 
 
 def dense(adapter, name="0"):
@@ -46,15 +50,26 @@ def dense(adapter, name="0"):
     return update(layer)
 
 
+def total(adapters):
+    """The weighted sum of dense updates."""
+    return sum(weight * dense(adapter) for adapter, weight in adapters)
+
+
 def best(matrix, rank):
     """The best approximation at a rank, and its squared singular values."""
     U, S, Vt = np.linalg.svd(matrix, full_matrices=False)
     return U[:, :rank] * S[:rank] @ Vt[:rank], S**2
 
 
-def assert_same(got, expected, dtype=torch.float64, scale=1.0):
-    """Equal but for the rounding of A and B to a dtype."""
-    tolerance = 64 * torch.finfo(dtype).eps * max(scale, np.abs(expected).max())
+def absolute(adapter):
+    """The adapter with every number in it positive: its update bounds the sum of all products' magnitudes."""
+    modules = {name: {**settings, "scaling": abs(settings["scaling"])} for name, settings in adapter.modules.items()}
+    return lora.Adapter(modules, {name: tensor.detach().abs() for name, tensor in adapter.tensors.items()})
+
+
+def assert_same(got, expected, scale=1.0):
+    """Equal but for float64's rounding in sums and decompositions."""
+    tolerance = 64 * np.finfo(np.float64).eps * max(scale, np.abs(expected).max())
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
 

@@ -17,7 +17,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import lora
 
-PROMPTS = ["What is the capital of France?", "Tell me something about cats.", "Hi, how are you?"]
+PROMPTS = ["Tell me a joke.", "Tell me something about cats.", "Hi, how are you?"]
 TOKENS = 16
 # Log-probabilities differ by 1e-4: llama.cpp's sines and its exponential function are approximations.
 TOLERANCE = 1e-3
@@ -30,10 +30,10 @@ class Said(NamedTuple):
     logprobs: list[float]
 
 
-def adapt(model: nn.Module, std: float = 0.02) -> nn.Module:
+def adapt(model: nn.Module, std: float = 0.05) -> nn.Module:
     """Random updates in all projections: merged and plain, with ranks, alphas and scalings of their own."""
     splits = pretrained.fused_splits(model.config)
-    qkv = {"splits": {"qkv_proj": splits["qkv_proj"]}, "enable_lora": {r"layers\.[1357]\..*": [True, False, True]}}
+    qkv = {"splits": {"qkv_proj": splits["qkv_proj"]}, "enable_lora": {r"[1357]\..*qkv_proj": [True, False, True]}}
     gate_up = {"splits": {"gate_up_proj": splits["gate_up_proj"]}, "alpha_pattern": {r"layers\.[04]\..*": 5}}
     patterns = {"rank_pattern": {r"layers\.[024]\..*": 3}}
     lora.inject(model, target_modules=["qkv_proj", "down_proj"], r=4, lora_alpha=6, **qkv, **patterns)
@@ -43,11 +43,6 @@ def adapt(model: nn.Module, std: float = 0.02) -> nn.Module:
             if name.endswith("lora_B"):
                 parameter.normal_(std=std)
     return model.eval()
-
-
-def as_adapter(model: nn.Module, folder: Path) -> lora.Adapter:
-    lora.save_adapter(model, folder / "adapter.safetensors")
-    return lora.read_adapter(folder / "adapter.safetensors")
 
 
 @torch.no_grad()
@@ -63,10 +58,7 @@ def here(model: nn.Module, prompt: list[int]) -> Said:
         return_dict_in_generate=True,
     )
     tokens = out.sequences[0, len(prompt) :].tolist()
-    stops = model.generation_config.eos_token_id
-    if tokens[-1] == stops:  # llama.cpp does not count it
-        tokens.pop()
-    logprobs = torch.cat(out.logits)[: len(tokens)].log_softmax(-1)
+    logprobs = torch.cat(out.logits).log_softmax(-1)
     return Said(tokens, logprobs.max(-1).values.tolist())
 
 
@@ -116,7 +108,8 @@ def smollm2(tmp_path_factory) -> Case:
     torch.manual_seed(0)
     model, tokenizer = pretrained.load("smollm2", fetch.default_cache_dir(), dtype=torch.float32)
     adapt(model)
-    export_gguf(as_adapter(model, folder), folder / "adapter.gguf")
+    lora.save_adapter(model, folder / "adapter.safetensors")
+    export_gguf(lora.adapter_of(model), folder / "adapter.gguf")
     export_base(model, vocabulary(), folder / "base.gguf", "f32")
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
@@ -151,8 +144,7 @@ def test_a_wrong_alpha_would_be_seen(smollm2, tmp_path):
         assert got.tokens != adapted.tokens or got.logprobs != pytest.approx(adapted.logprobs, abs=10 * TOLERANCE)
 
 
-@pytest.mark.parametrize("partial_rotary_factor", [1.0, 0.5])
-def test_a_small_model_with_a_head_of_its_own(tmp_path, partial_rotary_factor):
+def test_a_small_model_with_a_head_of_its_own_and_half_a_rope(tmp_path):
     config = Phi3Config(
         vocab_size=49152,
         hidden_size=64,
@@ -164,7 +156,7 @@ def test_a_small_model_with_a_head_of_its_own(tmp_path, partial_rotary_factor):
         original_max_position_embeddings=512,
         initializer_range=0.5,
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": partial_rotary_factor},
+        rope_parameters={"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.5},
         pad_token_id=2,
         eos_token_id=2,
     )
@@ -173,7 +165,7 @@ def test_a_small_model_with_a_head_of_its_own(tmp_path, partial_rotary_factor):
     nn.init.normal_(model.lm_head.lora_B, std=0.3)
     server = serve(
         export_base(model, vocabulary(), tmp_path / "base.gguf", "f32"),
-        export_gguf(as_adapter(model, tmp_path), tmp_path / "adapter.gguf"),
+        export_gguf(lora.adapter_of(model), tmp_path / "adapter.gguf"),
     )
     prompt = [504, 3575, 282, 4649, 314, 7, 1000, 20000, 31]
     adapted = here(model, prompt)
@@ -191,7 +183,7 @@ def test_the_example_shows_both_replies(smollm2, tmp_path, capsys):
     printed = capsys.readouterr().out
     _, tokenizer = pretrained.load("smollm2", fetch.default_cache_dir(), dtype=torch.float32)
     for voice, said in {"pretrained": smollm2.pretrained[2], "fine-tuned": smollm2.adapted[2]}.items():
-        assert f"{voice}: {tokenizer.decode(said.tokens).strip()}" in printed
+        assert f"{voice}: {tokenizer.decode(said.tokens, skip_special_tokens=True).strip()}" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.gguf", adapter.name, "base.gguf"]
 
 

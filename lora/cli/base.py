@@ -75,7 +75,8 @@ def other_files(base: Base) -> tuple[list[Path], list[Path]]:
 
     Hidden folders (.git, .cache) count as neither.
     """
-    copied, left_out = [], []
+    copied: list[Path] = []
+    left_out: list[Path] = []
     for parent, folders, files in os.walk(base.folder):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
@@ -96,10 +97,10 @@ def keys_for(names: Iterable[str], base: Base) -> tuple[dict[str, str], list[str
     as_they_are, *changed = [{name: rename(name) for name in names} for rename in _renamings()]
     if all(key in base.files for key in as_they_are.values()):
         return as_they_are, []
+    changed = [keys for keys in changed if len(set(keys.values())) == len(names)]  # each name has a key of its own
     fitting: list[dict[str, str]] = []
     for keys in changed:
-        fits = len(set(keys.values())) == len(names) and all(key in base.files for key in keys.values())
-        if fits and keys not in fitting:
+        if keys not in fitting and all(key in base.files for key in keys.values()):
             fitting.append(keys)
     if len(fitting) == 1:
         return fitting[0], []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora.adapter import Adapter
-from lora.algebra import combine, resize
+from lora.algebra import combine
 from lora.cli.options import (
     Subparsers,
     add_check_base,
@@ -22,6 +22,7 @@ from lora.cli.options import (
 )
 from lora.cli.progress import progress
 from lora.report import table
+from lora.resize import resize
 
 METHODS = ("cat", "svd", "linear", "ties", "dare")
 

@@ -78,9 +78,11 @@ def _identical(a: Adapter, b: Adapter, name: str) -> bool:
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    pairs = [(key, a.get(key), b.get(key)) for key in _SETTINGS]
-    pairs += [(f"base.{key}", a["base"].get(key), b["base"].get(key)) for key in _BASE]
-    yield from ((key, [theirs, ours]) for key, theirs, ours in pairs if theirs != ours)
+    yield from ((key, [a.get(key), b.get(key)]) for key in _SETTINGS if a.get(key) != b.get(key))
+    for key in _BASE:
+        theirs, ours = a["base"].get(key), b["base"].get(key)
+        if theirs != ours and theirs is not None and ours is not None:  # not every format knows the base
+            yield f"base.{key}", [theirs, ours]
 
 
 def _only(a: Adapter, b: Adapter) -> list[dict[str, Any]]:

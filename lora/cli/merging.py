@@ -28,7 +28,6 @@ from lora.cli.options import (
     print_json,
     read,
 )
-from lora.cli.progress import progress
 from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
 from lora.layer import LoRALayer, join
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"replaced: {key}, which trained in full")
     for path in left_out:
         print(f"not copied: {path}, which holds other weights than the merged ones")
-    print(f"{out}: {len(base.shards)} of safetensors, {len(copied)} other files")
+    print(f"{out}: {len(base.shards)} safetensors and {len(copied)} other files")
     return 0
 
 
@@ -109,8 +108,7 @@ class Merging:
         if layer.weight.shape != entry.shape:
             raise ValueError(f"its base weight must have the shape {tuple(layer.weight.shape)}, got {entry.shape}.")
         if check_base and key not in self.full:
-            # A layer of its own: what is mapped must not stay so.
-            probe = self.adapter.layer(name)
+            probe = nn.Module()  # of its own, so that what is mapped does not stay so
             probe.weight = nn.Parameter(mapped(self.base.folder / self.base.files[key], entry), False)
             fingerprint.check(self.adapter.modules[name]["base"], probe)
         return layer
@@ -124,10 +122,9 @@ class Merging:
 
     def write(self, folder: Path) -> None:
         """Write the base's files with the adapter merged; ValueError if a merged weight would not be finite."""
-        for file in progress(self.base.shards, "merging"):
-            names = {*self.layers, *self.full}.intersection(self.base.shards[file])
-            names = {name for name in names if self.base.files[name] == file}
-            rewrite(self.base.folder / file, folder / file, self.base.shards[file], self._change, names)
+        for file, entries in self.base.shards.items():
+            names = {key for key in (*self.layers, *self.full) if self.base.files[key] == file}
+            rewrite(self.base.folder / file, folder / file, entries, self._change, names)
 
     @torch.no_grad()
     def _change(self, key: str, tensor: Tensor) -> None:
@@ -136,10 +133,10 @@ class Merging:
         if key not in self.layers:
             return
         name, layer = self.layers[key]
-        layer.weight = nn.Parameter(tensor, False)
+        without_values, layer.weight = layer.weight, nn.Parameter(tensor, False)
         lost = rounding_lost(layer)
         layer.merge_into(layer.weight)
-        layer.weight = nn.Parameter(tensor.to("meta"), False)  # one tensor in memory, not all
+        layer.weight = without_values  # the layer stays, the tensor's memory is the next one's
         self._lost[name] = MergedModule(name, str(tensor.dtype).removeprefix("torch."), lost)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: the merged weight would not be finite in {tensor.dtype}.")

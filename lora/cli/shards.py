@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora.cli.progress import progress
 from lora.formats.header import Entry
 
 _CHUNK = 2**20
@@ -31,11 +32,16 @@ def rewrite(
         change: gets the name and the values of a tensor, and changes them in place.
         names: the tensors to change.
     """
+    # One buffer for all: allocated one by one, tensors of many sizes would leave holes in memory.
+    buffer = memoryview(
+        bytearray(max((entry.stop - entry.start for entry in map(entries.__getitem__, names)), default=0))
+    )
     with open(source, "rb") as old, open(target, "xb") as new:
         _copy(old, new, min((entry.start for entry in entries.values()), default=source.stat().st_size))
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        in_turn = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+        for name, entry in progress(in_turn, f"writing {target.name}"):
             if name in names and entry.stop > entry.start:
-                content = bytearray(entry.stop - entry.start)
+                content = buffer[: entry.stop - entry.start]
                 if old.readinto(content) < len(content):
                     raise _cut_short(old)
                 change(name, torch.frombuffer(content, dtype=entry.dtype).view(entry.shape))

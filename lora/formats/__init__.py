@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lora.adapter import Adapter, AdapterError
+from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.formats import flat, from_peft, native, peft
 from lora.formats.pickled import read_torch
 from lora.formats.safe import read_header, read_tensors
 from lora.formats.single import portable
-from lora.settings import raise_all
+from lora.settings import is_number, raise_all
 
 _WRITERS: dict[str, Callable[[Adapter, Path, Iterable[str]], None]] = {
     "lora": lambda adapter, path, names: native.write(adapter, path),
@@ -32,6 +32,7 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     Raises:
         FileNotFoundError: there is no such file or folder.
         TypeError: `lora_alpha` is given for a format that says it.
+        ValueError: `lora_alpha` is no finite number.
         AdapterError: the file is no adapter, or not sound; one error lists everything.
 
     >>> import os, tempfile, torch, lora
@@ -40,6 +41,8 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     >>> list(lora.read_adapter(path).tensors)
     ['0.lora_A', '0.lora_B']
     """
+    if lora_alpha is not None and not is_number(lora_alpha):
+        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
     adapter = _read(Path(path), lora_alpha)
     if lora_alpha is not None and adapter.format != "loralib":
         raise TypeError(
@@ -51,7 +54,8 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
 
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:
-    if path.is_dir() or (path.parent / peft.CONFIG).is_file():
+    named = path.name in (peft.CONFIG, *from_peft.READERS)
+    if path.is_dir() or (named and (path.parent / peft.CONFIG).is_file()):
         return from_peft.read(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}.")
@@ -60,7 +64,7 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
     if is_zip:
         return flat.from_state_dict(path, read_torch(path), lora_alpha)
     header = read_header(path)
-    if "lora" not in header.metadata and any(name.endswith(".lora_A") for name in header.tensors):
+    if "lora" not in header.metadata and any(name.rpartition(".")[2] in PARAMETERS for name in header.tensors):
         return flat.from_state_dict(path, read_tensors(path)[0], lora_alpha)
     return native.read(path)
 

@@ -47,10 +47,10 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter
 def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
     if name in modules:
         return name
-    bare = without_wrappers(name)
-    while bare not in modules and bare.startswith(_PREFIXES):
+    bare = f"{without_wrappers(name)}."  # the root's own parameters have a prefix for their module's name
+    while bare[:-1] not in modules and bare.startswith(_PREFIXES):
         bare = bare.removeprefix(next(prefix for prefix in _PREFIXES if bare.startswith(prefix)))
-    return bare if bare in modules else name
+    return bare[:-1] if bare[:-1] in modules else name
 
 
 def _owner(key: str) -> str:

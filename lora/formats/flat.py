@@ -27,11 +27,23 @@ def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float
         owner, _, part = key.rpartition(".")
         if part in PARAMETERS:
             pairs.setdefault(owner, {})[part] = full.pop(key)
-    raise_all(f"{path} is not loaded", _problems(pairs, lora_alpha), AdapterError)
+    problems = list(_problems(pairs, lora_alpha))
+    for key in [key for key in full if _of_layer(key, pairs) != key]:
+        if _of_layer(key, pairs) in full:
+            problems.append(f"{key} and {_of_layer(key, pairs)} are one parameter in loralib; the file has both.")
+        full[_of_layer(key, pairs)] = full.pop(key)
+    raise_all(f"{path} is not loaded", problems, AdapterError)
     assert lora_alpha is not None, "it was looked at"
     modules = {name: _settings(pair["lora_B"].shape[1], lora_alpha) for name, pair in pairs.items()}
     adapters = {join(name, part): tensor for name, pair in pairs.items() for part, tensor in pair.items()}
     return Adapter(modules, {**adapters, **full}, list(full), format="loralib")
+
+
+def _of_layer(key: str, pairs: Mapping[str, object]) -> str:
+    """The name of a convolution's own parameter, whose base loralib keeps in a child called conv."""
+    owner, _, own = key.rpartition(".")
+    layer, _, child = owner.rpartition(".")
+    return join(layer, own) if child == "conv" and layer in pairs else key
 
 
 def _problems(pairs: Mapping[str, Mapping[str, Tensor]], lora_alpha: float | None) -> Iterator[str]:

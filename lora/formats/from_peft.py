@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora import fingerprint
 from lora.adapter import Adapter, AdapterError
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import CONFIG, PREFIX, WEIGHTS, within_groups
@@ -55,9 +56,10 @@ _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
     folder = path if path.is_dir() else path.parent
-    file = next((folder / name for name in READERS if (folder / name).is_file()), None)
+    names = [path.name] if path.name in READERS else READERS
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(READERS)}.")
+        raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
     raise_all(f"{folder} is not loaded", _config_problems(config), AdapterError)
     tensors = READERS[file.name](file)
@@ -151,7 +153,13 @@ def _adapter(
                 problems.append(f"{name}: {error}")
     if not pairs:
         problems.append("it adapts no module.")
-    full = {name: tensor for name, tensor in full.items() if not _is_base_weight(name, pairs)}
+    for name in [name for name in full if _is_base_weight(name, pairs)]:
+        weight, module = full.pop(name), modules.get(name.rpartition(".")[0])
+        if module is not None:  # not to be loaded, and to be compared with the model's
+            module["base"] |= {"shape": list(weight.shape), "sample": fingerprint.sample_of(weight)}
+    # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
+    before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
+    full = {name: tensor for name, tensor in full.items() if name not in before}
     saved = _saved(config.get("modules_to_save") or [], full)
     base_model = config.get("base_model_name_or_path")
     base_model = base_model if isinstance(base_model, str) else None
@@ -180,7 +188,7 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
     base: dict[str, Any] = {"kind": "embedding" if "embedding" in pair else "linear", "shape": None}
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": config.get("lora_dropout", 0.0), "use_rslora": rslora}
     if A.dim() > 2:
-        groups = r // B.shape[1]
+        groups = int(r) // B.shape[1]
         base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}
         settings["factored"] = True
     elif base["kind"] == "linear":

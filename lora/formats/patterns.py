@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 _LONGEST = 1000
-# Of `.*`, `+` and their like; each makes the time that a match may take grow with another power of the name's length.
-_MOST_REPEATS = 4
+# Matching goes through all ways in which a pattern may lie on a name, at worst; more than these take too long.
+_MOST_WAYS = 10**7
 
 
 def pattern_problem(pattern: str) -> str | None:
     """Why a regular expression is not used: it may take forever, or is none; None if it is fine."""
-    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character
-    repeats = len(re.findall(r"[*+{]", bare))
-    if len(pattern) > _LONGEST or repeats > _MOST_REPEATS or re.search(r"\)[*+?{]|\(\?", bare):
+    if len(pattern) > _LONGEST or re.search(r"\)[*+?{]|\(\?", _bare(pattern)) or ways(pattern, 1) > _MOST_WAYS:
         return f"{pattern[:80]!r} is too intricate to be matched safely."
     try:
         re.compile(pattern)
@@ -24,11 +23,33 @@ def pattern_problem(pattern: str) -> str | None:
     return None
 
 
+def ways(pattern: str, length: int) -> int:
+    """In how many ways a pattern without repeated groups may lie on a name of this length, at most.
+
+    >>> ways("q_proj|v_proj", 20), ways(r".*\\.(q|v)_proj", 20)
+    (42, 462)
+    """
+    bare = _bare(pattern)
+    repeats = 1 + len(re.findall(r"[*+{]", bare))  # `.*` and its like; one is ours
+    choices = math.prod(1 + part.count("|") for part in re.split(r"[()]", bare)) << bare.count("?")
+    return choices * math.comb(length + repeats, repeats)
+
+
+def _bare(pattern: str) -> str:
+    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character
+
+
 class Patterns:
     """Values by pattern: a name has that of the first pattern which it, or its end after a dot, matches."""
 
     def __init__(self, patterns: Mapping[str, Any]) -> None:
-        self._patterns = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+        self._patterns = [(key, re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
 
     def value_for(self, name: str, default: Any) -> Any:
-        return next((value for pattern, value in self._patterns if pattern.match(name)), default)
+        """The value for a name; ValueError where finding it may take too long."""
+        for key, pattern, value in self._patterns:
+            if ways(key, len(name)) > _MOST_WAYS:
+                raise ValueError(f"{key[:80]!r} is too intricate to be matched safely with a name so long.")
+            if pattern.match(name):
+                return value
+        return default

@@ -78,11 +78,23 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
 
 
 def _homeless(adapter: Adapter) -> Iterator[str]:
-    """What trained in full, and is neither a bias nor in a module that trains in full as a whole."""
+    """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
+    if "" in adapter.modules:
+        yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    for saved in _saved(adapter):  # PEFT goes by how names end, and by whole parts within them
+        taken = [name for name in adapter.modules if name.endswith(saved) or f".{saved}." in f".{name}."]
+        if taken:
+            yield f"{saved} trains in full, and PEFT would take {', '.join(taken)} for it as well."
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         if owner not in adapter.modules_to_save and not is_bias(own):
             yield f"{name} trains in full, alone: PEFT has a place for biases and for whole modules (modules_to_save)."
+
+
+def _saved(adapter: Adapter) -> list[str]:
+    """Modules that train in full, without those within one another."""
+    whole = adapter.modules_to_save
+    return [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
 
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
@@ -97,9 +109,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
     alphas = {name: s["scaling"] * (math.sqrt(s["r"]) if rslora else s["r"]) for name, s in about.items()}
     r, lora_alpha = _most_common(ranks), _most_common(alphas)
     linear = [settings["base"] for settings in about.values() if settings["base"]["kind"] == "linear"]
-    whole = adapter.modules_to_save
-    saved = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
-    biases = {name.rpartition(".")[0] for name in adapter.trained_in_full if name.rpartition(".")[0] not in whole}
+    biases = {name.rpartition(".")[0] for name in adapter.trained_in_full} - set(adapter.modules_to_save)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -113,7 +123,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "target_modules": _targets(list(about), names),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
-        "modules_to_save": saved or None,
+        "modules_to_save": _saved(adapter) or None,
         "bias": "none" if not biases else "lora_only" if biases <= about.keys() else "all",
         "init_lora_weights": True,
     }

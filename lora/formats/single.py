@@ -15,7 +15,7 @@ from lora.bare import bare_layer
 from lora.conv import ConvLoRA
 from lora.layer import LoRALayer, join
 from lora.linear import MergedLinearLoRA
-from lora.settings import raise_all
+from lora.settings import is_number, raise_all
 
 Form = tuple[dict[str, Any], Tensor, Tensor]
 
@@ -45,6 +45,8 @@ def as_single(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
 def with_rank(settings: Mapping[str, Any], r: int) -> dict[str, Any]:
     """The settings at another rank: the scaling is kept, and lora_alpha is what gives it."""
     lora_alpha = settings["scaling"] * (math.sqrt(r) if settings["use_rslora"] else r)
+    if not is_number(lora_alpha):
+        raise ValueError(f"a scaling of {settings['scaling']} at rank {r} takes a `lora_alpha` beyond floats.")
     return {**settings, "r": r, "lora_alpha": lora_alpha}
 
 
@@ -82,7 +84,9 @@ def portable(adapter: Adapter) -> Adapter:
         B = B.to(torch.promote_types(B.dtype, torch.float32)) * settings["scaling"]
         modules[name] = {**settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
-    return replace(adapter, modules=modules, tensors=tensors)
+    made = replace(adapter, modules=modules, tensors=tensors)
+    raise_all(what, made.problems(), AdapterError)  # a scaling may have made an infinity
+    return made
 
 
 def as_in(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
@@ -145,20 +149,22 @@ def _trimmed(A: Tensor, B: Tensor, ranks: Sequence[int], groups: int = 1) -> tup
     if A.shape[0] in ranks:
         return A, B
     rows = A.reshape(groups, rank, *A.shape[1:])
-    used = (rows.flatten(2) != 0).any(2).any(0) & (B.transpose(0, 1).flatten(1) != 0).any(1)  # (rank)
-    last = int(used.nonzero().max()) + 1 if used.any() else 0
-    reached = next((r // groups for r in ranks if last <= r // groups < rank), None)
-    if reached is None:
-        raise ValueError(f"`r` is {A.shape[0]} in the file and {ranks[0]} in the model.")
-    return rows[:, :reached].flatten(0, 1), B[:, :reached]
+    in_A, in_B = (rows.flatten(2) != 0).any(2).any(0), (B.transpose(0, 1).flatten(1) != 0).any(1)  # (rank)
+    for used in (in_A | in_B, in_A & in_B):  # padding goes first: an A whose B is still zero is to be kept
+        last = int(used.nonzero().max()) + 1 if used.any() else 0
+        reached = next((r // groups for r in ranks if last <= r // groups < rank), None)
+        if reached is not None:
+            return rows[:, :reached].flatten(0, 1), B[:, :reached]
+    raise ValueError(f"`r` is {A.shape[0]} in the file and {ranks[0]} in the model.")
 
 
 def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     slices, r, G = layer.slices(), layer.r, len(layer.slices())
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
-    one_A = A.shape[0] == r  # for all splits; else one block of r for each
-    blocks = [B[i:j, (0 if one_A else g * r) :][:, :r] for g, (i, j) in enumerate(slices)]
-    if sum(map(torch.count_nonzero, blocks)) != torch.count_nonzero(B):
-        raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")
-    return A.repeat(G, 1) if one_A else A, torch.cat(blocks)
+    forms = [r, 0] if A.shape[0] > r else [0]  # a block of r for each split; or one A for all, perhaps padded
+    for step in forms:
+        blocks = [B[i:j, g * step :][:, :r] for g, (i, j) in enumerate(slices)]
+        if sum(map(torch.count_nonzero, blocks)) == torch.count_nonzero(B):
+            return A if step else A[:r].repeat(G, 1), torch.cat(blocks)
+    raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")

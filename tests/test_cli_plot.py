@@ -1,0 +1,41 @@
+"""`inspect --plot`."""
+
+import matplotlib.image
+import pytest
+from cli_model import run, trained
+
+from lora.cli.plot import grid
+
+
+def test_plot(tmp_path, capsys):
+    trained(tmp_path / "adapter")
+    code, out, error = run(capsys, "inspect", tmp_path / "adapter", "--plot", tmp_path / "plot.png")
+    assert (code, error) == (0, "")
+    assert "up_proj" in out
+    image = matplotlib.image.imread(tmp_path / "plot.png")
+    assert image.ndim == 3
+    assert image[..., :3].std() > 0.05  # something is drawn
+
+
+def test_a_kind_of_file_that_there_is_not(tmp_path, capsys):
+    trained(tmp_path / "adapter")
+    code, _, error = run(capsys, "inspect", tmp_path / "adapter", "--plot", tmp_path / "plot.mine")
+    assert code == 2
+    assert "mine" in error
+
+
+def test_layers_and_projections():
+    norms = {"model.layers.10.attn.q": 1.0, "model.layers.2.attn.q": 2.0, "model.layers.2.mlp.up": None, "head": 3.0}
+    rows, columns, values = grid(norms)
+    assert (rows, columns) == (["-", "2", "10"], ["attn.q", "mlp.up", "head"])
+    assert str(values) == "[[nan, nan, 3.0], [2.0, nan, nan], [1.0, nan, nan]]"
+
+
+def test_two_stacks_of_layers_are_kept_apart():
+    rows, columns, _ = grid({"encoder.0.q": 1.0, "decoder.0.q": 2.0})
+    assert (rows, columns) == (["0"], ["encoder.q", "decoder.q"])
+
+
+def test_nothing_to_draw():
+    with pytest.raises(ValueError, match="no module"):
+        grid({})
