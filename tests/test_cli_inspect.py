@@ -241,6 +241,16 @@ def test_modules_in_one_only(path, tmp_path, capsys):
     assert "only in B: embed" in out
 
 
+def test_a_module_more_is_a_difference_whoever_has_it(path, tmp_path, capsys):
+    other = tmp_path / "other"
+    trained(path)
+    adapter = lora.read_adapter(path)
+    del adapter.modules["embed"], adapter.tensors["embed.lora_A"], adapter.tensors["embed.lora_B"]
+    lora.write_adapter(adapter, other)
+    assert run(capsys, "diff", path, other)[0] == 1
+    assert run(capsys, "diff", other, path)[0] == 1
+
+
 def test_a_module_more_that_changes_nothing_is_no_difference(path, tmp_path, capsys):
     other = tmp_path / "other"
     trained(path)

@@ -43,6 +43,16 @@ def test_the_update_of_an_adapter_without_its_model_is_the_equations(layer):
     close(got.detach().numpy(), true_update(layer))
 
 
+@given(layers(), st.floats(-3, 3))
+def test_a_scaling_set_by_hand_counts(layer, by_hand):
+    expected = true_update(layer) / layer.scaling * by_hand
+    layer.scaling = by_hand
+    adapter = alone(layer)
+    close(adapter.update("0", torch.float64).detach().numpy(), expected)
+    settings, A, B = as_single(adapter.modules["0"], *adapter.pair("0"))
+    close(single_update(settings, A, B), expected)
+
+
 @given(layers())
 def test_a_single_pair_has_the_same_update_and_says_its_scaling_in_r_and_lora_alpha(layer):
     adapter = alone(layer)

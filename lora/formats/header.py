@@ -198,7 +198,7 @@ def _is_text(said: str) -> bool:
 def _layout_problems(entries: dict[str, Entry], position: int, size: int) -> list[str]:
     """The first hole or overlap: whatever comes after it would be wrong as well."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start < position:
+        if entry.start != position:
             return [f"{short(name)} must begin at byte {position}, with no hole and no overlap, got {entry.start}."]
         position = entry.stop
     return [] if position == size else [f"it must end with its tensors at byte {position}, and has {size} bytes."]
