@@ -44,7 +44,15 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
         about["fan_in_fan_out"] = bool(getattr(layer, "fan_in_fan_out", False))
     if form == "conv":
         about["groups"] = getattr(layer, "groups", 1)
+        about["beyond_peft"] = beyond_peft(layer)
     return about | {"sample": sample_of(layer.weight)}
+
+
+def beyond_peft(module: nn.Module) -> str:
+    """What a convolution's update does here, and does not do in PEFT, which leaves it out without a word."""
+    dilation, padding_mode = getattr(module, "dilation", (1,)), getattr(module, "padding_mode", "zeros")
+    found = {f"dilation={dilation}": set(dilation) != {1}, f"padding_mode={padding_mode!r}": padding_mode != "zeros"}
+    return " and ".join(words for words, is_so in found.items() if is_so)
 
 
 def kind_of(layer: LoRALayer) -> type[LoRALayer]:

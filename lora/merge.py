@@ -104,16 +104,22 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
+    dtype, lost = layer.weight.dtype, rounding_lost(layer)
+    # Nothing can fail between these two, which would leave the update in twice.
+    layer.merge()
+    layer.detach()
+    return MergedModule(name, str(dtype).removeprefix("torch."), lost)
+
+
+@torch.no_grad()
+def rounding_lost(layer: LoRALayer) -> float:
+    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
     dtype = layer.weight.dtype
     exact = torch.promote_types(dtype, torch.float32)
     weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
     weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
     size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
-    lost = float(error / size) if size else 0.0
-    # Nothing can fail between these two, which would leave the update in twice.
-    layer.merge()
-    layer.detach()
-    return MergedModule(name, str(dtype).removeprefix("torch."), lost)
+    return float(error / size) if size else 0.0
 
 
 @torch.no_grad()

@@ -255,3 +255,17 @@ def test_any_splits_and_masks(tmp_path, splits, data, r, use_rslora, format):
         torch.testing.assert_close(loaded[name](x), model[name](x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other[name](x), model[name](x), rtol=1e-5, atol=1e-5)
         assert torch.equal(other[name].lora_A, model[name].lora_A)
+
+
+@pytest.mark.parametrize("geometry", [{"dilation": 2}, {"padding_mode": "circular", "padding": 1}], ids=str)
+def test_what_peft_leaves_out_of_convolutions_is_refused_both_ways(geometry, tmp_path):
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, **geometry))
+    lora.inject(model, target_modules=["0"], r=2, factored=True)
+    with pytest.raises(lora.AdapterError, match=r"0: PEFT would compute the update of a convolution without its \w+="):
+        lora.save_adapter(model, tmp_path / "theirs", format="peft")
+    assert not (tmp_path / "theirs").exists()
+    plain = nn.Sequential(nn.Conv1d(2, 3, 3))
+    lora.inject(plain, target_modules=["0"], r=2, factored=True)
+    lora.save_adapter(plain, tmp_path / "theirs", format="peft")
+    with pytest.raises(lora.AdapterError, match=r"0: in PEFT the update of this convolution is computed without its"):
+        lora.load_adapter(model, tmp_path / "theirs")

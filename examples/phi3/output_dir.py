@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from phi3 import checkpoints, replies, report
+from phi3 import checkpoints, exporting, replies, report
 from phi3.errors import UserError
 
 
@@ -46,6 +46,10 @@ def prepare(output_dir: Path, resume: Path | None) -> None:
         checkpoints.discard(path)
     for name in (report.METRICS, report.CURVE, replies.REPLIES, checkpoints.ADAPTER):
         (output_dir / name).unlink(missing_ok=True)
+    for name, _ in exporting.EXPORTS.values():
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+        if (output_dir / name).is_file():
+            (output_dir / name).unlink()
     for leftover in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -31,6 +31,7 @@ from lora.cli.options import (
 from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
 from lora.layer import LoRALayer, join
+from lora.merge import rounding_lost
 from lora.report import MergedModule, MergeReport
 from lora.settings import raise_all
 
@@ -144,16 +145,6 @@ class Merging:
     def report(self) -> MergeReport:
         """What rounding lost, in the adapter's order."""
         return MergeReport(tuple(self._lost[name] for name in self.adapter.modules))
-
-
-def rounding_lost(layer: LoRALayer) -> float:
-    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
-    dtype = layer.weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
-    weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
-    weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
-    size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
-    return float(error / size) if size else 0.0
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora import fingerprint
 from lora.adapter import PARAMETERS, Adapter
 from lora.conv import ConvLoRA
 from lora.formats.single import Form, as_in
@@ -86,6 +87,9 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
 def _as_in(module: nn.Module, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
     if format == "loralib":
         return _loralib_in(module, settings, A, B)
+    beyond = fingerprint.beyond_peft(module) if settings["base"]["kind"] == "conv" else ""
+    if beyond:
+        raise ValueError(f"in PEFT the update of this convolution is computed without its {beyond}, and not here.")
     if isinstance(module, LoRALayer) and module.r > 0:
         return as_in(module, settings, A, B)
     return {**settings}, A, B

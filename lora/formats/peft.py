@@ -79,6 +79,10 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
 
 def _homeless(adapter: Adapter) -> Iterator[str]:
     """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
+    for name, settings in adapter.modules.items():
+        beyond = settings["base"].get("beyond_peft")
+        if beyond:
+            yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
     for saved in _saved(adapter):  # PEFT goes by how names end, and by whole parts within them
