@@ -230,6 +230,8 @@ def run(flags: argparse.Namespace) -> None:
     data = chats.prepare(conversations, tokenizer, general, training, model.device)
     identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
     inject(model, peft)
+    exports = general["export"] or []
+    exporting.check(model, exports)  # what cannot be exported should not be found out after hours of training
     if training["fused_mlp"]:
         fused_mlp.fuse(model)
 
@@ -243,12 +245,12 @@ def run(flags: argparse.Namespace) -> None:
     print()
     progress = train(model, data, training, folder, identity, resume)
     lora.save_adapter(model, folder / checkpoints.ADAPTER)
-    exporting.export(model, tokenizer, folder, general["export"] or [])
     after = answers()
     replies.write(folder, data.prompts, before, after)
     for prompt, first, second in zip(data.prompts, before, after, strict=True):
         print(replies.show(prompt, {"before": first, "after": second}))
     summarize(progress)
+    exporting.export(model, tokenizer, folder, exports)
 
 
 def summarize(progress: report.Report) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from lora import __version__
 from lora.cli import convert, diff, inspect, merging
+from lora.cli.options import in_options
 
 _COMMANDS = (inspect, convert, merging, diff)
+_LONGEST = 300  # characters of an error of torch's or Python's
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Default: those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of modules and files may have characters that a terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     chosen = parser().parse_args(arguments)
     try:
         code: int = chosen.run(chosen)
@@ -50,8 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error))}", file=sys.stderr)
         return 2
+    except (OverflowError, MemoryError, RuntimeError) as error:  # torch's allocator raises the last
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _line(error: Exception) -> str:
+    """An error that is not of lora's own wording, in one line: its kind, and how its message begins."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:_LONGEST]}" if said else type(error).__name__
 
 
 if __name__ == "__main__":

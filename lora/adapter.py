@@ -27,7 +27,7 @@ class AdapterError(ValueError):
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """What LoRA trained in a model: tensors, and what it takes to use them, without the model.
 
@@ -58,6 +58,10 @@ class Adapter:
     modules_to_save: list[str] = field(default_factory=list)
     base_model: str | None = None
     format: str = "lora"
+
+    def __repr__(self) -> str:
+        parameters = sum(tensor.numel() for tensor in self.tensors.values())
+        return f"Adapter(modules={len(self.modules)}, parameters={parameters}, format={self.format!r})"
 
     def layer(self, name: str) -> LoRALayer:
         """A module's adapter as a LoRA layer by itself, whose base weight has no values; ValueError if it cannot be."""
@@ -97,6 +101,8 @@ def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: `use_rslora` must be true or false, got {use_rslora!r}."
     if not is_number(settings.get("scaling")):
         yield f"{name} has no scaling: it must be a finite number, got {settings.get('scaling')!r}."
+    if not isinstance(settings.get("factored"), (bool, type(None))):
+        yield f"{name}: `factored` must be true or false, got {settings['factored']!r}."
     yield from (f"{name}: {problem}" for problem in fingerprint.problems(settings.get("base")))
 
 

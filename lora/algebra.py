@@ -77,7 +77,7 @@ def combine(
     (2, tensor([[5., 5., 5.]]))
     """
     adapters = list(adapters)
-    raise_all("combine cannot begin", _argument_problems(adapters, method, r, density))
+    raise_all("combine cannot begin", _argument_problems(adapters, method, r, density, seed))
     what = "the adapters are not combined"
     check([adapter for adapter, _ in adapters], what, in_full=False)
     sums: dict[str, Sum] = {}
@@ -157,7 +157,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
 # ---- what goes in, and what comes out ------------------------------------------------------------------------------
 
 
-def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: Any) -> Iterator[str]:
+def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: Any, seed: Any) -> Iterator[str]:
     if not adapters:
         yield "there must be at least one adapter."
     for n, pair in enumerate(adapters):
@@ -171,6 +171,8 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if not (is_number(density) and 0 < density <= 1):
         yield f"`density` must be above 0 and at most 1, got {density!r}."
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
 
 
 def _common(values: Iterable[str | None]) -> str | None:

@@ -48,7 +48,7 @@ def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> LoRALayer:
     general = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     adapt([Plan(module, kind, general | own)])
     assert isinstance(module, LoRALayer), "it was adapted"
-    module.scaling = settings["scaling"]
+    module.scaling = float(settings["scaling"])
     module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
     if base.get("fan_in_fan_out"):
         module.fan_in_fan_out = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import Adapter, AdapterError
-from lora.fitting import Fit, trained_in_full
+from lora.fitting import Fit, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
 from lora.inject import adapt, all_or_nothing, lora_layers
 from lora.layer import LoRALayer, join
-from lora.matching import names_of, unwrapped, without_wrappers
+from lora.matching import Names, names_of, unwrapped, without_wrappers
 from lora.settings import raise_all
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
@@ -34,8 +35,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     Raises:
         ValueError: there is no LoRA layer in the model, or no such format.
-        AdapterError: a tensor is empty, or holds NaN or infinity, or the format has no place for it; all are listed,
-            and nothing is written.
+        FileNotFoundError, FileExistsError: there is no folder to write to, or a file where a folder belongs.
+        AdapterError: a tensor is empty, or holds NaN or infinity, or the format has no place for something; all are
+            listed, and nothing is written.
 
     >>> import os, tempfile, torch, lora
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
@@ -45,8 +47,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
-    names = [without_wrappers(name) for known in names_of(model).values() for name in known]
-    write_adapter(adapter_of(model), path, format, module_names=names)
+    names, adapter = names_of(model), adapter_of(model)
+    raise_all(f"{path} is not written", () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+    known = [without_wrappers(name) for group in names.values() for name in group]
+    write_adapter(adapter, path, format, module_names=known)
+
+
+def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
+    """What of the model PEFT would not know by the names in an adapter."""
+    for known in names.values():
+        if len(known) > 1 and without_wrappers(known[0]) in adapter.modules:
+            yield f"{', '.join(known)}: is one module, of which PEFT would adapt the first name alone."
+    yield from tied(names, adapter.trained_in_full)
 
 
 def load_adapter(
@@ -139,7 +151,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
         layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling = settings["scaling"]
+        layer.scaling = float(settings["scaling"])
         targets += [(parameter, adapter.tensors[join(name, own)]) for own, parameter in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")

@@ -74,6 +74,10 @@ def problems(about: Any) -> Iterator[str]:
         yield f"`base` must describe the base weight, got {about!r}."
         return
     shape, sample, groups = about.get("shape"), about.get("sample"), about.get("groups", 1)
+    if about["kind"] != "conv" and groups != 1:
+        yield f"`groups` are for convolutions, got {groups!r} for {about['kind']!r}."
+    if not isinstance(about.get("fan_in_fan_out"), (bool, type(None))):
+        yield f"`fan_in_fan_out` must be true, false or unknown, got {about['fan_in_fan_out']!r}."
     sizes = [groups, *shape] if isinstance(shape, list) else [groups, 1 if shape is None else shape]
     whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
     if not whole or math.prod(sizes) > _LARGEST:

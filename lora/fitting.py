@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Fit:
         self._find_twins()
         for name in adapter.trained_in_full:
             self._find_full(name)
+        self.problems += tied(self.names, adapter.trained_in_full if adapter.format == "peft" else ())
         for name in adapter.modules_to_save:
             if name not in self.modules:
                 self.problems.append(f"{name}: there is no such module in the model.")
@@ -126,6 +127,20 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
             if name in in_full or (tensor.requires_grad and not only_recorded):
                 seen.add(id(tensor))
                 yield join(without_wrappers(known[0]), name), tensor
+
+
+def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
+    """A complaint for each of these parameters that the model has elsewhere, too: PEFT would train a copy of it."""
+    owners: dict[int, list[str]] = {}
+    for module, known in names.items():
+        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append(join(without_wrappers(known[0]), own))
+    wanted = set(keys)
+    for group in owners.values():
+        ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
+        if ours and others:
+            yield f"{', '.join(ours)}: is one tensor with {', '.join(others)} in the model, and a copy of it in PEFT."
 
 
 def _plain(value: Any) -> Any:

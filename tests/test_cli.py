@@ -1,12 +1,14 @@
 """The command line itself: help, exit codes, errors, interrupts, output that is never replaced unasked."""
 
 import io
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from cli_model import run, trained
+import torch
+from cli_model import base_folder, run, trained
 
 import lora
 from lora.__main__ import main
@@ -117,6 +119,91 @@ def test_lora_alpha_where_it_does_not_belong(path, capsys):
     code, _, error = run(capsys, "inspect", path, "--lora-alpha", 3)
     assert code == 2
     assert error.startswith("error: `lora_alpha` is for loralib's files")
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A file of loralib's."""
+    torch.save({"it.lora_A": torch.ones(2, 4), "it.lora_B": torch.ones(3, 2)}, tmp_path / "flat.pt")
+    return tmp_path / "flat.pt"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "{in}", "{out}", "--format", "peft"],
+        ["combine", "{out}", "{in}", "{in}=0.5"],
+        ["resize", "{in}", "{out}", "--r", "1"],
+        ["merge", "{base}", "{in}", "{out}"],
+        ["diff", "{in}", "{in}"],
+    ],
+)
+def test_files_of_loralib_are_to_be_loaded_in_python(flat, tmp_path, capsys, command):
+    base = base_folder(tmp_path / "base", {"it.weight": torch.ones(3, 4)})
+    filled = [text.format(**{"in": flat, "out": tmp_path / "out", "base": base}) for text in command]
+    code, said, error = run(capsys, *filled)
+    assert (code, said) == (2, "")
+    assert "flat.pt is a file of loralib's" in error
+    assert "lora.load_adapter(model, path, lora_alpha=X)" in error
+    assert "lora.save_adapter" in error
+    assert "--lora-alpha" not in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as ended:  # where it cannot help, there is no such option
+        main([*filled, "--lora-alpha", "2"])
+    assert ended.value.code == 2
+
+
+def test_a_damaged_file_of_loralib(flat, tmp_path, capsys):
+    torch.save({"it.lora_A": torch.ones(2, 4)}, flat)
+    code, _, error = run(capsys, "resize", flat, tmp_path / "out", "--r", 1)
+    assert code == 2
+    assert "it.lora_B is missing" in error
+    assert "lora_alpha" not in error
+
+
+def test_inspect_a_file_of_loralib(flat, capsys):
+    code, _, error = run(capsys, "inspect", flat)
+    assert code == 2
+    assert "give `--lora-alpha`, as it was in training" in error
+    code, said, error = run(capsys, "inspect", flat, "--lora-alpha", 3)
+    assert (code, error) == (0, "")
+    row = next(line for line in said.splitlines() if line.startswith("it "))
+    assert row.split() == ["it", "loralib", "?", "2", "1.5", "?", "?", "?", "14", "float32"]
+
+
+def test_a_name_that_stdout_cannot_print(tmp_path):
+    lora.save_adapter(torch.nn.ModuleDict({"größe": lora.Linear(4, 3, r=2)}), tmp_path / "adapter")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = python("inspect", tmp_path / "adapter", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gr\\xf6\\xdfe" in done.stdout
+    done = python("inspect", tmp_path / "größe", env=environment)
+    assert done.returncode == 2
+    assert "gr\\xf6\\xdfe" in done.stderr
+    assert (
+        "größe"
+        in json.loads(python("inspect", tmp_path / "adapter", "--json", env=environment).stdout)["modules"][0]["name"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OverflowError("int too large to convert to float"), "OverflowError: int too large to convert to float"),
+        (
+            RuntimeError("[enforce fail] not enough memory:\n you tried to allocate 8 bytes"),
+            "RuntimeError: [enforce fail] not enough memory: you tried to allocate 8 bytes",
+        ),
+        (RuntimeError("x" * 10_000), "RuntimeError: " + "x" * 300),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_errors_that_are_not_loras_own(path, capsys, monkeypatch, raised, said):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(inspect, "examine", fail)
+    assert run(capsys, "inspect", path) == (2, "", f"error: {said}\n")
 
 
 def test_interrupted(path, capsys, monkeypatch):

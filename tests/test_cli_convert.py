@@ -86,6 +86,8 @@ def test_combine_checks_the_base(path, tmp_path, capsys):
     code, _, error = run(capsys, *combine)
     assert code == 2
     assert error.count("layers.") == 4
+    assert "`--no-check-base`" in error
+    assert "check_base=" not in error
     assert run(capsys, *combine, "--no-check-base")[0] == 0
 
 

@@ -191,6 +191,7 @@ def test_overwrite_replaces_a_folder_as_a_whole(path, out, tmp_path, capsys):
     (out / "mine").write_text("mine", encoding="utf-8")
     assert run(capsys, "merge", base, path, out)[0] == 2
     assert [file.name for file in out.iterdir()] == ["mine"]
+    (out / "config.json").write_text("{}", encoding="utf-8")  # a model's, which may go
     assert run(capsys, "merge", base, path, out, "--overwrite")[0] == 0
     assert [file.name for file in out.iterdir()] == ["model.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "base", "merged model"]

@@ -56,7 +56,10 @@ def test_another_base_if_asked(path, tmp_path, capsys):
     _, state, _ = trained(path)
     state["embed.weight"] += 1
     base = base_folder(tmp_path / "base", state)
-    assert "embed: the base weight is not the one" in refused(capsys, tmp_path, base, path)
+    error = refused(capsys, tmp_path, base, path)
+    assert "embed: the base weight is not the one" in error
+    assert "`--no-check-base` loads it all the same" in error
+    assert "check_base=" not in error
     assert run(capsys, "merge", base, path, tmp_path / "out", "--no-check-base")[0] == 0
 
 
@@ -184,6 +187,70 @@ def test_out_in_the_base_or_around_it(path, tmp_path, capsys):
         assert code == 2
         assert "must not be" in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_is_for_folders_of_models(path, tmp_path, capsys):
+    _, state, _ = trained(path)
+    base, out = base_folder(tmp_path / "base", state), tmp_path / "out"
+    out.mkdir()
+    for name in ("thesis.tex", "photos", "b", "c", "d", "zebra"):
+        (out / name).mkdir()
+    error = refused(capsys, tmp_path, base, path, "--overwrite")
+    assert "neither config.json nor a safetensors file" in error
+    assert "b, c, d, photos, thesis.tex and 1 more" in error
+    (out / "config.json").write_text("{}", encoding="utf-8")
+    assert run(capsys, "merge", base, path, out, "--overwrite")[0] == 0
+    assert [file.name for file in out.iterdir()] == ["model.safetensors"]
+    assert run(capsys, "merge", base, path, out, "--overwrite")[0] == 0  # no config.json, but weights
+    (out / "model.safetensors").unlink()
+    assert run(capsys, "merge", base, path, out, "--overwrite")[0] == 0  # an empty folder is nothing to lose
+
+
+def test_overwrite_replaces_no_file(path, tmp_path, capsys):
+    _, state, _ = trained(path)
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    error = refused(capsys, tmp_path, base_folder(tmp_path / "base", state), path, "--overwrite")
+    assert "is a file" in error
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+def peft_folder(folder, fan_in_fan_out, **shapes):
+    """A folder as PEFT writes it, by hand: A and B of modules with these numbers of outputs and inputs."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "fan_in_fan_out": fan_in_fan_out}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {}
+    for name, (n_out, n_in) in shapes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, n_in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(n_out, 2)
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    return {
+        name: 3 * tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
+        for name in shapes
+    }
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_weights_that_may_be_transposed_are_merged_as_they_fit(tmp_path, capsys, fan_in_fan_out):
+    deltas = peft_folder(tmp_path / "peft", fan_in_fan_out, c_attn=(12, 4), c_fc=(6, 4))
+    state = {"c_attn.weight": torch.randn(4, 12), "c_fc.weight": torch.randn(6, 4)}  # a Conv1D's and a Linear's
+    base = base_folder(tmp_path / "base", state)
+    assert run(capsys, "merge", base, tmp_path / "peft", tmp_path / "out")[0] == 0
+    merged = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(merged["c_attn.weight"], state["c_attn.weight"] + deltas["c_attn"].T)
+    torch.testing.assert_close(merged["c_fc.weight"], state["c_fc.weight"] + deltas["c_fc"])
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_square_weights_that_may_be_transposed(tmp_path, capsys, fan_in_fan_out):
+    peft_folder(tmp_path / "peft", fan_in_fan_out, c_attn=(12, 4), c_proj=(4, 4), c_fc=(6, 4))
+    state = {"c_attn.weight": torch.zeros(4, 12), "c_proj.weight": torch.zeros(4, 4), "c_fc.weight": torch.zeros(6, 5)}
+    error = refused(capsys, tmp_path, base_folder(tmp_path / "base", state), tmp_path / "peft")
+    lines = sorted(error.splitlines()[1:], reverse=True)
+    assert len(lines) == 2
+    assert "c_proj: cannot know which way its square weight is stored" in lines[0]
+    assert "lora.merge" in lines[0]
+    assert "c_fc: its base weight must have the shape (6, 4) or (4, 6), got (6, 5)" in lines[1]
 
 
 def test_killed_in_the_middle(path, tmp_path, capsys, monkeypatch):

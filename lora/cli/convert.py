@@ -13,7 +13,6 @@ from lora.cli.options import (
     add_check_base,
     add_command,
     add_format,
-    add_lora_alpha,
     add_overwrite,
     check_output,
     number,
@@ -39,7 +38,6 @@ def _add_convert(commands: Subparsers) -> None:
     parser.add_argument("file", type=Path, metavar="IN", help="an adapter in any format")
     parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
     add_format(parser, required=True)
-    add_lora_alpha(parser)
     add_overwrite(parser)
 
 
@@ -71,13 +69,12 @@ def _add_resize(commands: Subparsers) -> None:
         "--energy", type=number, metavar="E", help="the smallest rank that keeps this share of the squared norm"
     )
     add_format(parser, default="lora")
-    add_lora_alpha(parser)
     add_overwrite(parser)
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     check_output(arguments.out, arguments.overwrite, [arguments.file])
-    print(write(read(arguments.file, arguments.lora_alpha), arguments))
+    print(write(read(arguments.file), arguments))
     return 0
 
 
@@ -92,7 +89,7 @@ def run_combine(arguments: argparse.Namespace) -> int:
 
 def run_resize(arguments: argparse.Namespace) -> int:
     check_output(arguments.out, arguments.overwrite, [arguments.file])
-    before = read(arguments.file, arguments.lora_alpha)
+    before = read(arguments.file)
     after, kept = resize(before, arguments.r, energy=arguments.energy)
     written = write(after, arguments)
     print(table(("module", "r", "new r", "energy kept"), _rows(before, after, kept)))

@@ -17,15 +17,15 @@ from lora.cli.options import (
     Subparsers,
     add_command,
     add_json,
-    add_lora_alpha,
     add_overwrite,
     check_output,
     finite,
+    number,
     print_json,
-    read,
 )
 from lora.cli.plot import heat_map
 from lora.cli.progress import progress
+from lora.formats import read_adapter
 from lora.layer import join
 from lora.report import table
 
@@ -39,15 +39,17 @@ def add(commands: Subparsers) -> None:
     parser = add_command(commands, run, "inspect", about, "inspect adapter.safetensors --plot norms.png")
     parser.add_argument("file", type=Path, metavar="FILE", help="an adapter in any format")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the updates' norms, layers x projections")
+    parser.add_argument(
+        "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
+    )
     add_json(parser)
-    add_lora_alpha(parser)
     add_overwrite(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         check_output(arguments.plot, arguments.overwrite, [arguments.file])
-    found = examine(read(arguments.file, arguments.lora_alpha, check=False))
+    found = examine(_read(arguments.file, arguments.lora_alpha))
     if arguments.plot:
         heat_map({module["name"]: module["norm"] for module in found["modules"]}, arguments.plot)
     if arguments.json:
@@ -55,6 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(_text(found))
     return 1 if found["problems"] else 0
+
+
+def _read(path: Path, lora_alpha: float | None) -> Adapter:
+    """An adapter that need not be sound; a `lora_alpha` that does not belong there is a mistake of the user's."""
+    try:
+        return read_adapter(path, lora_alpha=lora_alpha, check=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def examine(adapter: Adapter) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import Adapter, AdapterError
+from lora.bare import bare_layer
 from lora.cli.base import Base, keys_for, open_base, other_files
 from lora.cli.options import (
     Subparsers,
     add_check_base,
     add_command,
     add_json,
-    add_lora_alpha,
     add_overwrite,
     check_output,
     print_json,
@@ -36,6 +36,7 @@ from lora.report import MergedModule, MergeReport
 from lora.settings import raise_all
 
 _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHOWN = 5  # names of files in an error
 
 
 def add(commands: Subparsers) -> None:
@@ -46,7 +47,6 @@ def add(commands: Subparsers) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     add_check_base(parser)
     add_json(parser)
-    add_lora_alpha(parser)
     add_overwrite(parser)
 
 
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(out, arguments.overwrite, [arguments.base, arguments.adapter])
     if arguments.base.resolve() in out.resolve().parents:
         raise ValueError(f"{out} must not be in {arguments.base}.")
-    adapter = read(arguments.adapter, arguments.lora_alpha)
+    _check_replaced(out)
+    adapter = read(arguments.adapter)
     merging = Merging(base, adapter, arguments.check_base)
     copied, left_out = other_files(base)
     with whole_folder(out) as folder:
@@ -76,6 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not copied: {path}, which holds other weights than the merged ones")
     print(f"{out}: {len(base.shards)} safetensors and {len(copied)} other files")
     return 0
+
+
+def _check_replaced(out: Path) -> None:
+    """FileExistsError if what is at `out` is neither a model's folder nor an empty one."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; a merged model is a folder.")
+    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if found and "config.json" not in found and not any(name.endswith(".safetensors") for name in found):
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise FileExistsError(
+            f"{out} is not replaced: it is no model's folder, having neither config.json nor a safetensors file. "
+            f"It holds {', '.join(found[:_SHOWN])}{more}."
+        )
 
 
 class Merging:
@@ -100,12 +114,13 @@ class Merging:
         raise_all(f"{base.folder} and the adapter are not merged", problems, AdapterError)
 
     def _layer(self, name: str, key: str, check_base: bool) -> LoRALayer:
-        entry, layer = self.base.entry(key), self.adapter.layer(name)
+        entry = self.base.entry(key)
         if entry.dtype not in _MERGED:
             raise ValueError(
                 f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
                 "merge into the weights that it was made of."
             )
+        layer = self._bare(name, entry.shape)
         if layer.weight.shape != entry.shape:
             raise ValueError(f"its base weight must have the shape {tuple(layer.weight.shape)}, got {entry.shape}.")
         if check_base and key not in self.full:
@@ -113,6 +128,25 @@ class Merging:
             probe.weight = nn.Parameter(mapped(self.base.folder / self.base.files[key], entry), False)
             fingerprint.check(self.adapter.modules[name]["base"], probe)
         return layer
+
+    def _bare(self, name: str, shape: tuple[int, ...]) -> LoRALayer:
+        """A module's layer; of a linear one whose file does not say which way the weight is stored, as it fits."""
+        settings = self.adapter.modules[name]
+        base = settings["base"]
+        if base["kind"] != "linear" or base.get("fan_in_fan_out", False) is not None:
+            return self.adapter.layer(name)
+        ways = [{**base, "shape": None, "fan_in_fan_out": transposed} for transposed in (False, True)]
+        layers = [bare_layer({**settings, "base": way}, *self.adapter.pair(name)) for way in ways]
+        fitting = [layer for layer in layers if layer.weight.shape == shape]
+        if len(fitting) == 2:
+            raise ValueError(
+                "cannot know which way its square weight is stored, as nn.Linear's or as transformers' Conv1D's: "
+                "load the adapter into the model (`lora.load_adapter`) and use `lora.merge`."
+            )
+        if not fitting:
+            either = " or ".join(str(tuple(layer.weight.shape)) for layer in layers)
+            raise ValueError(f"its base weight must have the shape {either}, got {shape}.")
+        return fitting[0]
 
     def _full_problems(self, key: str) -> Iterator[str]:
         theirs, ours = self.full[key], self.base.entry(key)
@@ -164,9 +198,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             os.replace(old, out)
             raise
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+        shutil.rmtree(old)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.adapter import Adapter
+from lora.adapter import Adapter, AdapterError
 from lora.formats import read_adapter, write_adapter
 
 if TYPE_CHECKING:  # generic for type checkers only
@@ -19,6 +20,8 @@ else:
 
 Run = Callable[[argparse.Namespace], int]
 FORMATS = ("lora", "peft", "portable")
+# What the library's errors advise, and what it is called here.
+_ADVICE = {"`check_base=False`": "`--no-check-base`", "give `lora_alpha`,": "give `--lora-alpha`,"}
 
 
 def add_command(commands: Subparsers, run: Run, name: str, about: str, example: str) -> argparse.ArgumentParser:
@@ -33,12 +36,6 @@ def add_command(commands: Subparsers, run: Run, name: str, about: str, example: 
     )
     parser.set_defaults(run=run)
     return parser
-
-
-def add_lora_alpha(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
-    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +72,30 @@ def number(text: str) -> float:
     return value
 
 
-def read(path: Path, lora_alpha: float | None = None, *, check: bool = True) -> Adapter:
-    """`lora.read_adapter`; a `lora_alpha` that does not belong there is a mistake of the user's, too."""
+def read(path: Path) -> Adapter:
+    """`lora.read_adapter`, for commands that work with the updates: of loralib's files only the model knows them."""
     try:
-        return read_adapter(path, lora_alpha=lora_alpha, check=check)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+        return read_adapter(path)
+    except AdapterError:
+        with suppress(TypeError):  # of another format
+            read_adapter(path, lora_alpha=1)  # raises what else is wrong
+            raise AdapterError(
+                f"{path} is a file of loralib's, which says neither lora_alpha nor what kinds of layers it is for: "
+                "load it into its model in Python first (`lora.load_adapter(model, path, lora_alpha=X)`), and save it "
+                "from there (`lora.save_adapter(model, new_path)`)."
+            ) from None
+        raise
+
+
+def in_options(message: str) -> str:
+    """An error of the library's, whose advice is in arguments of functions, in the words of the command line.
+
+    >>> in_options("`check_base=False` loads it all the same.")
+    '`--no-check-base` loads it all the same.'
+    """
+    for argument, option in _ADVICE.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def write(adapter: Adapter, arguments: argparse.Namespace) -> str:

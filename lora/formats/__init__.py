@@ -60,8 +60,9 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}.")
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip:
+        start = file.read(9)
+    old_pickle = start[:1] == b"\x80" and start[8:] != b"{"  # by torch before 1.6; at this place headers begin
+    if start[:4] == b"PK\x03\x04" or old_pickle:
         return flat.from_state_dict(path, read_torch(path), lora_alpha)
     header = read_header(path)
     if "lora" not in header.metadata and any(name.rpartition(".")[2] in PARAMETERS for name in header.tensors):
@@ -83,6 +84,7 @@ def write_adapter(
 
     Raises:
         ValueError: there is no such format.
+        FileNotFoundError, FileExistsError: there is no folder to write to, or a file where a folder belongs.
         AdapterError: the adapter is not sound, or the format has no place for something in it; one error lists all.
 
     >>> import os, tempfile, torch, lora
@@ -96,4 +98,9 @@ def write_adapter(
     if format not in _WRITERS:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, _WRITERS))}, got {format!r}.")
     raise_all(f"{path} is not written", adapter.problems(), AdapterError)
+    if adapter.format == "loralib":
+        raise AdapterError(
+            f"{path} is not written: what kind of layers a file of loralib's is for, only its model knows. Load it "
+            "into the model with `lora.load_adapter(model, file, lora_alpha=…)`, and save that."
+        )
     _WRITERS[format](adapter, Path(path), module_names)

@@ -64,11 +64,11 @@ def _own(key: str) -> str:
 
 def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter, list[str]]:
     """The adapter in the forms and dtypes of the model's layers, where that is exact; and what cannot be."""
-    if adapter.format == "lora":
-        return adapter, []
     settings, tensors, problems = dict(adapter.modules), dict(adapter.tensors), []
     for name, module in modules.items():
-        if name not in settings:
+        # Of lora's own only what is a single pair there and a merged layer here (`lora.combine` makes such).
+        single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings.get(name, {}).get("splits")
+        if name not in settings or (adapter.format == "lora" and not single):
             continue
         try:
             settings[name], *pair = _as_in(module, adapter.format, settings[name], *adapter.pair(name))
@@ -76,7 +76,7 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
             problems.append(f"{name}: {error}")
             continue
         tensors |= {join(name, part): tensor for part, tensor in zip(PARAMETERS, pair, strict=True)}
-    for key, tensor in tensors.items():
+    for key, tensor in () if adapter.format == "lora" else tensors.items():
         theirs = modules.get(_owner(key))
         target = None if theirs is None else {**theirs._parameters, **theirs._buffers}.get(_own(key))
         if target is not None:

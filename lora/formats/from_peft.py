@@ -13,17 +13,21 @@ from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import Adapter, AdapterError
+from lora.formats.header import short
 from lora.formats.patterns import Patterns, pattern_problem
-from lora.formats.peft import CONFIG, PREFIX, WEIGHTS, within_groups
+from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
 from lora.formats.safe import read_tensors
 from lora.layer import join
 from lora.settings import is_number, raise_all, settings_problems
 
-READERS: dict[str, Callable[[Path], Mapping[str, Tensor]]] = {
-    WEIGHTS: lambda path: read_tensors(path)[0],
-    "adapter_model.bin": read_torch,
+Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
+READERS: dict[str, Callable[[Path], Content]] = {
+    WEIGHTS: read_tensors,
+    "adapter_model.bin": lambda path: (read_torch(path), {}),
 }
+# What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
+_MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 _LARGEST_CONFIG = 2**24  # bytes
 # The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
 _PARTS = {
@@ -62,11 +66,32 @@ def read(path: Path) -> Adapter:
         raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
     raise_all(f"{folder} is not loaded", _config_problems(config), AdapterError)
-    tensors = READERS[file.name](file)
+    tensors, metadata = READERS[file.name](file)
     pairs, full, problems = _sort(tensors)
     adapter = _adapter(config, pairs, full, problems)
     raise_all(f"{folder} is not loaded", problems, AdapterError)
+    _tell_layouts(adapter, config, metadata)
     return adapter
+
+
+def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Whether each linear layer's weight is stored transposed; None where only the model knows.
+
+    PEFT's configuration has one flag for all layers, that of the last which it met.
+    """
+    try:
+        layouts = json.loads(metadata.get(LAYOUTS, "null"))
+    except (ValueError, RecursionError):
+        layouts = None
+    for name, settings in adapter.modules.items():
+        if settings["base"]["kind"] != "linear":
+            continue
+        if isinstance(layouts, dict):
+            layout = layouts.get(name)
+            settings["base"]["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
+        else:
+            sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+            settings["base"]["fan_in_fan_out"] = False if sure else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -85,28 +110,30 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
-        yield f"`peft_type` must be 'LORA', got {config.get('peft_type')!r}."
+        yield f"`peft_type` must be 'LORA', got {short(config.get('peft_type'))}."
     for name in _REFUSED_SETTINGS:
         if config.get(name):
             yield f"`{name}` is set: what the adapter computes is more than its A and B say."
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
-        yield f"`init_lora_weights` is {init!r}, which changes the base weight; let PEFT convert it to a plain LoRA."
+        yield f"`init_lora_weights` is {short(init)}, which changes the base weight; let PEFT convert it first."
     yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0))
     if not isinstance(config.get("use_rslora", False), bool):
-        yield f"`use_rslora` must be true or false, got {config['use_rslora']!r}."
+        yield f"`use_rslora` must be true or false, got {short(config['use_rslora'])}."
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict):
-            yield f"`{option}` must map names to numbers, got {patterns!r}."
+            yield f"`{option}` must map names to numbers, got {short(patterns)}."
             continue
         yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern)))
         yield from (
-            f"`{option}`: {p!r} must have a number, got {v!r}." for p, v in patterns.items() if not is_number(v)
+            f"`{option}`: {short(p)} must have a number, got {short(v)}."
+            for p, v in patterns.items()
+            if not is_number(v)
         )
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        yield f"`modules_to_save` must be a list of names, got {saved!r}."
+        yield f"`modules_to_save` must be a list of names, got {short(saved)}."
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
@@ -191,6 +218,4 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
         groups = int(r) // B.shape[1]
         base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}
         settings["factored"] = True
-    elif base["kind"] == "linear":
-        base["fan_in_fan_out"] = bool(config.get("fan_in_fan_out", False))
     return {**settings, "scaling": lora_alpha / (math.sqrt(r) if rslora else r), "base": base}

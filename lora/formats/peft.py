@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterError
-from lora.formats.safe import write_tensors
+from lora.formats.safe import packed, replace_file
 from lora.formats.single import Form, singles
 from lora.settings import raise_all
 from lora.training import is_bias
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
+LAYOUTS = "fan_in_fan_out"
 PREFIX = "base_model.model."
 
 
@@ -44,12 +46,14 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
         A = over_all_channels(A, settings["base"].get("groups", 1))
         for part, tensor in (("A", A), ("B", B)):
             tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+    layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
+    content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts)})
+    config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
     path.mkdir(exist_ok=True)
-    write_tensors(path / WEIGHTS, tensors, {})
-    text = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True)
-    beside = path / f".{CONFIG}.tmp"
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path / CONFIG)
+    for old in (CONFIG, "adapter_model.bin"):  # nothing reads a folder without its config: no mixture of two adapters
+        (path / old).unlink(missing_ok=True)
+    replace_file(path / WEIGHTS, content)
+    replace_file(path / CONFIG, config.encode("utf-8"))
 
 
 def over_all_channels(A: Tensor, groups: int) -> Tensor:

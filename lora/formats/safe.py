@@ -70,9 +70,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         FileNotFoundError: there is no folder to write it to.
         AdapterError: `read_tensors` could not read such a file; nothing is written.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
-    if not path.parent.is_dir():
+    if not Path(os.path.realpath(path)).parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
+    replace_file(path, packed(path, tensors, metadata))
+
+
+def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file with a checksum; AdapterError if `read_tensors` could not read it."""
     unknown = (f"{name} has the dtype {t.dtype}." for name, t in tensors.items() if t.dtype not in _WORDS)
     raise_all(f"{path} is not written", unknown, AdapterError)
     ready: dict[str, Tensor] = {}
@@ -83,8 +87,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ready[name] = plain.clone() if storage in storages else plain  # safetensors refuses shared storage
         storages.add(storage)
     said = {**metadata, "format": "pt"}
-    content = safetensors.torch.save(ready, {**said, "sha256": checksum(ready, said)})
+    content: bytes = safetensors.torch.save(ready, {**said, "sha256": checksum(ready, said)})
     parse_header(io.BytesIO(content), path, HEADER_LIMIT)
+    return content
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file: the old content or the new one is there, whenever this is killed."""
+    path = Path(os.path.realpath(path))  # a link stays one
     beside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(beside, "xb") as file:

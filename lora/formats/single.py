@@ -18,6 +18,7 @@ from lora.linear import MergedLinearLoRA
 from lora.settings import is_number, raise_all
 
 Form = tuple[dict[str, Any], Tensor, Tensor]
+_MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
 
 
 def as_single(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
@@ -77,11 +78,13 @@ def portable(adapter: Adapter) -> Adapter:
     forms = singles(adapter, what)
     groups = math.lcm(*(settings["base"].get("groups", 1) for settings, _, _ in forms.values()))
     rank = -(-max(settings["r"] for settings, _, _ in forms.values()) // groups) * groups
+    values = sum(rank * (A.numel() + B.numel()) // A.shape[0] for _, A, B in forms.values())
+    raise_all(what, [f"it would have {values} values, at rank {rank}."] if values > _MOST_VALUES else [], AdapterError)
     modules: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
         A, B = _padded(A, B, rank, settings["base"].get("groups", 1))
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * settings["scaling"]
+        B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings["scaling"])
         modules[name] = {**settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
     made = replace(adapter, modules=modules, tensors=tensors)
@@ -124,6 +127,9 @@ def _factored(A: Tensor, B: Tensor, layer: ConvLoRA) -> tuple[Tensor, Tensor]:
     """
     groups, kernel = layer.groups, layer.kernel_size
     m = kernel[0] ** (len(kernel) // 2)
+    values = groups**2 * m**2 * A.numel()
+    if values > _MOST_VALUES:
+        raise ValueError(f"as a factored convolution it would have {values} values.")
     blocks: Tensor = torch.block_diag(*[A] * m)  # type: ignore[no-untyped-call]  # (m·r m, in·k^n)
     q = blocks.shape[0]
     parts = blocks.view(q, groups, -1).transpose(0, 1).reshape(groups * q, -1)  # (groups·q, in / groups·k^n)
