@@ -45,6 +45,9 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
     if form == "conv":
         about["groups"] = getattr(layer, "groups", 1)
         about["beyond_peft"] = beyond_peft(layer)
+    beyond = layer.beyond_weight()
+    if beyond:
+        about["beyond_weight"] = beyond
     return about | {"sample": sample_of(layer.weight)}
 
 

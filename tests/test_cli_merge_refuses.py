@@ -8,6 +8,7 @@ import torch
 from cli_model import base_folder, run, trained
 
 import lora
+from lora.__main__ import main
 from lora.cli import merging, shards
 
 
@@ -293,3 +294,16 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     for names in ([], ["a", "b"]):
         with pytest.raises(OSError, match="has changed"):
             shards.rewrite(path, tmp_path / f"out{len(names)}", entries, lambda name, tensor: None, names)
+
+
+def test_an_embedding_that_bounds_its_rows_is_not_merged(tmp_path, capsys):
+    model = torch.nn.ModuleDict({"e": torch.nn.Embedding(5, 4, max_norm=1.0)})
+    (tmp_path / "base").mkdir()
+    safetensors.torch.save_file(
+        {"e.weight": model["e"].weight.detach().clone()}, tmp_path / "base" / "model.safetensors"
+    )
+    lora.inject(model, target_modules=["e"], r=2)
+    lora.save_adapter(model, tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert "e: weights cannot say that `max_norm` does not bound the update" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

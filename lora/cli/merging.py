@@ -120,6 +120,9 @@ class Merging:
                 f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
                 "merge into the weights that it was made of."
             )
+        beyond = self.adapter.modules[name]["base"].get("beyond_weight")
+        if beyond:
+            raise ValueError(f"weights cannot say that {beyond}; use `lora.merge` on the model.")
         layer = self._bare(name, entry.shape)
         if layer.weight.shape != entry.shape:
             raise ValueError(f"its base weight must have the shape {tuple(layer.weight.shape)}, got {entry.shape}.")
