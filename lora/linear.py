@@ -19,7 +19,7 @@ from lora.settings import split_settings
 from lora.tensors import sample_of, without_autocast
 
 # How many rows of a weight in low precision are merged at a time.
-_PART = 256
+_PART = 512
 
 
 class LinearLoRA(LoRALayer):
@@ -76,8 +76,9 @@ class LinearLoRA(LoRALayer):
             Bs = torch.split(B, [stop - start for start, stop in slices])
             for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
                 rows = self.stored(out)[start:stop]  # (size, in_features)
+                room = torch.empty(_PART, rows.shape[1], dtype=exact, device=out.device)  # once: new memory is slow
                 for part, B_part in zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True):
-                    part.copy_(torch.addmm(part.to(exact), B_part, A_g, alpha=self.scaling))
+                    part.copy_(room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.scaling))
         return out
 
     def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

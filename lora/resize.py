@@ -27,8 +27,8 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
 
     By QR of B and A and an SVD of their core, in float64; ΔW is not made. A rank above the one that there is fills up
     with zeros and is exact, A and B to the bit. All splits of a merged linear layer, and all groups of a convolution,
-    have one rank. The scaling stays, and so does what trained in full. What goes beyond the update's own rank is zero in
-    A and in B, and does not train.
+    have one rank. The scaling stays, and so does what trained in full. What goes beyond the update's own rank is zero
+    in A and in B, and does not train.
 
     Args:
         adapter: what to resize; it stays as it is.
