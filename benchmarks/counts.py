@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+
+
+def memory(
+    steps: Mapping[str, Callable[[], object]], modules: Mapping[str, nn.Module], x: Tensor
+) -> dict[str, dict[str, float]]:
+    """Columns of what each module keeps for backward, in sizes of x, and makes in a step, to the frozen one."""
+    new = {name: made(step) for name, step in steps.items()}
+    return {
+        "kept / x": {name: kept(partial(module, x), module) / x.nbytes for name, module in modules.items()},
+        "made / frozen": {name: count / new["frozen"] for name, count in new.items()},
+    }
 
 
 def kept(forward: Callable[[], object], module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from itertools import product
 
 import rivals
 import torch
-from counts import WithoutBase, kept, made
+from counts import WithoutBase, memory
 from harness import Case, main
 from torch import Tensor, nn
 
@@ -78,11 +78,7 @@ def against_frozen(
     if not dropout:
         rivals.assert_equal(layer(x) for name, layer in layers.items() if name != "frozen")
     steps = {name: partial(rivals.step, layer, x, dy) for name, layer in layers.items()}
-    new = {name: made(run) for name, run in steps.items()}
-    columns = {
-        "kept / x": {name: kept(partial(layer, x), layer) / (n * i * x.itemsize) for name, layer in layers.items()},
-        "made / frozen": {name: count / new["frozen"] for name, count in new.items()},
-    }
+    columns = memory(steps, layers, x)
     if not dropout and not isolated:
         steps["the six products alone"] = rivals.bound(steps["frozen"], *products(x.detach(), dy))
     if isolated:

@@ -17,7 +17,7 @@ from itertools import product
 import rivals
 import torch
 import torch.nn.functional as F
-from counts import kept, made
+from counts import memory
 from harness import Case, main
 from torch import Tensor, nn
 
@@ -74,12 +74,7 @@ def case(hidden: int, intermediate: int, n: int, dtype: torch.dtype, dropout: fl
     if not dropout:
         rivals.assert_equal(mlp(x) for name, mlp in mlps.items() if name != "frozen")
     steps = {name: partial(rivals.step, mlp, x, dy) for name, mlp in mlps.items()}
-    new = {name: made(run) for name, run in steps.items()}
-    columns = {
-        "kept / x": {name: kept(partial(mlp, x), mlp) / x.nbytes for name, mlp in mlps.items()},
-        "made / frozen": {name: count / new["frozen"] for name, count in new.items()},
-    }
-    return Case(steps, columns)
+    return Case(steps, memory(steps, mlps, x))
 
 
 if __name__ == "__main__":

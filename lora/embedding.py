@@ -12,7 +12,7 @@ from torch import Tensor
 from lora.functional import Lookup, lora_embedding
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
-from lora.tensors import sample_of
+from lora.tensors import sample_slice
 
 
 class EmbeddingLoRA(LoRALayer):
@@ -70,7 +70,7 @@ class EmbeddingLoRA(LoRALayer):
         self.max_norm = None  # the base rows are within it now, and it does not bound the update
 
     def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        rows = sample_of(weight)
+        rows = sample_slice(weight)
         return weight[rows], A[:, rows]
 
     def beyond_weight(self) -> str | None:

@@ -16,7 +16,7 @@ from lora.functional.linear import add_up_, spread
 from lora.layer import LoRALayer, Shape
 from lora.registry import register
 from lora.settings import split_settings
-from lora.tensors import sample_of, without_autocast
+from lora.tensors import sample_slice, without_autocast
 
 # How many rows of a weight in low precision are merged at a time.
 _PART = 512
@@ -82,7 +82,7 @@ class LinearLoRA(LoRALayer):
         return out
 
     def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        columns = sample_of(weight)
+        columns = sample_slice(weight)
         return self.stored(self.stored(weight)[:, columns]), A[:, columns]
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

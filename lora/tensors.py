@@ -114,6 +114,6 @@ def twin_gradients(
     return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=True)]
 
 
-def sample_of(matrix: Tensor, values: int = 2**17) -> slice:
+def sample_slice(matrix: Tensor, values: int = 2**17) -> slice:
     """Every so many rows or columns of a matrix: enough for this many values, all of a small one."""
     return slice(None, None, max(1, matrix.numel() // values))

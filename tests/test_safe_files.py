@@ -15,6 +15,7 @@ from torch import nn
 
 import lora
 from lora.formats import safe
+from lora.formats.pickled import read_torch
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_a_name_that_is_none_is_refused_wherever_it_stands(path, name):
     assert message.isascii()
     assert message.count("\n") == 1
     torch.save({name.replace("\ud800", "\udfff"): torch.ones(2)}, path)
-    refused(safe.read_torch, path, "is not a torch file", "the name ")
+    refused(read_torch, path, "is not a torch file", "the name ")
     path.write_bytes(b"old")
     with pytest.raises((lora.AdapterError, UnicodeEncodeError)):
         safe.write_tensors(path, {name: torch.ones(2)}, {})
@@ -154,7 +155,7 @@ def test_other_names_are_fine(path, name):
     safe.write_tensors(path, {name: torch.ones(2)}, {})
     assert list(safe.read_tensors(path)[0]) == [name]
     torch.save({name: torch.ones(2)}, path)
-    assert list(safe.read_torch(path)) == [name]
+    assert list(read_torch(path)) == [name]
 
 
 def test_one_error_lists_all_that_is_wrong_or_the_first_of_very_many(path):
@@ -227,7 +228,7 @@ def test_dtypes_that_have_no_place_are_refused_together(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("read", [safe.read_header, safe.read_tensors, safe.read_torch])
+@pytest.mark.parametrize("read", [safe.read_header, safe.read_tensors, read_torch])
 def test_a_file_that_is_not_there_is_named(tmp_path, read):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(FileNotFoundError) as caught:

@@ -13,7 +13,7 @@ from tensor_files import TENSORS, own_their_memory, refused, same
 from torch import nn
 from toy_model import Model
 
-from lora.formats import safe
+from lora.formats.pickled import read_torch
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def torch_file(path, said, entries=(), compression=zipfile.ZIP_STORED):
 
 def test_what_torch_saves_is_read_to_the_bit(path):
     torch.save(TENSORS, path)
-    tensors = safe.read_torch(path)
+    tensors = read_torch(path)
     same(tensors, TENSORS)
     assert own_their_memory(tensors)
     torch.save({"z": torch.ones(2, dtype=torch.complex128)}, path)
-    same(safe.read_torch(path), torch.load(path, weights_only=True))
+    same(read_torch(path), torch.load(path, weights_only=True))
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state_dict", "state_dict"])
@@ -43,7 +43,7 @@ def test_state_dicts_of_models_are_read_in_their_usual_wrappers(path, wrapper):
     model = nn.Sequential(Model(), nn.BatchNorm1d(3)).bfloat16()
     state = model.state_dict()
     torch.save({wrapper: state} if wrapper else state, path)
-    same(safe.read_torch(path), dict(state))
+    same(read_torch(path), dict(state))
 
 
 def test_parameters_and_views_become_plain_tensors_that_own_their_memory(path):
@@ -57,7 +57,7 @@ def test_parameters_and_views_become_plain_tensors_that_own_their_memory(path):
         "stretched": torch.ones(6)[:1].expand(3),
     }
     torch.save(said, path)
-    tensors = safe.read_torch(path)
+    tensors = read_torch(path)
     same(tensors, {name: t.detach().contiguous() for name, t in said.items()})
     assert own_their_memory(tensors)
 
@@ -65,7 +65,7 @@ def test_parameters_and_views_become_plain_tensors_that_own_their_memory(path):
 def test_tied_tensors_are_one(path):
     tied = nn.Parameter(torch.ones(1000))
     torch.save({str(i): tied for i in range(100)}, path)
-    tensors = safe.read_torch(path)
+    tensors = read_torch(path)
     assert len(tensors) == 100
     assert len({t.data_ptr() for t in tensors.values()}) == 1
 
@@ -126,7 +126,7 @@ REFUSED = {
 def test_what_is_no_state_dict_is_refused(path, made, message):
     torch.save(made(), path)
     tracemalloc.start()
-    refused(safe.read_torch, path, "is not a torch file", message)
+    refused(read_torch, path, "is not a torch file", message)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * 2**20
@@ -134,13 +134,13 @@ def test_what_is_no_state_dict_is_refused(path, made, message):
 
 def test_nothing_of_a_stranger_runs(path, tmp_path):
     torch.save({"a": Called(os.mkdir, str(tmp_path / "ran"))}, path)
-    refused(safe.read_torch, path, "asks for")
+    refused(read_torch, path, "asks for")
     assert not (tmp_path / "ran").exists()
 
 
 def test_files_of_old_torch_are_refused_with_what_to_do(path):
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
-    refused(safe.read_torch, path, "it is no zip file", "write it again with `torch.save(state_dict, path)`")
+    refused(read_torch, path, "it is no zip file", "write it again with `torch.save(state_dict, path)`")
 
 
 def described(length=2, dtype="FloatStorage", key="0", offset=0, shape=(2,), stride=(1,)):
@@ -179,9 +179,9 @@ DESCRIBED = {
 def test_a_tensor_that_is_described_wrongly_is_refused(path, said, message):
     entry = ("file/data/0", struct.pack("<2f", 1, 2))
     torch_file(path, described(), [entry])
-    same(safe.read_torch(path), {"a": torch.tensor([1.0, 2.0])})
+    same(read_torch(path), {"a": torch.tensor([1.0, 2.0])})
     torch_file(path, described(**{key: value() if callable(value) else value for key, value in said.items()}), [entry])
-    refused(safe.read_torch, path, "is not a torch file", message)
+    refused(read_torch, path, "is not a torch file", message)
 
 
 PICKLES = {
@@ -216,9 +216,9 @@ PICKLES = {
 def test_a_pickle_that_is_wrong_is_refused(path, said, message):
     torch_file(path, said)
     if message:
-        refused(safe.read_torch, path, "is not a torch file", message)
+        refused(read_torch, path, "is not a torch file", message)
     else:
-        assert safe.read_torch(path) == {}
+        assert read_torch(path) == {}
 
 
 def zip_of(path, **options):
@@ -228,27 +228,27 @@ def zip_of(path, **options):
 
 def test_compressed_entries_are_refused(path):
     zip_of(path, compression=zipfile.ZIP_DEFLATED)
-    refused(safe.read_torch, path, "is compressed or encrypted")
+    refused(read_torch, path, "is compressed or encrypted")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("file/data.pkl", described())
         file.writestr("file/data/0", b"\0" * 10**6, compress_type=zipfile.ZIP_BZIP2)
-    refused(safe.read_torch, path, "'file/data/0' is compressed or encrypted")
+    refused(read_torch, path, "'file/data/0' is compressed or encrypted")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_entries_that_are_there_twice_are_refused(path):
     zip_of(path, entries=[("file/data/0", b"\0" * 8)])
-    refused(safe.read_torch, path, "an entry twice")
+    refused(read_torch, path, "an entry twice")
     zip_of(path, entries=[("other/data.pkl", described())])
-    refused(safe.read_torch, path, "it must have one entry data.pkl, got 2")
+    refused(read_torch, path, "it must have one entry data.pkl, got 2")
 
 
 def test_byte_orders(path):
     zip_of(path, entries=[("file/byteorder", b"little")])
-    same(safe.read_torch(path), {"a": torch.tensor([1.0, 2.0])})
+    same(read_torch(path), {"a": torch.tensor([1.0, 2.0])})
     for order in (b"big", b"middle", b"little" * 10**6):
         zip_of(path, entries=[("file/byteorder", order)])
-        refused(safe.read_torch, path, "its byte order must be little")
+        refused(read_torch, path, "its byte order must be little")
 
 
 def test_entries_that_overlap_are_refused(path):
@@ -257,24 +257,24 @@ def test_entries_that_overlap_are_refused(path):
         at = content.rindex(name) - 46
         content[at + 20 : at + 28] = struct.pack("<II", 2000, 2000)
     path.write_bytes(content)
-    refused(safe.read_torch, path, "its entries are longer than the file")
+    refused(read_torch, path, "its entries are longer than the file")
 
 
 @pytest.mark.parametrize(("change", "message"), [("-1", "cut short"), ("-60", "cut short"), ("+", "something follows")])
 def test_a_zip_that_ends_elsewhere_is_refused(path, change, message):
     content = zip_of(path)
     path.write_bytes(content + b"\0" if change == "+" else content[: int(change)])
-    refused(safe.read_torch, path, message)
+    refused(read_torch, path, message)
 
 
 def test_a_directory_that_is_long_for_its_own_sake_is_refused(path):
     content = zip_of(path)
     path.write_bytes(content[:-10] + struct.pack("<I", 2**25) + content[-6:])
-    refused(safe.read_torch, path, "its zip directory may have 16777216 bytes, and has 33554432")
+    refused(read_torch, path, "its zip directory may have 16777216 bytes, and has 33554432")
     torch.save({"a": torch.ones(1)}, path)
     content = path.read_bytes()
     path.write_bytes(content[:-58] + struct.pack("<Q", 2**40) + content[-50:])
-    refused(safe.read_torch, path, f"and has {2**40}")
+    refused(read_torch, path, f"and has {2**40}")
 
 
 def test_a_flipped_bit_of_a_torch_file_is_found(path):
@@ -284,10 +284,10 @@ def test_a_flipped_bit_of_a_torch_file_is_found(path):
     content[content.index(values.numpy().tobytes()) + 700] ^= 16
     path.write_bytes(content)
     assert not torch.equal(torch.load(path, weights_only=True)["a"], values)
-    refused(safe.read_torch, path, "is damaged", "CRC")
+    refused(read_torch, path, "is damaged", "CRC")
 
 
 def test_large_storages_are_read_in_parts(path):
     values = torch.randn(3 * 2**18 + 5)
     torch.save({"a": values}, path)
-    same(safe.read_torch(path), {"a": values})
+    same(read_torch(path), {"a": values})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora.formats.header import Entry
+from lora.formats.header import Entry, read_object
 from lora.formats.safe import read_header
 from lora.settings import raise_all
 
@@ -51,13 +50,13 @@ def open_base(folder: Path) -> Base:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} must be the folder of a model.")
-    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (folder / SINGLE).is_file():  # the one that transformers takes, where there is an index as well
         shards = {SINGLE: read_header(folder / SINGLE).tensors}
         return Base(folder, shards, dict.fromkeys(shards[SINGLE], SINGLE), config)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: other formats are not read.")
-    files = _json(folder / INDEX).get("weight_map")
+    files = read_object(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{folder / INDEX} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))
@@ -132,13 +131,3 @@ def _missing(name: str, key: str, base: Base) -> str:
 
 def _is_plain(name: str) -> bool:
     return name.endswith(".safetensors") and not {"/", "\\", ":"}.intersection(name)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content

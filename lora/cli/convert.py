@@ -27,6 +27,7 @@ METHODS = ("cat", "svd", "linear", "ties", "dare")
 
 
 def add(commands: Subparsers) -> None:
+    """Enter the commands that write adapters."""
     _add_convert(commands)
     _add_combine(commands)
     _add_resize(commands)
@@ -73,12 +74,14 @@ def _add_resize(commands: Subparsers) -> None:
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
+    """Write an adapter in another format."""
     check_output(arguments.out, arguments.overwrite, [arguments.file])
     print(write(read(arguments.file), arguments))
     return 0
 
 
 def run_combine(arguments: argparse.Namespace) -> int:
+    """Write the weighted sum of adapters."""
     weighted = [_weighted(text) for text in arguments.adapters]
     check_output(arguments.out, arguments.overwrite, [path for path, _ in weighted])
     adapters = [(read(path), weight) for path, weight in progress(weighted, "reading")]
@@ -88,6 +91,7 @@ def run_combine(arguments: argparse.Namespace) -> int:
 
 
 def run_resize(arguments: argparse.Namespace) -> int:
+    """Write an adapter at another rank, and say what it keeps."""
     check_output(arguments.out, arguments.overwrite, [arguments.file])
     before = read(arguments.file)
     after, kept = resize(before, arguments.r, energy=arguments.energy)

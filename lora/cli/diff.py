@@ -21,6 +21,7 @@ _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
 
 
 def add(commands: Subparsers) -> None:
+    """Enter the command."""
     about = "say how far apart two adapters are, with exit code 0 if they are the same function and 1 if not"
     parser = add_command(commands, run, "diff", about, "diff before.safetensors after.safetensors")
     parser.add_argument("a", type=Path, metavar="A", help="an adapter in any format")
@@ -36,6 +37,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Compare two adapters; 0 if they are the same function, 1 if not."""
     found = compare(read(arguments.a), read(arguments.b), arguments.tolerance)
     if arguments.json:
         print_json(found)

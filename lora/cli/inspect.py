@@ -35,6 +35,7 @@ _SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "lora_dropout", "splits
 
 
 def add(commands: Subparsers) -> None:
+    """Enter the command."""
     about = "say what an adapter trained, how large its updates are, and whether anything is wrong with it"
     parser = add_command(commands, run, "inspect", about, "inspect adapter.safetensors --plot norms.png")
     parser.add_argument("file", type=Path, metavar="FILE", help="an adapter in any format")
@@ -47,6 +48,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Look at an adapter; 1 if something is wrong with it."""
     if arguments.plot:
         check_output(arguments.plot, arguments.overwrite, [arguments.file])
     found = examine(_read(arguments.file, arguments.lora_alpha))

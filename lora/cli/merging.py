@@ -40,6 +40,7 @@ _SHOWN = 5  # names of files in an error
 
 
 def add(commands: Subparsers) -> None:
+    """Enter the command."""
     about = "write an adapter into a model's safetensors files, with a few tensors in memory at a time"
     parser = add_command(commands, run, "merge", about, "merge Phi-3-mini-4k-instruct adapter.safetensors merged")
     parser.add_argument("base", type=Path, metavar="BASE", help="a folder with model.safetensors, or with shards")
@@ -51,6 +52,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write a model folder with the adapter merged."""
     base, out = open_base(arguments.base), arguments.out
     check_output(out, arguments.overwrite, [arguments.base, arguments.adapter])
     if arguments.base.resolve() in out.resolve().parents:

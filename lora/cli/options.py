@@ -39,14 +39,17 @@ def add_command(commands: Subparsers, run: Run, name: str, about: str, example: 
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json"""
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite"""
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def add_check_base(parser: argparse.ArgumentParser) -> None:
+    """--no-check-base"""
     parser.add_argument(
         "--no-check-base",
         dest="check_base",
@@ -56,6 +59,7 @@ def add_check_base(parser: argparse.ArgumentParser) -> None:
 
 
 def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """--format"""
     about = "lora: one file; peft: PEFT's folder; portable: that with one rank and scaling 1"
     parser.add_argument("--format", choices=FORMATS, help=about, **options)
 
@@ -127,4 +131,5 @@ def finite(value: float) -> float | None:
 
 
 def print_json(content: object) -> None:
+    """On stdout, which then holds nothing else."""
     print(json.dumps(content, indent=2, allow_nan=False))

@@ -67,7 +67,7 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
     header = read_header(path)
     if "lora" not in header.metadata and any(name.rpartition(".")[2] in PARAMETERS for name in header.tensors):
         return flat.from_state_dict(path, read_tensors(path)[0], lora_alpha)
-    return native.read(path)
+    return native.read(path, header.metadata)
 
 
 def write_adapter(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import Adapter, AdapterError
-from lora.formats.header import short
+from lora.formats.header import read_object, short
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
@@ -28,7 +28,6 @@ READERS: dict[str, Callable[[Path], Content]] = {
 }
 # What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
-_LARGEST_CONFIG = 2**24  # bytes
 # The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
 _PARTS = {
     "lora_A": re.compile(r"\.lora_A(\.default)?\.weight$|\.lora_embedding_A(\.default)?$"),
@@ -97,15 +96,7 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}, without which PEFT's tensors mean nothing.")
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise AdapterError(f"{path} must have at most {_LARGEST_CONFIG} bytes, got {path.stat().st_size}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} must hold an object, got a {type(config).__name__}.")
-    return config
+    return read_object(path)
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:

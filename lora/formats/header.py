@@ -19,6 +19,7 @@ from lora.settings import raise_all
 HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _LONGEST_NAME = 512
+_LONGEST_JSON = 2**24  # bytes, of a configuration or an index
 MOST_DIMENSIONS = 64
 _MOST_PROBLEMS = 20
 DTYPES = {
@@ -86,6 +87,19 @@ def short(said: object) -> str:
         return type(said).__name__
     text = ascii(said[:80] if isinstance(said, str) else said)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; AdapterError if it is too long, or something else."""
+    if path.stat().st_size > _LONGEST_JSON:
+        raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {path.stat().st_size}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} must hold an object, got a {type(content).__name__}.")
+    return content
 
 
 def refuse(path: Path, kind: str, problems: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ def write(adapter: Adapter, path: Path) -> None:
     safe.write_tensors(path, adapter.tensors, {"lora": json.dumps(about)})
 
 
-def read(path: Path) -> Adapter:
-    """Read what `write` wrote; AdapterError if it is something else."""
-    said = safe.read_header(path).metadata
+def read(path: Path, said: Mapping[str, str]) -> Adapter:
+    """Read what `write` wrote, of which `said` is the metadata; AdapterError if it is something else."""
     if "lora" not in said:
         raise AdapterError(
             f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."

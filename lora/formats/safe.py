@@ -19,10 +19,7 @@ from torch import Tensor
 
 from lora.adapter import AdapterError
 from lora.formats.header import DTYPES, HEADER_LIMIT, Entry, Header, open_file, parse_header
-from lora.formats.pickled import read_torch
 from lora.settings import raise_all
-
-__all__ = ["Entry", "Header", "checksum", "read_header", "read_tensors", "read_torch", "write_tensors"]
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
