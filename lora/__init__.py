@@ -1,4 +1,4 @@
-"""LoRA layers for PyTorch: a pretrained layer plus one equation, W = W₀ + s · B A."""
+"""LoRA layers for PyTorch: a pretrained layer plus one equation, W = g ⊙ (W₀ + s · B A)."""
 
 from lora.adapter import Adapter, AdapterError
 from lora.algebra import combine, scale, subtract
@@ -8,10 +8,13 @@ from lora.conv import Conv1d, Conv2d, Conv3d
 from lora.embedding import Embedding
 from lora.extract import Extracted, extract
 from lora.formats import read_adapter, write_adapter
+from lora.groups import param_groups
+from lora.initialize import initialize
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
 from lora.merge import merge, merged_state_dict
+from lora.quantized import register_weight
 from lora.registry import register
 from lora.resize import Resized, resize
 from lora.training import lora_state_dict, mark_only_lora_as_trainable
@@ -36,14 +39,17 @@ __all__ = [
     "disabled",
     "eject",
     "extract",
+    "initialize",
     "inject",
     "load_adapter",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "merged_state_dict",
+    "param_groups",
     "read_adapter",
     "register",
+    "register_weight",
     "resize",
     "save_adapter",
     "scale",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora.layer import LoRALayer, join
 from lora.settings import is_number, settings_problems
 
 PARAMETERS = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,20 +66,26 @@ class Adapter:
 
     def layer(self, name: str) -> LoRALayer:
         """A module's adapter as a LoRA layer by itself, whose base weight has no values; ValueError if it cannot be."""
-        return bare_layer(self.modules[name], *self.pair(name))
+        return bare_layer(self.modules[name], *self.pair(name), self.magnitude(name))
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of one module."""
         return self.tensors[join(name, "lora_A")], self.tensors[join(name, "lora_B")]
 
+    def magnitude(self, name: str) -> Tensor | None:
+        """The magnitudes of one module, if it has some (DoRA)."""
+        return self.tensors.get(join(name, MAGNITUDE))
+
     def update(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s · B A of one module, in the shape of its base weight and in this dtype."""
+        """s · B A of one module, in the shape of its base weight and in this dtype; with DoRA it is not all."""
         layer = self.layer(name)
         return layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype)) * layer.scaling
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
-        expected = {join(module, name) for module in self.modules for name in PARAMETERS}.union(self.trained_in_full)
+        expected = {*self.trained_in_full}
+        for module, settings in self.modules.items():
+            expected |= {join(module, name) for name in parameters_of(settings)}
         yield from (f"{name} is missing." for name in sorted(expected - self.tensors.keys()))
         yield from (f"{name} is unexpected." for name in sorted(self.tensors.keys() - expected))
         if not self.modules:
@@ -91,6 +98,11 @@ class Adapter:
             yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
 
 
+def parameters_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a module's own tensors in an adapter."""
+    return (*PARAMETERS, MAGNITUDE) if settings.get("use_dora") else PARAMETERS
+
+
 def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
     r, use_rslora = settings.get("r"), settings.get("use_rslora")
     for problem in settings_problems(r, settings.get("lora_alpha"), settings.get("lora_dropout")):
@@ -101,8 +113,9 @@ def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: `use_rslora` must be true or false, got {use_rslora!r}."
     if not is_number(settings.get("scaling")):
         yield f"{name} has no scaling: it must be a finite number, got {settings.get('scaling')!r}."
-    if not isinstance(settings.get("factored"), (bool, type(None))):
-        yield f"{name}: `factored` must be true or false, got {settings['factored']!r}."
+    for option in ("factored", "use_dora"):
+        if not isinstance(settings.get(option), (bool, type(None))):
+            yield f"{name}: `{option}` must be true or false, got {settings[option]!r}."
     yield from (f"{name}: {problem}" for problem in fingerprint.problems(settings.get("base")))
 
 

@@ -182,11 +182,13 @@ def _common(values: Iterable[str | None]) -> str | None:
 
 
 def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
-    """AdapterError that lists everything wrong with the adapters; and what trained in full, where that has no place."""
+    """AdapterError that lists all that is wrong with adapters; what trained in full, too, where that has no place."""
     problems = []
     for n, adapter in enumerate(adapters):
         prefix = f"adapter {n}: " if len(adapters) > 1 else ""
         problems += [f"{prefix}{problem}" for problem in adapter.problems()]
+        dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+        problems += [f"{prefix}{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
         if not in_full:
             problems += [f"{prefix}{name} trained in full and is no update." for name in adapter.trained_in_full]
     raise_all(what, problems, AdapterError)

@@ -15,7 +15,7 @@ from lora.registry import kind_for
 _CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
-def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> LoRALayer:
+def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor, magnitude: Tensor | None = None) -> LoRALayer:
     """A LoRA layer with these tensors, whose base weight has a shape and no values.
 
     Its `delta(A, B)` is B A in the shape of the base weight; given a `weight`, `merge_into` adds the update to it.
@@ -23,6 +23,7 @@ def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> LoRALayer:
     Args:
         settings: the entry of `Adapter.modules`.
         A, B: the adapter's tensors; they are shared.
+        magnitude: that of DoRA, shared as well. Default: None, the layer without it.
 
     Raises:
         ValueError: the kind of layer is a user's own, or settings and shapes do not fit each other.
@@ -46,10 +47,15 @@ def bare_layer(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> LoRALayer:
         if tuple(tensor.shape) != tuple(expected):
             raise ValueError(f"{name} must have the shape {tuple(expected)}, got {tuple(tensor.shape)}.")
     general = {key: settings[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    adapt([Plan(module, kind, general | own)])
+    adapt([Plan(module, kind, general | own | {"use_dora": magnitude is not None})])
     assert isinstance(module, LoRALayer), "it was adapted"
     module.scaling = float(settings["scaling"])
     module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
+    if magnitude is not None:
+        if magnitude.shape != module.lora_magnitude.shape:
+            expected = tuple(module.lora_magnitude.shape)
+            raise ValueError(f"lora_magnitude must have the shape {expected}, got {tuple(magnitude.shape)}.")
+        module.lora_magnitude = nn.Parameter(magnitude, False)
     if base.get("fan_in_fan_out"):
         module.fan_in_fan_out = True
         module.weight = nn.Parameter(module.weight.T, False)

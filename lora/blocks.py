@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.conv import ConvLoRA
-from lora.embedding import EmbeddingLoRA
 from lora.layer import LoRALayer
-from lora.linear import LinearLoRA
 
 Pair = tuple[Tensor, Tensor]  # B (rows, q) and A (q, columns), whose product is a block of the update
 
@@ -36,7 +33,7 @@ def pairs_of(layer: LoRALayer) -> list[Pair]:
     factored convolution    one for each group: B (out / groups, r / groups), A (r / groups, in / groups · k)
     loralib's convolution   one: its B and A
     """
-    rows = _rows(layer)
+    rows = layer.block_rows()
     Bs = torch.split(layer.lora_B.detach().cpu().double().flatten(1), rows)
     As = layer.lora_A.detach().cpu().double().flatten(1).chunk(len(rows))
     return list(zip(Bs, As, strict=True))
@@ -49,22 +46,9 @@ def tensors_of(like: LoRALayer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     return A.reshape(-1, *like.lora_A.shape[1:]), B.reshape(*B.shape, *like.lora_B.shape[2:])
 
 
-def matrices_of(layer: LoRALayer, weight: Tensor) -> tuple[Tensor, ...]:
-    """The blocks of something in the shape of the layer's weight; the layer has one for all its rows."""
-    if isinstance(layer, LinearLoRA):
-        weight = layer.stored(weight)
-    elif isinstance(layer, EmbeddingLoRA):
-        weight = weight.T
-    return torch.split(weight.flatten(1), _rows(layer))
-
-
-def _rows(layer: LoRALayer) -> list[int]:
-    """How many rows of B belong to each block."""
-    if isinstance(layer, LinearLoRA):
-        return [stop - start for start, stop in layer.slices()]
-    if isinstance(layer, ConvLoRA) and layer.factored:
-        return [layer.out_channels // layer.groups] * layer.groups
-    return [layer.lora_B.shape[0]]
+def matrices_of(layer: LoRALayer, weight: Tensor) -> Sequence[Tensor]:
+    """The blocks of something in the shape of the layer's weight, each as a matrix."""
+    return layer.weight_blocks(weight)
 
 
 # ---- ranks: q, the rank of a block, is r, and for convolutions in proportion to it -------------------------------

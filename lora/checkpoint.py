@@ -11,12 +11,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora import fingerprint
-from lora.adapter import Adapter, AdapterError
+from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.fitting import Fit, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
-from lora.inject import adapt, all_or_nothing, lora_layers
+from lora.inject import adapt, all_or_nothing
 from lora.layer import LoRALayer, join
-from lora.matching import Names, names_of, unwrapped, without_wrappers
+from lora.learnt import difference
+from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
 from lora.settings import raise_all
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
@@ -123,6 +124,9 @@ def load_adapter(
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a model, without the model; it shares the model's tensors.
 
+    Of layers whose start was taken out of their base weights (`lora.initialize`) it is what they have learnt since, at
+    twice their rank, in tensors of its own.
+
     Args:
         model: a model with LoRA layers.
 
@@ -138,8 +142,14 @@ def adapter_of(model: nn.Module) -> Adapter:
     names = names_of(model)
     adapted = {without_wrappers(names[layer][0]): layer for layer in layers if layer.r > 0}
     full = dict(trained_in_full(names))
-    tensors = {join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()}
+    tensors: dict[str, Tensor] = {
+        join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()
+    }
     about = {name: _about(layer) for name, layer in adapted.items()}
+    for name, layer in adapted.items():
+        if layer.lora_start is not None:
+            about[name], *pair = difference(layer, about[name])
+            tensors |= {join(name, own): tensor for own, tensor in zip(PARAMETERS, pair, strict=True)}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
     return Adapter(about, {**tensors, **full}, list(full), modules_to_save, name_of(model))
 

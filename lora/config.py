@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from lora.init import Init, init_problem
 from lora.settings import raise_all, settings_problems
 from lora.training import BIAS_CHOICES
 
@@ -37,6 +38,11 @@ class LoraConfig:
         modules_to_save: names of modules to train in full and to save with the adapter. Default: None.
         bias: biases to train: "none", "all" or "lora_only". Default: "none".
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude for each output (arXiv:2402.09353; `lora.Linear`). Default: False.
+        freeze_A: leave lora_A as it starts (LoRA-FA, arXiv:2308.03303; `lora.mark_only_lora_as_trainable`).
+            Default: False.
+        init_lora_weights: how A and B start: a bool, a name, or a function of a layer (`lora.initialize`). Some ways
+            write the base weights, so that the sum is what it was. Default: True.
         task_type: kept for other tools; has no effect here. Default: None.
         splits: for fused projections, the sizes of the parts by pattern: {"qkv_proj": (576, 192, 192)}. Default: {}.
         enable_lora: which splits to adapt, by pattern; all where nothing is said. Default: {}.
@@ -63,6 +69,9 @@ class LoraConfig:
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    freeze_A: bool = False
+    init_lora_weights: Init = True
     task_type: str | None = None
     splits: Mapping[str, Sequence[int]] = field(default_factory=dict)
     enable_lora: Mapping[str, bool | Sequence[bool | int]] = field(default_factory=dict)
@@ -101,7 +110,8 @@ class LoraConfig:
             value = getattr(self, option)
             if not isinstance(value, Mapping) or not _names(list(value)):
                 problems.append(f"`{option}` must say by pattern, as in {{'qkv_proj': …}}, got {value!r}.")
-        for option in ("use_rslora", "factored", "merge_weights"):
+        problems += filter(None, [init_problem(self.init_lora_weights)])
+        for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
             if not isinstance(getattr(self, option), bool):
                 problems.append(f"`{option}` must be True or False, got {getattr(self, option)!r}.")
         dtype = self.adapter_dtype

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora import dora
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
-from lora.layer import LoRALayer, Shape
+from lora.init import Init
+from lora.kind import Shape
+from lora.layer import LoRALayer
 from lora.registry import register
 from lora.tensors import autocasts
 
@@ -49,13 +53,16 @@ class ConvLoRA(LoRALayer):
         *,
         factored: bool = False,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         sizes = in_channels, out_channels, kernel_size
         self.base_class.__init__(self, *sizes, device=device, dtype=dtype, **kwargs)
-        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, factored=factored)
+        settings = lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights
+        self.attach(r, lora_alpha, *settings, factored=factored)
         self.reset_parameters()
 
     @classmethod
@@ -92,6 +99,26 @@ class ConvLoRA(LoRALayer):
         B = B.reshape(self.groups, -1, self.r // self.groups)  # (groups, out_channels / groups, r / groups)
         return (B @ A).reshape(self.weight.shape)
 
+    @classmethod
+    def magnitudes(cls, base: Any, shape_B: Shape) -> int:
+        channels: int = base.out_channels
+        return channels
+
+    def output_dims(self) -> tuple[int, int]:
+        return 0, -1 - len(self.kernel_size)
+
+    def block_rows(self) -> list[int]:
+        parts = self.groups if self.factored else 1
+        return [self.lora_B.shape[0] // parts] * parts
+
+    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        if not self.factored:  # B A lies in the weight value by value, its rows are not the weight's
+            return [weight.reshape(self.lora_B.shape[0], self.lora_A.shape[1])]
+        return super().weight_blocks(weight)
+
+    def norms(self) -> Tensor:
+        return super().norms() if self.factored else dora.dense_norms(self)
+
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._fuses(input):
             dropout = self.lora_dropout if self.training else 0.0
@@ -113,6 +140,9 @@ class ConvLoRA(LoRALayer):
         if self.factored:
             return super().lora_update(input)
         return self._convolve(self.drop(input), self._delta_like(input))
+
+    def low_rank(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return super().low_rank(input, A, B) if self.factored else self._convolve(input, self.delta(A, B))
 
     def _delta_like(self, other: Tensor) -> Tensor:
         dtype = self.update_dtype(other)
@@ -161,6 +191,8 @@ class Conv2d(ConvLoRA, nn.Conv2d):
         y = W₀ ∗ x + b + s · reshape(B A) ∗ drop(x)   otherwise, as in loralib
         s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
 
+    With DoRA y − b is scaled for each output channel, by m / ‖W₀ + s · B A‖.
+
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
@@ -172,12 +204,14 @@ class Conv2d(ConvLoRA, nn.Conv2d):
         factored: make A a convolution with r filters in the base's geometry and B a 1×1 convolution: cheaper in
             training, and the form that PEFT and the diffusion tools exchange. Default: False.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each output channel, as in `lora.Linear`. Default: False.
+        init_lora_weights: how A and B start, as in `lora.Linear`. Default: True.
         device, dtype, **kwargs: `device`, `dtype`, `stride`, `padding`, `dilation`, `groups`, `bias` and
             `padding_mode` of `nn.Conv2d`.
 
     Parameters: `weight` (out_channels, in_channels / groups, kh, kw) and `bias` (out_channels); factored `lora_A`
     (r, in_channels / groups, kh, kw) and `lora_B` (out_channels, r / groups, 1, 1), otherwise `lora_A`
-    (r k, in_channels k) and `lora_B` (out_channels / groups k, r k).
+    (r k, in_channels k) and `lora_B` (out_channels / groups k, r k); with DoRA `lora_magnitude` (out_channels).
 
     Input (N, in_channels, H, W) or (in_channels, H, W); returns (N, out_channels, H_out, W_out) or
     (out_channels, H_out, W_out).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Lookup, lora_embedding
-from lora.layer import LoRALayer, Shape
+from lora.init import Init
+from lora.kind import Shape
+from lora.layer import LoRALayer
 from lora.registry import register
 from lora.tensors import sample_slice
 
 
 class EmbeddingLoRA(LoRALayer):
     """The kind for embeddings: A (r, num_embeddings), B (embedding_dim, r)."""
+
+    starts_at_zero = "lora_A"
 
     padding_idx: int | None
     max_norm: float | None
@@ -63,7 +68,21 @@ class EmbeddingLoRA(LoRALayer):
         return F.embedding(input, weight, *options)
 
     def base_weight(self) -> Tensor:
-        return self.weight if self.max_norm is None else self._renormed(self.weight)
+        weight = super().base_weight()
+        return weight if self.max_norm is None else self._renormed(weight)
+
+    @classmethod
+    def magnitudes(cls, base: Any, shape_B: Shape) -> int:
+        return shape_B[0]
+
+    def output_dims(self) -> tuple[int, int]:
+        return 1, -1
+
+    def block_rows(self) -> list[int]:
+        return [self.embedding_dim]
+
+    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        return [weight.T]
 
     def merge(self) -> None:
         super().merge()
@@ -86,7 +105,9 @@ class EmbeddingLoRA(LoRALayer):
 class Embedding(EmbeddingLoRA, nn.Embedding):
     """An embedding with a frozen weight and a trainable low-rank update.
 
-        y = W₀[ids] + s · Aᵀ[ids] Bᵀ        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+        y = g ⊙ (W₀[ids] + s · Aᵀ[ids] Bᵀ)        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+
+    and g = 1, or m / ‖W₀ + s · (B A)ᵀ‖ for each of the embedding's dimensions with DoRA.
 
     A starts at zero and B at N(0, 1), the other way round than in `lora.Linear`: a step moves only the columns
     of A whose ids were in the batch, so that with A at zero an id that was never seen keeps its pretrained
@@ -99,12 +120,14 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
         lora_alpha: numerator of the scaling. Default: 1.
         merge_weights: as in `lora.Linear`. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each dimension, as in `lora.Linear`. Default: False.
+        init_lora_weights: how A and B start, as in `lora.Linear`. Default: True.
         device, dtype, **kwargs: `device`, `dtype`, `padding_idx`, `max_norm`, `norm_type`, `scale_grad_by_freq`,
             `sparse`, `_weight` and `_freeze` of `nn.Embedding`. `max_norm` bounds the pretrained rows, without writing
             them; `padding_idx` receives no update; `sparse` holds for the gradient of A.
 
     Parameters: `weight` (num_embeddings, embedding_dim), `lora_A` (r, num_embeddings), `lora_B`
-    (embedding_dim, r).
+    (embedding_dim, r), with DoRA `lora_magnitude` (embedding_dim).
 
     Input: ids (...); returns (..., embedding_dim).
 
@@ -131,16 +154,18 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
         merge_weights: bool = True,
         *,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, device=device, dtype=dtype, **kwargs)
-        self.attach(r, lora_alpha, 0.0, merge_weights, use_rslora)
+        self.attach(r, lora_alpha, 0.0, merge_weights, use_rslora, use_dora, init_lora_weights)
         if kwargs.get("_weight") is None:
             self.reset_parameters()
         elif r > 0:
-            self.reset_lora_parameters()
+            self.start_adapter()
 
 
 register(nn.Embedding, EmbeddingLoRA)

@@ -15,6 +15,7 @@ from lora.layer import LoRALayer
 from lora.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.registry import kind_for
 from lora.settings import is_number
+from lora.start import pretrained_weight
 from lora.tensors import is_plain
 
 # How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
@@ -48,7 +49,7 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
     beyond = layer.beyond_weight()
     if beyond:
         about["beyond_weight"] = beyond
-    return about | {"sample": sample_of(layer.weight)}
+    return about | {"sample": sample_of(pretrained_weight(layer) if layer.lora_start else layer.weight)}
 
 
 def beyond_peft(module: nn.Module) -> str:
@@ -91,7 +92,8 @@ def problems(about: Any) -> Iterator[str]:
 
 def check(about: dict[str, Any], module: nn.Module) -> None:
     """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
-    shape, weight = about.get("shape"), module.weight
+    started = isinstance(module, LoRALayer) and module.lora_start
+    shape, weight = about.get("shape"), pretrained_weight(module) if started else module.weight  # type: ignore[arg-type]
     if shape is not None and is_plain(weight) and shape != list(weight.shape):  # type: ignore[arg-type]
         raise ValueError(
             f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "  # type: ignore[arg-type]

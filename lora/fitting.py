@@ -10,17 +10,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora import fingerprint
-from lora.adapter import PARAMETERS, Adapter
+from lora.adapter import MAGNITUDE, PARAMETERS, Adapter
 from lora.formats.fitted import fitted, renamed
 from lora.inject import Plan
 from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not, without_wrappers
-from lora.registry import kind_for
+from lora.registry import class_for, kind_for
 from lora.training import originals
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+_SWITCH = "use_dora"
 
 
 class Fit:
@@ -78,6 +79,9 @@ class Fit:
     def _compare(self, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
+        with_dora = bool(settings.get(_SWITCH))
+        if with_dora != module.use_dora:
+            raise ValueError(f"`{_SWITCH}` is {with_dora} in the file and {module.use_dora} in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
         for option in ("r", *_FORM):
@@ -93,9 +97,15 @@ class Fit:
         wanted = {option: settings.get(option) for option in _FORM}
         kind, own = kind.configure(module, **wanted)
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
-        for parameter, shape in zip(PARAMETERS, kind.lora_shapes(module, settings["r"], **own), strict=True):
-            self._like(join(name, parameter), shape, dtype)
+        shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings["r"], **own), strict=True))
         general = {key: settings[key] for key in _GENERAL}
+        if settings.get(_SWITCH):
+            cls = class_for(kind, type(module))
+            cls.check_dora(module, shapes["lora_B"])
+            shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
+            general[_SWITCH] = True
+        for parameter, shape in shapes.items():
+            self._like(join(name, parameter), shape, dtype)
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 
     def _find_full(self, name: str) -> None:

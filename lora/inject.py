@@ -11,12 +11,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora import quantized
 from lora.config import LoraConfig, for_module
+from lora.initialize import begin, problems_of_start
 from lora.layer import LoRALayer
-from lora.matching import Names, find_saved, find_targets, names_of, why_not
+from lora.matching import Names, find_saved, find_targets, lora_layers, names_of, why_not
 from lora.registry import Kind, class_for, kind_for
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
+from lora.start import give_back
 from lora.tensors import Spans
 from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
 
@@ -73,12 +76,15 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             plans.append(_plan(model, names[module], module, config))
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
+    problems += _untrainable(names)
     raise_all("inject: nothing was changed", problems)
     with all_or_nothing(model):
-        adapt(plans)
+        layers = adapt(plans)
+        raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
-        mark_only_lora_as_trainable(model, config.bias)
+        mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
+        begin(layers, config.init_lora_weights)
     return _report(model, names, targets, tuple(names[module][0] for module in saved))
 
 
@@ -104,6 +110,8 @@ def eject(model: nn.Module) -> None:
     )
     """
     layers = lora_layers(model, "eject")
+    for layer in layers:
+        give_back(layer)
     with torch.no_grad():
         for module in model.modules():
             for name, value in originals(module).items():
@@ -166,22 +174,9 @@ def _leave(model: nn.Module, module: nn.Module) -> None:
         del vars(module)["lora_disabled"]
 
 
-def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
-    """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    if not layers and not none:
-        raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
-    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
-    if computed:
-        raise ValueError(f"{what}: a weight of {', '.join(computed)} is computed, by a parametrization; remove that.")
-    return layers
-
-
 @torch.inference_mode(False)
-def adapt(plans: Sequence[Plan]) -> None:
-    """Carry out plans: the modules become LoRA layers with fresh adapters."""
+def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
+    """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
     for plan in plans:
         layer: Any = plan.module
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
@@ -189,7 +184,7 @@ def adapt(plans: Sequence[Plan]) -> None:
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.attach(**plan.settings)
         layer.injected = True
-        layer.reset_lora_parameters()
+    return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
 
 
 @contextmanager
@@ -236,9 +231,12 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
         "lora_dropout": config.lora_dropout,
         "merge_weights": config.merge_weights,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "adapter_dtype": config.adapter_dtype or adapter_dtype(module),
     }
-    kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
+    _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
+    if config.use_dora:
+        class_for(kind, type(module)).check_dora(module, shape_B)
     return Plan(module, kind, settings | own)
 
 
@@ -246,6 +244,14 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a module's adapter trains in: the weight's, and float32 where that is narrower."""
     weight: Any = module.weight
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _untrainable(names: Names) -> Iterator[str]:
+    """Modules whose packed weights give wrong gradients, be they adapted or not."""
+    for module, known in names.items():
+        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
+        if reason:
+            yield f"{known[0]}: {reason}"
 
 
 def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

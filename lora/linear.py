@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lora.functional import Adapted, lora_linear
 from lora.functional.linear import add_up_, spread
-from lora.layer import LoRALayer, Shape
+from lora.init import Init
+from lora.kind import Shape
+from lora.layer import LoRALayer
 from lora.registry import register
 from lora.settings import split_settings
 from lora.tensors import sample_slice, without_autocast
@@ -66,20 +68,28 @@ class LinearLoRA(LoRALayer):
     def merge_into(self, out: Tensor) -> Tensor:
         exact = torch.promote_types(out.dtype, torch.float32)
         A, B = self.lora_A.to(exact), self.lora_B.to(exact)
+        gain = self.magnitude_gain(exact) if self.use_dora else None  # of the weight as it is, before it is written
         if out is not self.weight:
-            out.copy_(self.weight)
+            out.copy_(self.base_weight())
         with without_autocast(out.device):
             if out.dtype == exact:
-                return self.add_update(out, A, B)
-            # In lower precision by parts, so that no second weight is made in float32.
-            slices = self.slices()
-            Bs = torch.split(B, [stop - start for start, stop in slices])
-            for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
-                rows = self.stored(out)[start:stop]  # (size, in_features)
-                room = torch.empty(_PART, rows.shape[1], dtype=exact, device=out.device)  # once: new memory is slow
-                for part, B_part in zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True):
-                    part.copy_(room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.scaling))
+                merged = self.add_update(out, A, B)
+                return merged if gain is None else merged.mul_(gain)
+            self._merge_by_parts(out, A, B, None if gain is None else self.stored(gain))
         return out
+
+    def _merge_by_parts(self, out: Tensor, A: Tensor, B: Tensor, gain: Tensor | None) -> None:
+        """Make the weight in `out` the merged one, in A's dtype, without a second weight in that dtype."""
+        slices = self.slices()
+        Bs = torch.split(B, [stop - start for start, stop in slices])
+        for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
+            rows = self.stored(out)[start:stop]  # (size, in_features)
+            room = torch.empty(_PART, rows.shape[1], dtype=A.dtype, device=A.device)  # once: new memory is slow
+            for n, (part, B_part) in enumerate(zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True)):
+                sum_ = room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.scaling)
+                if gain is not None:
+                    sum_.mul_(gain[start + n * _PART :][: len(part)])  # (rows, 1)
+                part.copy_(sum_)
 
     def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         columns = sample_slice(weight)
@@ -88,6 +98,19 @@ class LinearLoRA(LoRALayer):
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
         return weight
+
+    @classmethod
+    def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
+        return shape_B[0]
+
+    def output_dims(self) -> tuple[int, int]:
+        return (1 if self.fan_in_fan_out else 0), -1
+
+    def block_rows(self) -> list[int]:
+        return [stop - start for start, stop in self.slices()]
+
+    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        return [self.stored(weight)[start:stop] for start, stop in self.slices()]
 
     def stored(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) as the base layer stores it, or back again."""
@@ -152,6 +175,13 @@ class MergedLinearLoRA(LinearLoRA):
         stops = accumulate(self.splits)
         return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]
 
+    def over_outputs(self, adapted: Tensor) -> Tensor:
+        if all(self.enable_lora):
+            return adapted
+        parts = iter(torch.split(adapted, self.block_rows()))
+        every = zip(self.splits, self.enable_lora, strict=True)
+        return torch.cat([next(parts) if enabled else adapted.new_zeros(size) for size, enabled in every])
+
 
 LinearLoRA.merged_kind = MergedLinearLoRA
 
@@ -180,7 +210,9 @@ Conv1DLoRA.merged_kind = MergedConv1DLoRA
 class Linear(LinearLoRA, nn.Linear):
     """A linear layer with a frozen weight and a trainable low-rank update.
 
-        y = x W₀ᵀ + b + s · drop(x) Aᵀ Bᵀ        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+        y = g ⊙ (x W₀ᵀ + s · drop(x) Aᵀ Bᵀ) + b        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+
+    and g = 1, or m / ‖W₀ + s · B A‖ for each output with DoRA.
 
     Args:
         in_features: size of each input sample.
@@ -193,10 +225,14 @@ class Linear(LinearLoRA, nn.Linear):
             weight and brought up to date when anything changes. (Of writes through `weight.data` a sample is seen,
             on a CPU; after others call `train()` and `eval()` again.) Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
+            (arXiv:2402.09353). Dropout is for the low-rank update alone. Default: False.
+        init_lora_weights: how A and B start: True, "gaussian", "orthogonal", False (both random), or a function of the
+            layer. Ways that need the pretrained weight or data: `lora.initialize`, `lora.calibrate`. Default: True.
         device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 
     Parameters: `weight` (out_features, in_features), `bias` (out_features), `lora_A` (r, in_features),
-    `lora_B` (out_features, r).
+    `lora_B` (out_features, r), with DoRA `lora_magnitude` (out_features).
 
     Input (..., in_features); returns (..., out_features).
 
@@ -226,6 +262,8 @@ class Linear(LinearLoRA, nn.Linear):
         merge_weights: bool = True,
         *,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -233,7 +271,7 @@ class Linear(LinearLoRA, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
         self._transpose_weight()
-        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora)
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights)
         self.reset_parameters()
 
 
@@ -241,6 +279,8 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
     """Several linear layers fused into one, each with a low-rank update of its own, or none.
 
         y_g = x W₀_gᵀ + b_g + s · drop(x) A_gᵀ B_gᵀ    for each enabled split g of the output
+
+    (With DoRA each output of an enabled split is scaled as in `lora.Linear`.)
 
     One product with the stacked A serves all splits; splits that are not enabled cost nothing.
 
@@ -257,10 +297,14 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         splits: sizes of the splits, in order, uneven ones too (grouped-query attention). Default: equal
             parts, one for each entry of `enable_lora`.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
+            (arXiv:2402.09353). Dropout is for the low-rank update alone. Default: False.
+        init_lora_weights: how A and B start: True, "gaussian", "orthogonal", False (both random), or a function of the
+            layer. Ways that need the pretrained weight or data: `lora.initialize`, `lora.calibrate`. Default: True.
         device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
 
     Parameters, for G enabled splits: `weight` (out_features, in_features), `bias` (out_features), `lora_A`
-    (G·r, in_features), `lora_B` (sum of the enabled splits' sizes, r).
+    (G·r, in_features), `lora_B` (sum of the enabled splits' sizes, r), with DoRA `lora_magnitude` (the same sum).
 
     Input (..., in_features); returns (..., out_features).
 
@@ -293,6 +337,8 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         *,
         splits: Sequence[int] | None = None,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -301,7 +347,7 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         self.fan_in_fan_out = fan_in_fan_out
         self._transpose_weight()
         fused = split_settings(out_features, splits, enable_lora)
-        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, **fused)
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights, **fused)
         self.reset_parameters()
 
 

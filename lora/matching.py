@@ -37,6 +37,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
+    """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    if not layers and not none:
+        raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
+    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
+    if computed:
+        raise ValueError(f"{what}: a weight of {', '.join(computed)} is computed, by a parametrization; remove that.")
+    return layers
+
+
+def tied_to(layer: LoRALayer, owners: Spans[nn.Module], names: Names) -> str:
+    """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
+    tied = {*owners.sharing(layer.weight)} - {layer}
+    return ", ".join(names[other][0] for other in names if other in tied)
+
+
+def owners_of(names: Names) -> Spans[nn.Module]:
+    """Which module owns which memory."""
+    owners = Spans[nn.Module]()
+    for module in names:
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            owners.add(tensor, module)
+    return owners
+
+
 def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:
     """The modules to adapt, and a complaint for each name or pattern that matches none."""
     problems: list[str] = []

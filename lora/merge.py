@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.inject import lora_layers
+from lora import quantized
 from lora.layer import LoRALayer, join
-from lora.matching import Names, names_of, without_wrappers
+from lora.matching import Names, lora_layers, names_of, owners_of, tied_to, without_wrappers
+from lora.registry import plain_base
 from lora.report import MergedModule, MergeReport
 from lora.settings import raise_all
-from lora.tensors import Spans, is_plain
+from lora.tensors import is_plain
 from lora.training import forget_originals
 
 
 def merge(model: nn.Module) -> MergeReport:
-    """Write W = W₀ + s · B A into the base weights, in place, and leave plain torch layers.
+    """Write W = g ⊙ (W₀ + s · B A) into the base weights, in place, and leave plain torch layers.
 
     The sum is taken in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
-    rounding takes a good part of a small update; the report says how much of it.
+    rounding takes a good part of a small update; the report says how much of it. Packed (quantised) weights become
+    dense ones, in the dtype that their layer computes in; the report says what packing them again would lose.
 
     Args:
         model: a model with LoRA layers, injected or constructed.
@@ -29,8 +33,8 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         ValueError: there is no LoRA layer, a weight is tied to another module's (which the update would change too),
-            a weight is not dense, or a merged weight would not be finite. One error lists everything, and the model
-            is as it was.
+            a weight is neither dense nor packed in a known way, or a merged weight would not be finite. One error lists
+            everything, and the model is as it was.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -44,12 +48,11 @@ def merge(model: nn.Module) -> MergeReport:
     """
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
-    owners = _owners(names)
+    owners = owners_of(names)
     problems = _problems(layers, names)
     for layer in layers:
-        tied = {*owners.sharing(layer.weight)} - {layer}
-        if tied:
-            others = ", ".join(names[other][0] for other in names if other in tied)
+        others = tied_to(layer, owners, names)
+        if others:
             problems.append(
                 f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
                 "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
@@ -87,6 +90,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     names = names_of(model)
     problems = _problems(layers, names)
     for layer in layers:
+        if packed_as_known(layer):
+            problems.append(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
         beyond = layer.beyond_weight()
         if beyond:
             problems.append(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
@@ -104,20 +109,50 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
-    dtype, lost = layer.weight.dtype, rounding_lost(layer)
+    lost = rounding_lost(layer)
+    if packed_as_known(layer):
+        return _merge_packed(layer, name, lost)
+    dtype = layer.weight.dtype
     # Nothing can fail between these two, which would leave the update in twice.
     layer.merge()
     layer.detach()
     return MergedModule(name, str(dtype).removeprefix("torch."), lost)
 
 
+def _merge_packed(layer: LoRALayer, name: str, lost: float) -> MergedModule:
+    """Leave a plain layer with a dense weight, and say what packing that again would lose."""
+    before, merged = layer.base_weight(), layer.compute_merged()
+    packed, lost_packed = type(layer.weight).__name__, _packing_lost(layer, before, merged)
+    layer.detach()
+    module: nn.Module = layer
+    module.__class__ = plain_base(type(layer))
+    module.weight = nn.Parameter(merged, False)
+    return MergedModule(name, str(merged.dtype).removeprefix("torch."), lost, packed, lost_packed)
+
+
+def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
+    """‖pack(W) − W‖ / ‖W − W₀‖."""
+    twin = copy.deepcopy(layer)
+    quantized.write_weight(twin, merged)
+    exact = torch.promote_types(merged.dtype, torch.float32)
+    update, error = merged.to(exact) - before.to(exact), quantized.read_weight(twin).to(exact) - merged.to(exact)
+    return float(error.norm() / update.norm()) if update.any() else 0.0
+
+
+def packed_as_known(layer: LoRALayer) -> bool:
+    """Whether the base weight is packed, and can be read."""
+    return quantized.packing_of(layer) is not None
+
+
 @torch.no_grad()
 def rounding_lost(layer: LoRALayer) -> float:
     """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
-    dtype = layer.weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
     weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
+    dtype = weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
     weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
+    if layer.use_dora:
+        update = (weight + update) * layer.magnitude_gain(exact) - weight
     size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
     return float(error / size) if size else 0.0
 
@@ -128,16 +163,18 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     for layer in layers:
         if layer.weight.is_meta:
             problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
-        elif not layer.dense or not is_plain(layer.weight, layer.lora_A, layer.lora_B):
+        elif not packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
             what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
-            problems.append(f"{names[layer][0]}: {what} is not dense.")
-        elif not _surely_finite(layer) and not bool(layer.compute_merged().isfinite().all()):
-            problems.append(f"{names[layer][0]}: the merged weight would not be finite in {layer.weight.dtype}.")
+            problems.append(f"{names[layer][0]}: {what} is neither dense nor packed in a known way.")
+        elif not _surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
+            problems.append(f"{names[layer][0]}: the merged weight would not be finite in {merged.dtype}.")
     return problems
 
 
 def _surely_finite(layer: LoRALayer) -> bool:
     """Whether the largest that a merged weight could be is finite, from one look at each tensor."""
+    if layer.use_dora or packed_as_known(layer):
+        return False
     if layer.weight.numel() == 0:
         return True
     W, A, B = (_largest(tensor) for tensor in (layer.weight, layer.lora_A, layer.lora_B))
@@ -147,11 +184,3 @@ def _surely_finite(layer: LoRALayer) -> bool:
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor)  # in one pass, with nothing made; NaN makes both of them NaN
     return max(-float(low), float(high))
-
-
-def _owners(names: Names) -> Spans[nn.Module]:
-    owners = Spans[nn.Module]()
-    for module in names:
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            owners.add(tensor, module)
-    return owners

@@ -90,6 +90,11 @@ def class_for(kind: Kind, base: Base) -> Kind:
     return _classes[kind, base]
 
 
+def plain_base(base: Base) -> Base:
+    """The class of layer that `base` is a special one of, and whose kind adapts it."""
+    return next(owner for owner, _ in _registered(base))
+
+
 def enter(cls: Kind) -> None:
     """Enter a class in the table if it is nothing but a kind in front of a base, and the first that is."""
     kind, *rest = cls.__bases__

@@ -66,11 +66,16 @@ class InjectionReport:
 
 @dataclass(frozen=True)
 class MergedModule:
-    """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost."""
+    """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost.
+
+    Of one that was packed also how, and the share of the update that packing the merged weight again would lose.
+    """
 
     name: str
     dtype: str
     lost: float
+    packed: str | None = None
+    lost_packed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,4 +95,13 @@ class MergeReport:
 
     def __str__(self) -> str:
         rows = [(m.name, m.dtype, f"{100 * m.lost:.2f} %") for m in self.modules]
-        return table(("module", "dtype", "update lost to rounding"), rows)
+        header = ("module", "dtype", "update lost to rounding")
+        if not any(m.packed for m in self.modules):
+            return table(header, rows)
+        again = [(m.packed or "-", _percent(m.lost_packed)) for m in self.modules]
+        wide = [(*row, *more) for row, more in zip(rows, again, strict=True)]
+        return table((*header, "was packed as", "lost if packed again"), wide)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from lora.layer import LoRALayer, join
 BIAS_CHOICES = ("none", "all", "lora_only")
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_A: bool = False) -> None:
     """Let the adapters train, and biases where asked, and freeze everything else.
 
     Goes by module: a parameter trains if it is a LoRA layer's `lora_A` or `lora_B`, whatever the modules around it
@@ -23,19 +24,28 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         model: any module with LoRA layers in it.
         bias: which biases train too: "none", "all" (every module's) or "lora_only" (the LoRA layers').
             Default: "none".
+        freeze_A: freeze lora_A as well, as it started: LoRA-FA (arXiv:2308.03303). Linear layers keep no input for
+            backward then. Embeddings, whose A starts at zero and whose inputs are ids, train both factors. A is saved
+            and loaded all the same; a model that gets its LoRA layers from a file trains both until this is called
+            again. Default: False.
 
     Raises:
         ValueError: `bias` is none of the three; nothing has changed then.
 
-    From loralib. What this makes trainable is what `lora.lora_state_dict` with the same `bias` holds.
+    From loralib. What this makes trainable, and a frozen A, is what `lora.lora_state_dict` with the same `bias` holds.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2), torch.nn.Linear(8, 2))
     >>> lora.mark_only_lora_as_trainable(model)
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_A', '0.lora_B']
+    >>> lora.mark_only_lora_as_trainable(model, freeze_A=True)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.lora_B']
     """
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    if freeze_A:
+        trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
@@ -84,6 +94,11 @@ def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[s
             trained = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
             if parameter is not None and trained:
                 yield join(prefix, name), parameter
+
+
+def _can_freeze_A(module: nn.Module) -> TypeGuard[LoRALayer]:
+    """Whether the layer learns with its A as it started: not where that is zero."""
+    return isinstance(module, LoRALayer) and module.r > 0 and module.starts_at_zero == "lora_B"
 
 
 def is_bias(name: str) -> bool:

@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter
+from lora.adapter import Adapter, parameters_of
 from lora.cli.measures import blocks, distance, relative
 from lora.cli.options import Subparsers, add_command, add_json, finite, number, print_json, read
 from lora.cli.progress import progress
+from lora.layer import join
 from lora.report import table
 
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "splits", "enable_lora", "factored")
+_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "scaling",
+    "splits",
+    "enable_lora",
+    "factored",
+)
 _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
 
 
@@ -76,7 +87,8 @@ def _module(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str, An
 def _identical(a: Adapter, b: Adapter, name: str) -> bool:
     """Whether modules that only their model understands are the same to the bit."""
     alike = a.modules[name] == b.modules[name]
-    return alike and all(torch.equal(A, B) for A, B in zip(a.pair(name), b.pair(name), strict=True))
+    keys = [join(name, part) for part in parameters_of(a.modules[name])]
+    return alike and all(torch.equal(a.tensors[key], b.tensors[key]) for key in keys)
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapter import PARAMETERS, Adapter
+from lora.adapter import Adapter, parameters_of
 from lora.cli.measures import blocks
 from lora.cli.options import (
     Subparsers,
@@ -31,7 +31,17 @@ from lora.report import table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")
-_SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "lora_dropout", "splits", "enable_lora", "factored")
+_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "scaling",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "splits",
+    "enable_lora",
+    "factored",
+)
 
 
 def add(commands: Subparsers) -> None:
@@ -91,7 +101,8 @@ def _module(adapter: Adapter, name: str, problems: list[str]) -> dict[str, Any]:
     settings = adapter.modules[name]
     base = settings.get("base")
     base = base if isinstance(base, dict) else {}
-    own = {key: adapter.tensors[key] for key in (join(name, part) for part in PARAMETERS) if key in adapter.tensors}
+    keys = [join(name, part) for part in parameters_of(settings)]
+    own = {key: adapter.tensors[key] for key in keys if key in adapter.tensors}
     alone = replace(adapter, modules={name: settings}, tensors=own, trained_in_full=[])
     measured = []
     if not any(alone.problems()):

@@ -141,7 +141,8 @@ class Merging:
         if base["kind"] != "linear" or base.get("fan_in_fan_out", False) is not None:
             return self.adapter.layer(name)
         ways = [{**base, "shape": None, "fan_in_fan_out": transposed} for transposed in (False, True)]
-        layers = [bare_layer({**settings, "base": way}, *self.adapter.pair(name)) for way in ways]
+        tensors = *self.adapter.pair(name), self.adapter.magnitude(name)
+        layers = [bare_layer({**settings, "base": way}, *tensors) for way in ways]
         fitting = [layer for layer in layers if layer.weight.shape == shape]
         if len(fitting) == 2:
             raise ValueError(

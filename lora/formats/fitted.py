@@ -15,6 +15,7 @@ from lora.adapter import PARAMETERS, Adapter
 from lora.conv import ConvLoRA
 from lora.formats.single import Form, as_in
 from lora.layer import LoRALayer, join
+from lora.learnt import without_start
 from lora.linear import MergedLinearLoRA
 from lora.matching import without_wrappers
 from lora.registry import kind_for
@@ -66,6 +67,14 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
     """The adapter in the forms and dtypes of the model's layers, where that is exact; and what cannot be."""
     settings, tensors, problems = dict(adapter.modules), dict(adapter.tensors), []
     for name, module in modules.items():
+        if name in settings and isinstance(module, LoRALayer) and module.lora_start is not None:
+            try:
+                settings[name], *pair = _since_start(module, adapter.format, settings[name], *adapter.pair(name))
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            tensors |= {join(name, part): tensor for part, tensor in zip(PARAMETERS, pair, strict=True)}
+            continue
         # Of lora's own only what is a single pair there and a merged layer here (`lora.combine` makes such).
         single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings.get(name, {}).get("splits")
         if name not in settings or (adapter.format == "lora" and not single):
@@ -82,6 +91,15 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
         if target is not None:
             tensors[key] = _exactly(tensor, target.dtype)
     return replace(adapter, modules=settings, tensors=tensors), problems
+
+
+def _since_start(module: LoRALayer, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+    if format != "lora":
+        raise ValueError(
+            f"its adapter in the model started from a part of the base weight, which a file of format {format!r} "
+            "does not know; load it into the plain base model."
+        )
+    return without_start(module, settings, A, B)
 
 
 def _as_in(module: nn.Module, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:

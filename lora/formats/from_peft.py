@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lora import fingerprint
-from lora.adapter import Adapter, AdapterError
+from lora.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
 from lora.formats.header import read_object, short
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
@@ -32,14 +32,13 @@ _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 _PARTS = {
     "lora_A": re.compile(r"\.lora_A(\.default)?\.weight$|\.lora_embedding_A(\.default)?$"),
     "lora_B": re.compile(r"\.lora_B(\.default)?\.weight$|\.lora_embedding_B(\.default)?$"),
+    MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"),
 }
 _REFUSED_PARTS = {
-    "DoRA is not supported yet": re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"),
     "a bias of lora_B (`lora_bias`) has no place here": re.compile(r"\.lora_B(\.default)?\.bias$"),
 }
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
-    "use_dora",
     "use_qalora",
     "lora_bias",
     "use_bdlora",
@@ -109,8 +108,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
         yield f"`init_lora_weights` is {short(init)}, which changes the base weight; let PEFT convert it first."
     yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0))
-    if not isinstance(config.get("use_rslora", False), bool):
-        yield f"`use_rslora` must be true or false, got {short(config['use_rslora'])}."
+    for option in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(option, False), bool):
+            yield f"`{option}` must be true or false, got {short(config[option])}."
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict):
@@ -158,7 +158,7 @@ def _adapter(
     tensors: dict[str, Tensor] = {}
     ranks, alphas = (Patterns(config.get(option) or {}) for option in ("rank_pattern", "alpha_pattern"))
     for name, pair in pairs.items():
-        missing = [part for part in _PARTS if part not in pair]
+        missing = [part for part in PARAMETERS if part not in pair]
         problems += [f"{name}: {part} is missing." for part in missing]
         if not missing:
             try:
@@ -167,6 +167,8 @@ def _adapter(
                 modules[name] = _settings(config, r, lora_alpha, pair)
                 A = within_groups(pair["lora_A"], modules[name]["base"].get("groups", 1))
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+                if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
+                    tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
             except ValueError as error:
                 problems.append(f"{name}: {error}")
     if not pairs:
@@ -205,6 +207,7 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
     rslora = config.get("use_rslora", False)
     base: dict[str, Any] = {"kind": "embedding" if "embedding" in pair else "linear", "shape": None}
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": config.get("lora_dropout", 0.0), "use_rslora": rslora}
+    settings["use_dora"] = config.get("use_dora", False)
     if A.dim() > 2:
         groups = int(r) // B.shape[1]
         base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}

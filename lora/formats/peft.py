@@ -46,6 +46,10 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
         A = over_all_channels(A, settings["base"].get("groups", 1))
         for part, tensor in (("A", A), ("B", B)):
             tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+        magnitude = adapter.magnitude(name)
+        if magnitude is not None:
+            shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
     content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts)})
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
@@ -89,6 +93,7 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    yield from _homeless_magnitudes(adapter)
     for saved in _saved(adapter):  # PEFT goes by how names end, and by whole parts within them
         taken = [name for name in adapter.modules if name.endswith(saved) or f".{saved}." in f".{name}."]
         if taken:
@@ -97,6 +102,18 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
         owner, _, own = name.rpartition(".")
         if owner not in adapter.modules_to_save and not is_bias(own):
             yield f"{name} trains in full, alone: PEFT has a place for biases and for whole modules (modules_to_save)."
+
+
+def _homeless_magnitudes(adapter: Adapter) -> Iterator[str]:
+    with_dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+    if with_dora and len(with_dora) < len(adapter.modules):
+        yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
+    for name in with_dora:
+        settings = adapter.modules[name]
+        if not all(settings.get("enable_lora") or (True,)):
+            yield f"{name}: PEFT would have a magnitude for every output, and here splits without LoRA have none."
+        if settings["base"].get("groups", 1) > 1:
+            yield f"{name}: PEFT has no DoRA for convolutions with groups."
 
 
 def _saved(adapter: Adapter) -> list[str]:
@@ -127,6 +144,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "lora_alpha": _short(lora_alpha),
         "lora_dropout": max(settings["lora_dropout"] for settings in about.values()),
         "use_rslora": rslora,
+        "use_dora": any(settings.get("use_dora") for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.get("fan_in_fan_out", False) for base in linear),
         "target_modules": _targets(list(about), names),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},

@@ -74,7 +74,10 @@ def portable(adapter: Adapter) -> Adapter:
         AdapterError: something trains in full, for which the form has no place; or a kind of layer is a user's own.
     """
     what = "the adapter has no portable form"
-    raise_all(what, (f"{name} trains in full." for name in adapter.trained_in_full), AdapterError)
+    dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+    problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
+    problems += [f"{name} trains in full." for name in adapter.trained_in_full]
+    raise_all(what, problems, AdapterError)
     forms = singles(adapter, what)
     groups = math.lcm(*(settings["base"].get("groups", 1) for settings, _, _ in forms.values()))
     rank = -(-max(settings["r"] for settings, _, _ in forms.values()) // groups) * groups

@@ -3,6 +3,7 @@
 from lora.functional.conv import Geometry, lora_conv, plain_lora_conv
 from lora.functional.embedding import Lookup, lora_embedding, plain_lora_embedding
 from lora.functional.linear import lora_linear, plain_lora_linear
+from lora.functional.magnitude import magnify, plain_magnify
 from lora.functional.swiglu import Adapted, lora_swiglu, plain_lora_swiglu
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_swiglu",
+    "magnify",
     "plain_lora_conv",
     "plain_lora_embedding",
     "plain_lora_linear",
     "plain_lora_swiglu",
+    "plain_magnify",
 ]

@@ -1,4 +1,4 @@
-"""The merged weight W₀ + s · B A as a cache: when it may be kept, and when it is out of date."""
+"""A tensor computed from a layer's own, as a cache: when it may be kept, and when it is out of date."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-class MergedWeight:
-    """A merged weight and what it was computed from: the base weight, A, B (in this order) and the scaling.
+class Derived:
+    """A merged weight, or what else is computed from the base weight, the adapter (in this order) and the scaling.
 
     Changes are seen by identity, address and version counter. Writes through `.data` escape the counter, so on the
-    CPU, where reading costs no synchronisation, A and B are also compared by value, and the base weight by a sample
+    CPU, where reading costs no synchronisation, the adapter is also compared by value, and the base weight by a sample
     of its values. (`lora.merge` leaves layers that compare nothing.)
     """
 
@@ -26,7 +26,7 @@ class MergedWeight:
         self.values = [watched.clone() for watched in self.watched]
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
-        """Whether `sources` and `scaling` are still what this weight was computed from."""
+        """Whether `sources` and `scaling` are still what this was computed from."""
         return (
             scaling == self.scaling
             and all(map(operator.is_, self.sources, sources))

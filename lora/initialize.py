@@ -1,0 +1,124 @@
+"""Start the adapters of a model that is there: the initialisers that need pretrained weights, and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn as nn
+
+from lora import init, spectral, start
+from lora.blocks import Pair
+from lora.init import Init
+from lora.layer import LoRALayer
+from lora.matching import Names, lora_layers, names_of, owners_of, tied_to
+from lora.settings import raise_all
+
+
+def initialize(model: nn.Module, init_lora_weights: Init) -> None:
+    """Start the adapters of a model again, in the way of your choice.
+
+    For layers that were constructed: load the pretrained weights first. `lora.inject` does the same by itself.
+
+    ==================  ==========================================================================================
+    True, "kaiming"     A ~ kaiming uniform, B = 0; embeddings A = 0, B ~ N(0, 1)
+    "gaussian"          A ~ N(0, 1/r²), B = 0; embeddings as by default
+    "orthogonal"        A and B random with B A = 0
+    "pissa"             s B A = the r largest singular values of W₀ with their vectors. **Writes W₀**: W₀ − s B A.
+                        "pissa_niter_[n]": by randomised SVD with n iterations, in a fraction of the time.
+                        arXiv:2404.02948
+    "olora"             B A = the first r columns and rows of W₀ = Q R. **Writes W₀**. arXiv:2406.01775
+    "eva", "lora_ga",   wait for `lora.calibrate(model, batches)`; "lora_ga" and "corda" write W₀
+    "corda"
+    False               A and B random, so that the model does not start as its base; for tests
+    a function          called with each layer, to write its `lora_A` and `lora_B`
+    ==================  ==========================================================================================
+
+    Where W₀ is written, W₀ + s B A is what it was, to rounding; `lora.disabled` and `lora.eject` give the pretrained
+    model; and `lora.save_adapter` writes what was learnt, at rank 2r, for a base that nobody has changed.
+
+    Args:
+        model: a model with LoRA layers.
+        init_lora_weights: the way.
+
+    Raises:
+        ValueError: there is no LoRA layer, no such way, or one that cannot be for a layer: its base weight is tied to
+            another module's, is not finite, or has a smaller rank. One error lists all, and the model is as it was.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
+    >>> before = model(torch.ones(8))
+    >>> lora.initialize(model, "pissa")
+    >>> torch.allclose(model(torch.ones(8)), before, atol=1e-6), bool(model[0].lora_B.any())
+    (True, True)
+    """
+    layers = [layer for layer in lora_layers(model, "initialize") if layer.r > 0]
+    problem = init.init_problem(init_lora_weights)
+    raise_all("initialize: nothing was changed", [problem] if problem else [])
+    raise_all("initialize: nothing was changed", problems_of_start(layers, names_of(model), init_lora_weights))
+    for layer in layers:
+        start.give_back(layer)
+    begin(layers, init_lora_weights)
+
+
+def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
+    """Why layers cannot start in this way, as far as can be told before it is tried."""
+    if how in init.OF_ORIGINAL:
+        yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
+    if not isinstance(how, str) or how in init.OF_DATA:  # what waits for data writes later
+        return
+    if init.needs_more(how):
+        yield from unwritable(layers, names)
+    for layer in layers:
+        try:
+            _check(layer, how)
+        except ValueError as error:
+            yield f"{names[layer][0]}: {error}"
+
+
+def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
+    """Why the base weights of layers cannot be written, or should not."""
+    owners = owners_of(names)
+    for layer in layers:
+        others = tied_to(layer, owners, names)
+        if others:
+            yield f"{names[layer][0]}: its weight is tied to that of {others}, which would change too."
+        if layer.weight.is_meta:
+            yield f"{names[layer][0]}: has no values yet, being on the meta device."
+
+
+@torch.no_grad()
+def _check(layer: LoRALayer, how: str) -> None:
+    """ValueError if the layer can have no such start."""
+    if how not in ("orthogonal", *init.OF_WEIGHT) and init.niter_of(how) is None:
+        return
+    rows, q, columns = min(layer.block_rows()), layer.lora_B.shape[1], layer.lora_A[0].numel()
+    if how == "orthogonal":
+        init.check_even(q)
+        return
+    if q > min(rows, columns):
+        raise ValueError(f"a rank of {q} is more than the {rows} × {columns} values of (a part of) its weight have.")
+    if layer.scaling <= 0:
+        raise ValueError(f"`scaling` must be above 0 to take a part of the weight, got {layer.scaling:g}.")
+    if not layer.weight.is_meta and not bool(layer.base_weight().isfinite().all()):
+        raise ValueError("its weight holds NaN or infinity.")
+
+
+def begin(layers: Sequence[LoRALayer], how: Init) -> None:
+    """Start layers; where one fails, those that have begun get their weights back."""
+    begun: list[LoRALayer] = []
+    try:
+        for layer in layers:
+            layer.init_lora_weights = how
+            begun.append(layer)
+            layer.start_adapter()
+            if isinstance(how, str) and (how in init.OF_WEIGHT or init.niter_of(how) is not None):
+                start.start_from(layer, _pairs(layer, how), writes_base=True)
+    except BaseException:
+        for layer in begun:
+            start.give_back(layer)
+        raise
+
+
+def _pairs(layer: LoRALayer, how: str) -> list[Pair]:
+    return spectral.olora(layer) if how == "olora" else spectral.pissa(layer, init.niter_of(how))

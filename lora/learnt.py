@@ -1,0 +1,65 @@
+"""What an adapter has learnt since it started as a part of the base weight: a difference, of twice its rank.
+
+    s · B A − s₀ · B₀ A₀
+
+is what a base that nobody has changed can load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.blocks import Pair, tensors_of
+from lora.formats.single import Form, with_rank
+from lora.layer import LoRALayer
+
+
+@torch.no_grad()
+def difference(layer: LoRALayer, settings: Mapping[str, Any]) -> Form:
+    """Settings, A and B of what the layer has learnt: s · (B A − (s₀ / s) B₀ A₀), at twice its rank."""
+    assert layer.lora_start is not None, "asked of layers that have one"
+    A, B, scaling = layer.lora_start
+    ratio = scaling / layer.scaling
+    blocks = zip(_pairs(layer, layer.lora_A, layer.lora_B), _pairs(layer, A, B * -ratio), strict=True)
+    pairs = [(torch.cat([B, B0], 1), torch.cat([A, A0])) for (B, A), (B0, A0) in blocks]
+    return with_rank(settings, 2 * layer.r), *tensors_of(layer, pairs)
+
+
+def without_start(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+    """The inverse of `difference`, for a layer that started from the same A and B; ValueError for another's."""
+    assert layer.lora_start is not None, "asked of layers that have one"
+    A0, B0, scaling = layer.lora_start
+    if settings["r"] != 2 * layer.r or A.shape[0] != 2 * A0.shape[0]:
+        raise ValueError(
+            f"its adapter in the model started from a part of the base weight, so that the file's has twice its rank: "
+            f"`r` must be {2 * layer.r}, got {settings['r']}."
+        )
+    if not settings["scaling"]:
+        raise ValueError("a scaling of 0 in the file loses what the adapter started from.")
+    rows, q = layer.block_rows(), B0.shape[1]
+    Bs, As = torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows))
+    started = [(-B[:, q:], A[q:]) for B, A in zip(Bs, As, strict=True)]
+    ours = _pairs(layer, A0, B0 * (scaling / settings["scaling"]))
+    if not all(_same(x, y) for pair, own in zip(started, ours, strict=True) for x, y in zip(pair, own, strict=True)):
+        raise ValueError(
+            "its adapter in the file started from another part of the base weight than the one in the model: load it "
+            "into the plain base model, or initialise as it was."
+        )
+    trained = tensors_of(layer, [(B[:, :q], A[:q]) for B, A in zip(Bs, As, strict=True)])
+    return with_rank(settings, layer.r), *trained
+
+
+def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
+    rows = layer.block_rows()
+    A, B = A.detach().cpu(), B.detach().cpu()
+    return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two are one to the rounding of a product, and of the dtype that they were saved in."""
+    x, y = x.double().cpu(), y.double().cpu()
+    return bool((x - y).norm() <= 1e-2 * y.norm())
