@@ -45,7 +45,8 @@ def dense_norms(layer: LoRALayer) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     update = layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype))
     total: Tensor = weight.to(dtype) + layer.scaling * update
-    return torch.linalg.vector_norm(total.flatten(1), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
+    return norm
 
 
 def _base_squares(layer: LoRALayer, weight: Tensor, dtype: torch.dtype) -> Tensor:

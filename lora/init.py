@@ -109,6 +109,14 @@ def init_problem(init: object) -> str | None:
     return f"`init_lora_weights` must be a bool, a function of a layer, or one of {listed}, got {init!r}{hint}."
 
 
+def constructor_problem(init: object) -> str | None:
+    """What is wrong with a choice of initialiser where the pretrained weight is not there yet; None if nothing is."""
+    problem = init_problem(init)
+    if problem is None and isinstance(init, str) and needs_more(init) and init not in OF_DATA:
+        return f"`init_lora_weights={init!r}` needs the pretrained weight: load it, then call `lora.initialize`."
+    return problem
+
+
 def start(layer: LoRALayer, init: Init) -> None:
     """Write `lora_A` and `lora_B`; as by default where the way needs more than the layer's shapes."""
     if needs_more(init):

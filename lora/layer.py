@@ -70,7 +70,7 @@ class LoRALayer(LayerKind, nn.Module):
         **kind_settings: Any,
     ) -> None:
         """Give a bare base layer its adapter: settings, its parameters (uninitialised), a frozen weight."""
-        problems = [*settings_problems(r, lora_alpha, lora_dropout), init.init_problem(init_lora_weights)]
+        problems = [*settings_problems(r, lora_alpha, lora_dropout), init.constructor_problem(init_lora_weights)]
         if any(problems):
             raise ValueError(" ".join(filter(None, problems)))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)

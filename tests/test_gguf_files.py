@@ -133,6 +133,7 @@ def test_all_that_has_no_place_is_listed(tmp_path):
     model.model.layers[1].mlp.extra = lora.Linear(4, 4, r=1, bias=False)
     adapter = lora.adapter_of(model)
     adapter.modules["model.layers.0.mlp.down_proj"]["use_dora"] = True
+    adapter.tensors["model.layers.0.mlp.down_proj.lora_magnitude"] = torch.ones(64)
     with torch.no_grad():
         adapter.tensors["model.layers.1.mlp.down_proj.lora_A"][0, 0] = torch.nan
     del adapter.tensors["model.layers.0.self_attn.o_proj.lora_B"]
