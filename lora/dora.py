@@ -43,7 +43,8 @@ def dense_norms(layer: LoRALayer) -> Tensor:
     """The same, from the sum itself: for a kind whose update has no blocks in the weight's own rows."""
     weight = layer.base_weight()
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    update = layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype))
+    with without_autocast(weight.device):
+        update = layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype))
     total: Tensor = weight.to(dtype) + layer.scaling * update
     norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
     return norm
@@ -71,14 +72,15 @@ def gain(layer: LoRALayer) -> Tensor:
 
 def _excess(layer: LoRALayer) -> Tensor:
     """g − 1, exactly 0 at the start, for each output that has a magnitude."""
-    norm = layer.norms().to(layer.lora_magnitude.device)
-    # Outputs whose weights are all zero have no direction: any finite g will do.
-    norm = torch.where(norm == 0, torch.ones_like(norm), norm)
-    return (layer.lora_magnitude - norm) / norm
+    norm = layer.norms().to(layer.lora_magnitude.device).detach()  # `no_grad` means nothing to forward-mode tangents
+    # Outputs whose weights are all zero have no direction: g = 1, with which they can learn one.
+    some = norm != 0
+    return torch.where(some, layer.lora_magnitude - norm, 0) / torch.where(some, norm, 1)
 
 
 def magnified(layer: LoRALayer, y: Tensor) -> Tensor:
     """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
     excess = layer.over_outputs(_excess(layer)).to(y.dtype)
+    bias = layer._parameters.get("bias")
     _, dim = layer.output_dims()
-    return magnify(y, excess, layer.bias if "bias" in layer._parameters else None, dim)
+    return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)

@@ -15,7 +15,7 @@ from lora.formats.fitted import fitted, renamed
 from lora.inject import Plan
 from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not, without_wrappers
-from lora.registry import class_for, kind_for
+from lora.registry import adapted_class, kind_for
 from lora.training import originals
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
@@ -100,12 +100,13 @@ class Fit:
         shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings["r"], **own), strict=True))
         general = {key: settings[key] for key in _GENERAL}
         if settings.get(_SWITCH):
-            cls = class_for(kind, type(module))
+            cls = adapted_class(kind, module)
             cls.check_dora(module, shapes["lora_B"])
             shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
             general[_SWITCH] = True
         for parameter, shape in shapes.items():
-            self._like(join(name, parameter), shape, dtype)
+            exact = torch.promote_types(dtype, torch.float32) if parameter == MAGNITUDE else dtype
+            self._like(join(name, parameter), shape, exact)
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 
     def _find_full(self, name: str) -> None:
@@ -121,7 +122,8 @@ class Fit:
         tensor = self.adapter.tensors[name]
         if tensor.shape != shape:
             self.problems.append(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
-        if tensor.dtype != dtype:
+        exact = name.endswith(MAGNITUDE) and torch.promote_types(tensor.dtype, dtype) == dtype
+        if tensor.dtype != dtype and not exact:
             self.problems.append(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
 
 

@@ -16,7 +16,7 @@ from lora.config import LoraConfig, for_module
 from lora.initialize import begin, problems_of_start
 from lora.layer import LoRALayer
 from lora.matching import Names, find_saved, find_targets, lora_layers, names_of, why_not
-from lora.registry import Kind, class_for, kind_for
+from lora.registry import Kind, adapted_class, class_for, kind_for
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
 from lora.start import give_back
@@ -236,7 +236,7 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
     }
     _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
     if config.use_dora:
-        class_for(kind, type(module)).check_dora(module, shape_B)
+        adapted_class(kind, module).check_dora(module, shape_B)
     return Plan(module, kind, settings | own)
 
 

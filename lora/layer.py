@@ -91,7 +91,8 @@ class LoRALayer(LayerKind, nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         if use_dora:
             count = self.magnitudes(self, shape_B)
-            self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=dtype))
+            exact = torch.promote_types(dtype, torch.float32)  # it moves in small steps, and is small
+            self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
         quantized.set_up(self, True)
 
@@ -121,9 +122,13 @@ class LoRALayer(LayerKind, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the base layer's parameters, then the adapter's."""
-        super().reset_parameters()  # type: ignore[misc]
+        self.reset_base_parameters()
         if self.r > 0:
             self.start_adapter()
+
+    def reset_base_parameters(self) -> None:
+        """Initialise the base layer's parameters, as its class does."""
+        super().reset_parameters()  # type: ignore[misc]
 
     def start_adapter(self) -> None:
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""

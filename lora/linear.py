@@ -136,9 +136,9 @@ class LinearLoRA(LoRALayer):
     def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.stored(weight), self.bias)
 
-    def reset_parameters(self) -> None:
+    def reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
-        super().reset_parameters()
+        super().reset_base_parameters()
         self._transpose_weight()
 
     def detach(self, restore_layout: bool = True) -> None:

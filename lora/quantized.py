@@ -70,7 +70,7 @@ def register_weight(
 
 def packing_of(module: nn.Module) -> Packing | None:
     """What is known of how the module's weight is packed; None if nothing is: mostly an ordinary dense tensor."""
-    for cls in (type(module), type(module.weight)):
+    for cls in (type(module), type(getattr(module, "weight", None))):
         for owner in cls.__mro__:
             for key in (owner, f"{owner.__module__}.{owner.__qualname__}"):
                 if key in _packings:
@@ -108,7 +108,10 @@ def why_not_train(module: nn.Module) -> str | None:
 
 
 def set_up(module: nn.Module, adapted: bool) -> None:
-    """To be called when a module gets its adapter, and when it loses it: some packed layers must be told."""
+    """To be called of every module, adapted or not, when a model gets adapters, and when it loses them.
+
+    Some packed layers must be told that there will be training, or they stop passing gradients on.
+    """
     packing = packing_of(module)
     if packing:
         packing.set_up(module, adapted)

@@ -90,6 +90,11 @@ def class_for(kind: Kind, base: Base) -> Kind:
     return _classes[kind, base]
 
 
+def adapted_class(kind: Kind, module: nn.Module) -> Kind:
+    """The class that a module gets when it is adapted, be it a base layer or a LoRA layer of rank 0."""
+    return class_for(kind, getattr(type(module), "base_class", type(module)))
+
+
 def plain_base(base: Base) -> Base:
     """The class of layer that `base` is a special one of, and whose kind adapts it."""
     return next(owner for owner, _ in _registered(base))

@@ -31,8 +31,8 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
         B (rows, q) and A (q, columns) of each block, in float32, or float64 where the weight is.
 
     Raises:
-        ValueError: the scaling is not above 0, the rank is above that of a block, the weight is not finite, or the
-            layer has no blocks to take apart (a user's own kind, an embedding with `max_norm`). One error lists all.
+        ValueError: the scaling is not above 0, the rank is above that of a block, the weight is zero or not finite, or
+            it has no blocks to take apart (of a user's own kind, an embedding's with `max_norm`). One error lists all.
 
     From "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     arXiv:2404.02948, section 3. The randomised SVD is that of arXiv:0909.4061, algorithms 4.4 and 5.1; it draws from a
@@ -49,6 +49,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
     problems = [] if niter is None or is_count(niter) else [f"`niter` must be an integer of at least 0, got {niter!r}."]
     problems += scaling_problems(layer)
     blocks = _checked(layer, "PiSSA", problems)
+    raise_all(f"PiSSA cannot start a {type(layer).__name__}", nothing_problems(blocks))
     return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
 
 
@@ -119,6 +120,12 @@ def scaling_problems(layer: LoRALayer) -> Iterator[str]:
     """A scaling whose square root cannot be shared between A and B."""
     if not layer.scaling > 0:
         yield f"`scaling` must be above 0, got {layer.scaling}."
+
+
+def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
+    """A block that gives A and B nothing: where both are zero, neither has a gradient."""
+    if not all(bool(block.any()) for block in blocks):
+        yield "its weight, or a part of it that has a matrix of its own, is zero; so would A and B be, and never train."
 
 
 def _checked(layer: LoRALayer, what: str, problems: list[str]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lora.packings import Packing
 
 
 def _bitsandbytes() -> Any:
-    return importlib.import_module("bitsandbytes")
+    return sys.modules["bitsandbytes"]  # whose layer it is; torch.compile does not trace an import
 
 
 def _state_of_4bit(module: Any) -> Any:
