@@ -2,6 +2,7 @@
 
 from lora.adapter import Adapter, AdapterError
 from lora.algebra import combine, scale, subtract
+from lora.calibrate import calibrate
 from lora.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
@@ -13,6 +14,7 @@ from lora.initialize import initialize
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
+from lora.loftq import loftq
 from lora.merge import merge, merged_state_dict
 from lora.quantized import register_weight
 from lora.registry import register
@@ -35,6 +37,7 @@ __all__ = [
     "MergedLinear",
     "Resized",
     "adapter_of",
+    "calibrate",
     "combine",
     "disabled",
     "eject",
@@ -42,6 +45,7 @@ __all__ = [
     "initialize",
     "inject",
     "load_adapter",
+    "loftq",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",

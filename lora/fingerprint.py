@@ -49,7 +49,7 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
     beyond = layer.beyond_weight()
     if beyond:
         about["beyond_weight"] = beyond
-    return about | {"sample": sample_of(pretrained_weight(layer) if layer.lora_start else layer.weight)}
+    return about | {"sample": sample_of(_known_weight(layer))}
 
 
 def beyond_peft(module: nn.Module) -> str:
@@ -92,11 +92,10 @@ def problems(about: Any) -> Iterator[str]:
 
 def check(about: dict[str, Any], module: nn.Module) -> None:
     """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
-    started = isinstance(module, LoRALayer) and module.lora_start
-    shape, weight = about.get("shape"), pretrained_weight(module) if started else module.weight  # type: ignore[arg-type]
-    if shape is not None and is_plain(weight) and shape != list(weight.shape):  # type: ignore[arg-type]
+    shape, weight = about.get("shape"), _known_weight(module)
+    if shape is not None and is_plain(weight) and shape != list(weight.shape):
         raise ValueError(
-            f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "  # type: ignore[arg-type]
+            f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "
             f"and was {tuple(shape)}."
         )
     theirs, ours = about.get("sample"), sample_of(weight)
@@ -108,6 +107,12 @@ def check(about: dict[str, Any], module: nn.Module) -> None:
             "the base weight is not the one that the adapter was trained on: sampled values differ by "
             f"{100 * difference:.0f} %; `check_base=False` loads it all the same."
         )
+
+
+def _known_weight(module: nn.Module) -> Any:
+    """The base weight as it was pretrained; of packed ones, which are not compared, as it is."""
+    weight: Any = module.weight
+    return pretrained_weight(module) if isinstance(module, LoRALayer) and is_plain(weight) else weight
 
 
 def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> float | None:

@@ -69,7 +69,7 @@ def test_vmap_runs_many_adapters_over_one_base(kind, mode):
 @each_kind
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_func_grad_is_autograds(kind, mode):
-    layer, x = make(kind).train(mode == "train"), example(kind)
+    layer, x = make(kind, dtype=torch.float64).train(mode == "train"), example(kind, torch.float64)
     adapter = {name: parameter.detach() for name, parameter in layer.lora_parameters()}
     got = torch.func.grad(lambda adapter: functional_call(layer, adapter, x).square().sum())(adapter)
     expected = torch.autograd.grad(layer(x).square().sum(), [layer.lora_A, layer.lora_B])
