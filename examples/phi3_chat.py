@@ -18,7 +18,8 @@ or a model folder of yours on conversations of yours, a JSONL file of {"messages
 Everything that a run makes is in --output-dir: adapter.safetensors, checkpoint-<step>/, metrics.jsonl,
 loss.png and replies.jsonl. A run that was stopped goes on with --resume, to the same losses. `--export` writes the
 result for others as well: peft (PEFT), portable (vLLM and other servers of adapters), gguf (llama.cpp; see
-serve_llama_cpp.py), merged (a plain model folder).
+serve_llama_cpp.py), merged (a plain model folder). `--quantize nf4` is QLoRA: the pretrained linear layers take a
+quarter of bfloat16's memory, and the adapter fits the model that is not quantized, too.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from phi3 import (
     loop,
     output_dir,
     pretrained,
+    quantizing,
     replies,
     report,
     settings,
@@ -53,6 +55,7 @@ training_config: Settings = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.1,
+    "lr_ratio": None,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "per_device_train_batch_size": 4,
@@ -75,6 +78,10 @@ peft_config: Settings = {
     "r": 16,
     "lora_alpha": 32.0,
     "lora_dropout": 0.05,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+    "freeze_A": False,
     "bias": "none",
     "task_type": "CAUSAL_LM",
     "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
@@ -89,12 +96,16 @@ run_config: Settings = {
     "eval_conversations": 16,
     "sample_replies": 4,
     "max_new_tokens": 40,
+    "quantize": None,
     "attn_implementation": "sdpa",
     "device": "auto",
     "output_dir": "phi3_chat_output",
     "export": None,
     "cache_dir": None,
 }
+
+DATA_DRIVEN = ("eva", "lora_ga", "corda")  # what init_lora_weights may be that looks at data
+CALIBRATION_STEPS = 4  # of training, whose rows it looks at
 
 DICTIONARIES = {
     "training (training_config)": training_config,
@@ -142,6 +153,18 @@ def inject(model: nn.Module, peft: Settings) -> None:
         print(lora.inject(model, lora.LoraConfig(**peft, splits=splits)))
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot adapt this model: {error}") from error
+
+
+def calibrate(model: nn.Module, peft: Settings, data: chats.Chats) -> None:
+    """Lets the adapter start from what a few batches of the training rows tell, where it is to start so."""
+    if peft["init_lora_weights"] not in DATA_DRIVEN:
+        return
+    steps = (batch._asdict() for step in range(CALIBRATION_STEPS) for batch in data.order.step(step))
+    batches = [{name: part for name, part in batch.items() if name != "size"} for batch in steps]
+    try:
+        print(lora.calibrate(model, batches))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cannot calibrate this model: {error}") from error
 
 
 def train(
@@ -222,6 +245,7 @@ def run(flags: argparse.Namespace) -> None:
     folder = Path(general["output_dir"]).expanduser()
     resume = checkpoints.find(flags.resume, folder) if flags.resume else None
     output_dir.check(folder, resume, flags.overwrite)
+    quantizing.check(general["quantize"], training["fused_mlp"])
     random.seed(training["seed"])
     torch.manual_seed(training["seed"])
 
@@ -229,7 +253,11 @@ def run(flags: argparse.Namespace) -> None:
     model, tokenizer = load_model(general, training)
     data = chats.prepare(conversations, tokenizer, general, training, model.device)
     identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
+    if general["quantize"]:
+        identity |= {"quantize": general["quantize"]}
+        quantizing.quantize(model, general["quantize"], peft["modules_to_save"])
     inject(model, peft)
+    calibrate(model, peft, data)
     exports = general["export"] or []
     exporting.check(model, exports)  # what cannot be exported should not be found out after hours of training
     if training["fused_mlp"]:

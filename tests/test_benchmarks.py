@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["linear", "merged", "swiglu", "conv", "embedding", "merge", "decode", "training_step"]
+SCRIPTS = ["linear", "dora", "merged", "swiglu", "conv", "embedding", "merge", "decode", "training_step"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 
@@ -39,6 +39,52 @@ def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
         assert any(row["variant"].startswith("lora") for row in others)
     assert (tmp_path / f"{script}.md").read_text().startswith(f"# {script}\n")
     assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_are_trained_and_what_has_run_is_not_run_again(tmp_path, capsys):
+    methods = importlib.import_module("methods")
+    methods.main("--quick", "--out", str(tmp_path))
+    runs = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["runs"]
+    assert [run["plan"]["method"] for run in runs] == list(methods.METHODS)
+    for run in runs:
+        first, *_, last = run["result"]["held out"].values()
+        assert last < first, run["plan"]["method"]
+    sizes = {run["plan"]["method"]: run["result"]["trained parameters"] for run in runs}
+    assert sizes["LoRA-FA"] < sizes["LoRA"] == sizes["QLoRA, nf4"] < sizes["DoRA"] < sizes["rsLoRA, r=64"]
+    toy = importlib.import_module("phi3.tiny").model()
+    assert sizes["full fine-tuning"] == sum(parameter.numel() for parameter in toy.parameters())
+    starts = {run["plan"]["method"]: run["result"]["held out"]["0"] for run in runs}
+    quantized = starts.pop("QLoRA, nf4")
+    assert list(starts.values()) == pytest.approx([starts["LoRA"]] * len(starts), rel=1e-5)
+    assert quantized != pytest.approx(starts["LoRA"], rel=1e-5)
+    written = (tmp_path / "methods.md").read_text(encoding="utf-8")
+    assert all(f"| {method} | " in written for method in methods.METHODS)
+    assert str(tmp_path) not in written
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+    capsys.readouterr()
+    methods.main("--quick", "--out", str(tmp_path), "--methods", "LoRA", "DoRA", "--seeds", "0", "1")
+    assert capsys.readouterr().out.count("done before") == 2
+    again = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["runs"]
+    assert again[: len(runs)] == runs
+    assert [(run["plan"]["method"], run["plan"]["seed"]) for run in again[len(runs) :]] == [("LoRA", 1), ("DoRA", 1)]
+
+
+def test_a_method_is_shown_with_the_learning_rate_that_did_best():
+    methods_table = importlib.import_module("methods_table")
+
+    def run(lr, seed, loss, seconds=(1.0, 2.0), method="LoRA"):
+        held_out = {"0": 9.0, "2": loss}
+        plan = {"method": method, "lr": lr, "seed": seed}
+        return {"plan": plan, "result": {"held out": held_out, "seconds": list(seconds)}}
+
+    tried = [run(0.1, 0, 3.0), run(0.1, 1, 5.0), run(0.2, 0, 2.0), run(0.2, 1, 4.0), run(0.3, 0, 1.0)]
+    best = methods_table.chosen(tried, ["DoRA", "LoRA"])
+    assert best == {"LoRA": tried[2:4]}  # 0.3 has fewer seeds
+    slow = [run(0.1, 1, 1.0, (3.0, 4.0), "DoRA"), run(0.1, 7, 1.0, (90.0, 90.0), "DoRA")]
+    assert methods_table.time_ratio(slow, best["LoRA"]) == 2.5  # of the seed that both have
+    assert methods_table.time_ratio(slow[1:], best["LoRA"]) is None
+    assert methods_table.spread([1.0, 2.0]) == "1.5000 (1.0000–2.0000)"
 
 
 def test_ratios_are_medians_of_rounds(monkeypatch):

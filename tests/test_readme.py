@@ -9,7 +9,9 @@ import lora
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = BLOCK.findall(README)
 
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
@@ -17,6 +19,15 @@ def test_its_code_runs(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert "trainable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_a_pages_code_runs_from_its_first_line_to_its_last(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks, names = BLOCK.findall(page.read_text(encoding="utf-8")), {"__name__": "page"}
+    assert blocks
+    for code in blocks:
+        exec(compile(code, page.name, "exec"), names)
 
 
 def test_the_first_code_is_ten_lines():
@@ -31,14 +42,28 @@ def test_it_has_the_two_commands_that_ci_runs():
     ]
 
 
-def test_every_file_that_it_links_to_exists():
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", prose) if not (ROOT / link).exists()]
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+def test_every_file_that_it_links_to_exists(path):
+    prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", prose) if not (path.parent / link).exists()]
     assert not missing
 
 
-def test_every_name_of_ours_that_it_uses_exists():
-    names = set(re.findall(r"\blora\.(\w+)", README))
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+def test_every_heading_that_it_links_to_exists(path):
+    text, slugs = path.read_text(encoding="utf-8"), []
+    for heading in re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    ):
+        slug = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")  # as GitHub makes one
+        slugs.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
+    missing = [link for link in re.findall(r"\]\(#([^)]+)\)", text) if link not in slugs]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+def test_every_name_of_ours_that_it_uses_exists(path):
+    names = set(re.findall(r"\blora\.(\w+)", path.read_text(encoding="utf-8")))
     missing = sorted(name for name in names if not hasattr(lora, name))
     assert not missing
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 import lora
-from phi3 import gguf_files
+from phi3 import gguf_files, quantizing
 from phi3.errors import UserError
 
 Writer = Callable[[nn.Module, Any, Path], None]
@@ -19,14 +19,15 @@ _FAILURES = (UserError, ValueError, OSError, RuntimeError, MemoryError, Safetens
 
 
 def _merged(model: nn.Module, tokenizer: Any, path: Path) -> None:
-    state = _merged_state(model)
+    _check_ends(model)
+    state = quantizing.merged_state(model) if quantizing.is_quantized(model) else lora.merged_state_dict(model)
     path.mkdir(exist_ok=True)  # where a file is in the way, save_pretrained would only log that it did nothing
     model.save_pretrained(path, state_dict=state)
     tokenizer.save_pretrained(path)
 
 
-def _merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """What the merged folder holds; a UserError where its config would say what no longer holds."""
+def _check_ends(model: nn.Module) -> None:
+    """A UserError where the merged folder's config would say what no longer holds."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     adapted = [name for name, module in model.named_modules() if module in ends and isinstance(module, lora.LoRALayer)]
     if adapted and model.config.tie_word_embeddings:
@@ -34,7 +35,6 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
             f"{' and '.join(adapted)} is adapted, and config.tie_word_embeddings is True: merged, input and output "
             "embeddings would no longer be tied. Leave it out of --target-modules."
         )
-    return lora.merged_state_dict(model)
 
 
 def _gguf(model: nn.Module, tokenizer: Any, path: Path) -> None:
@@ -51,7 +51,9 @@ EXPORTS: dict[str, tuple[str, Writer]] = {
 
 
 def _only_merge(model: nn.Module, tokenizer: Any, path: Path) -> None:
-    _merged_state(model)
+    _check_ends(model)
+    if not quantizing.is_quantized(model):  # which needs a dense copy of the model
+        lora.merged_state_dict(model)
 
 
 # The adapters are small enough to be written for a trial; a whole model is not.

@@ -27,4 +27,6 @@ def fuse(model: nn.Module) -> None:
     for mlp in mlps:
         if not all(isinstance(layer, lora.LoRALayer) and layer.dense for layer in (mlp.gate_up_proj, mlp.down_proj)):
             raise UserError("--fused-mlp needs both gate_up_proj and down_proj among --target-modules")
+        if any(layer.use_dora for layer in (mlp.gate_up_proj, mlp.down_proj)):
+            raise UserError("--fused-mlp knows no magnitudes: leave out either it or --use-dora")
         mlp.__class__ = FusedMLP

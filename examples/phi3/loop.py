@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora
 from phi3.chat_data import IGNORED
 from phi3.errors import Diverged
 from phi3.packing import Batch
@@ -25,9 +26,13 @@ class Step(NamedTuple):
 
 
 def make_optimizer(model: nn.Module, config: Settings) -> torch.optim.AdamW:
-    """AdamW over what is trainable. `fused` steps several times faster over many small tensors."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=config["learning_rate"], weight_decay=config["weight_decay"], fused=True)
+    """AdamW over what is trainable. `fused` steps several times faster over many small tensors.
+
+    Each group knows its learning rate's ratio to the one that is configured, as `times`.
+    """
+    peak = config["learning_rate"]
+    groups = lora.param_groups(model, peak, config.get("lr_ratio") or 1.0, config["weight_decay"])
+    return torch.optim.AdamW([group | {"times": group["lr"] / peak} for group in groups], fused=True)
 
 
 def total_steps(config: Settings, steps_per_epoch: int) -> int:
@@ -65,6 +70,9 @@ def train_step(
 ) -> Step:
     """One optimizer step over several batches, as over one big batch.
 
+    Args:
+        lr: the learning rate; a group with `times` steps with as many times of it.
+
     Raises:
         Diverged: when the loss or the gradient is not finite; the weights are then as they were.
     """
@@ -77,7 +85,7 @@ def train_step(
         loss.backward()
         mean += loss.item()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf).item()
     if not math.isfinite(norm):

@@ -11,11 +11,12 @@ Settings = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """What a key of a dictionary means and which values it may have."""
+    """What a key of a dictionary means, which values it may have, and what makes one of a flag's text."""
 
     help: str
     valid: Callable[[Any], bool] = lambda value: True
     rule: str = ""
+    parse: Callable[[str], Any] | None = None  # None: as the default's own type
 
 
 def _at_least(low: int) -> tuple[Callable[[Any], bool], str]:
@@ -26,10 +27,16 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in choices, "one of " + ", ".join(choices)
 
 
+def way(text: str) -> bool | str:
+    """A value of init_lora_weights, which is a name or one of two bools."""
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 _POSITIVE = (lambda value: 0 < value < float("inf"), "a number above 0")
 _NOT_NEGATIVE = (lambda value: 0 <= value < float("inf"), "a number from 0 up")
 
 _NAMES = ("target_modules", "modules_to_save", "exclude_modules", "export")
+_QUANTIZE = ("nf4", "fp4", "int8")
 _EXPORTS = ("peft", "portable", "gguf", "merged")
 
 # All that a dictionary may hold; peft_config may be given more of them than it has at first.
@@ -40,6 +47,7 @@ SETTINGS = {
         "how it falls after the warm-up: cosine, linear or constant", *_one_of("cosine", "linear", "constant")
     ),
     "warmup_ratio": Setting("share of the steps over which it rises to its peak", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "lr_ratio": Setting("LoRA+: learning_rate times this is lora_B's (default: the same for both)", *_POSITIVE, float),
     "weight_decay": Setting("AdamW's weight decay", *_NOT_NEGATIVE),
     "max_grad_norm": Setting("clip the gradient to this norm; 0: never", *_NOT_NEGATIVE),
     "per_device_train_batch_size": Setting("rows in a batch", *_at_least(1)),
@@ -66,6 +74,11 @@ SETTINGS = {
     "modules_to_save": Setting("layers to train whole, and save with the adapter"),
     "exclude_modules": Setting("layers not to adapt, by name"),
     "use_rslora": Setting("scale the update by lora_alpha / sqrt(r)"),
+    "use_dora": Setting("DoRA: train a magnitude for each output, too"),
+    "freeze_A": Setting("LoRA-FA: train lora_B alone; less is kept for backward"),
+    "init_lora_weights": Setting(
+        "how the adapter starts: true, gaussian, orthogonal, pissa, olora, eva, lora_ga, corda", parse=way
+    ),
     "rank_pattern": Setting("r for some layers, by name"),
     "alpha_pattern": Setting("lora_alpha for some layers, by name"),
     # run_config
@@ -76,6 +89,9 @@ SETTINGS = {
     "eval_conversations": Setting("conversations to hold out for measuring", *_at_least(1)),
     "sample_replies": Setting("replies to show before and after", *_at_least(0)),
     "max_new_tokens": Setting("tokens in such a reply, at most", *_at_least(1)),
+    "quantize": Setting(
+        "QLoRA: keep the linear layers in 4 or 8 bits: nf4, fp4 or int8 (wants bitsandbytes)", *_one_of(*_QUANTIZE)
+    ),
     "attn_implementation": Setting("attention: sdpa, eager, or flash_attention_2 where installed"),
     "device": Setting("cpu, cuda, cuda:1, …; auto: cuda if there is one"),
     "output_dir": Setting("where checkpoints, metrics, replies and the loss curve go"),
@@ -97,16 +113,16 @@ def add_flags(parser: argparse.ArgumentParser, title: str, defaults: Settings) -
             raise UserError(f"{title}: there is no setting {key!r}" + "".join(f"; {k!r}?" for k in close))
         if isinstance(default, dict):
             continue  # has no form as a flag
-        flag, text = "--" + key.replace("_", "-"), SETTINGS[key].help
+        flag, text, parse = "--" + key.replace("_", "-"), SETTINGS[key].help, SETTINGS[key].parse
         if default is not None:
             shown = " ".join(default) if isinstance(default, list) else default
             text += f" (default: {shown})"
-        if isinstance(default, bool):
+        if isinstance(default, bool) and not parse:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
         elif key in _NAMES:
             group.add_argument(flag, nargs="+", default=default, metavar="NAME", help=text)
         else:
-            kind = type(default) if default is not None else str
+            kind = parse or (type(default) if default is not None else str)
             group.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
 
 

@@ -1,0 +1,379 @@
+"""DoRA computes its equation, for every kind and form of layer: outputs, gradients, merged weights."""
+
+import math
+
+import pytest
+import torch
+from conftest import KINDS, make, randomised, with_float32_adapter
+from counting import Operations
+from magnitudes import FORMS, base_weight, delta, dora, formula, input_of, leaves, merged, norms
+from torch import nn
+
+import lora
+
+each_form = pytest.mark.parametrize("form", FORMS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+SEVERAL = ["Linear", "MergedLinear", "Embedding", "Conv2d", "Conv2d factored"]
+
+
+def assert_formula(layer, x, terms=64):
+    """Output and gradients of the layer are the formula's, to the rounding of sums of so many terms."""
+    tensors = leaves(layer)
+    wide = x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+    expected, got = formula(layer, wide, tensors), layer(x)
+    assert got.dtype == layer.weight.dtype
+    dy = torch.randn(got.shape, dtype=got.dtype)
+    trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    theirs = [tensors[name] for name in trained] + [wide] * x.requires_grad
+    ours = [layer.get_parameter(name) for name in trained] + [x] * x.requires_grad
+    pairs = [
+        ("output", got, expected),
+        *zip(
+            [*trained, "x"],
+            torch.autograd.grad(got, ours, dy),
+            torch.autograd.grad(expected, theirs, dy.double()),
+            strict=False,
+        ),
+    ]
+    tolerance = math.sqrt(terms) * 8 * torch.finfo(got.dtype).eps
+    for name, value, right in pairs:
+        scale = max(1.0, right.abs().max().item())
+        assert (value.double() - right).abs().max() <= tolerance * scale, name
+
+
+@each_form
+@pytest.mark.parametrize("bias_trains", [False, True])
+def test_outputs_and_gradients_are_the_formulas(form, bias_trains):
+    layer = dora(form, dtype=torch.float64)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.requires_grad_(bias_trains)
+    x = input_of(form, torch.float64)
+    assert_formula(layer, x.requires_grad_() if x.is_floating_point() else x)
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", ["its dtype", "float32"])
+def test_in_other_dtypes_to_rounding(form, dtype, adapter):
+    layer = dora(form).to(dtype)
+    if adapter == "float32":
+        layer = with_float32_adapter(layer)
+        layer.lora_magnitude = nn.Parameter(layer.lora_magnitude.float())
+    x = input_of(form, dtype)
+    assert_formula(layer, x.requires_grad_() if x.is_floating_point() else x)
+
+
+@each_form
+def test_norms_are_those_of_the_sum(form):
+    layer = dora(form, dtype=torch.float64)
+    W = leaves(layer)
+    layer.lora_magnitude.data.fill_(1)
+    total = merged_without_gain(layer)
+    torch.testing.assert_close(layer.norms(), norms(layer, total), rtol=1e-12, atol=1e-12)
+    assert layer.norms().shape == layer.lora_magnitude.shape == W["lora_magnitude"].shape
+
+
+def merged_without_gain(layer):
+    """W₀ + s · B A: what merging without DoRA would give."""
+    tensors = {name: tensor.detach() for name, tensor in leaves(layer).items()}
+    return base_weight(layer, tensors["weight"]) + layer.scaling * delta(layer, tensors["lora_A"], tensors["lora_B"])
+
+
+@each_form
+def test_it_starts_as_its_base_to_the_bit(form):
+    kind, own = FORMS[form]
+    cls, arguments, _ = KINDS[kind]
+    layer, x = cls(**{**arguments, **own, "r": 2, "use_dora": True}), input_of(form)
+    with lora.disabled(layer):
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    layer.eval()
+    assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_injected_it_starts_as_its_base_in_every_dtype(kind, dtype):
+    cls, arguments, _ = KINDS[kind]
+    layer = cls(**arguments, dtype=dtype)  # r = 0: a base layer by another name
+    fields = {"factored": layer.factored} if hasattr(layer, "factored") else {}
+    if kind == "MergedLinear":
+        fields = {"splits": {"0": (4, 3, 2)}, "enable_lora": {"0": (True, False, True)}}
+    x, model = input_of(kind, dtype), nn.Sequential(layer)
+    if kind == "Linear transposed":
+        lora.eject(model)
+    expected = model(x)
+    lora.inject(model, target_modules=["0"], r=2, use_dora=True, **fields)
+    assert torch.equal(model(x), expected)
+    assert model[0].lora_magnitude.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constructed_in_low_precision_it_starts_as_its_base(kind, dtype):
+    cls, arguments, _ = KINDS[kind]
+    layer, x = cls(**arguments, dtype=dtype, r=2, use_dora=True), input_of(kind, dtype)
+    with lora.disabled(layer):
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    assert layer.lora_magnitude.dtype == torch.float32
+
+
+# ---- what moves --------------------------------------------------------------------------------------------------
+
+
+def other(tensor):
+    return torch.randn_like(tensor)
+
+
+def replaced(layer, name):
+    old = getattr(layer, name)
+    setattr(layer, name, nn.Parameter(other(old), old.requires_grad))
+
+
+def exchanged(layer, name):
+    """As FSDP does where no `__setattr__` sees it."""
+    old = layer._parameters[name]
+    layer._parameters[name] = nn.Parameter(other(old), old.requires_grad)
+
+
+def loaded(layer, name, assign=False):
+    layer.load_state_dict({**layer.state_dict(), name: other(getattr(layer, name))}, assign=assign)
+
+
+@torch.no_grad()
+def in_place(layer, name):
+    getattr(layer, name).copy_(other(getattr(layer, name)))
+
+
+def through_data(layer, name):
+    getattr(layer, name).data.mul_(-1.5)
+
+
+def other_data(layer, name):
+    getattr(layer, name).data = other(getattr(layer, name))
+
+
+def swapped(layer, name):
+    """As `Module._apply` does with `torch.__future__.set_swap_module_params_on_conversion`."""
+    old = getattr(layer, name)
+    torch.utils.swap_tensors(old, nn.Parameter(other(old), old.requires_grad))
+
+
+def stepped(layer, name):
+    parameter = getattr(layer, name)
+    parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.3).step()
+    parameter.grad = None
+
+
+WRITES = {
+    "in place": in_place,
+    "through .data": through_data,
+    "other .data": other_data,
+    "replaced": replaced,
+    "exchanged": exchanged,
+    "swapped": swapped,
+    "stepped": stepped,
+    "loaded": loaded,
+    "assigned": lambda layer, name: loaded(layer, name, assign=True),
+}
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "lora_magnitude"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_it_follows_what_is_written(form, name, write):
+    layer, x = dora(form, dtype=torch.float64), input_of(form, torch.float64)
+    layer(x), layer.eval()(x)
+    with torch.no_grad():
+        layer(x)  # a merged weight, too
+    write(layer, name)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), formula(layer, x, leaves(layer)), rtol=1e-11, atol=1e-11)
+    assert_formula(layer.train(), x)
+    write(layer, name)
+    assert_formula(layer, x)
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+def test_it_follows_the_scaling_and_the_dtype(form):
+    layer, x = dora(form), input_of(form)
+    layer(x)
+    layer.scaling = 0.25
+    assert_formula(layer, x)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        assert_formula(layer.to(dtype), input_of(form, dtype))
+
+
+def test_the_base_weights_squares_are_summed_once():
+    layer, x = dora("Linear"), input_of("Linear")
+
+    def sums():
+        with Operations() as counted:
+            layer(x).sum().backward()
+        return counted.names.count("linalg_vector_norm")
+
+    assert [sums(), sums()] == [0, 0]  # the constructor has
+    in_place(layer, "lora_B")
+    assert sums() == 0
+    in_place(layer, "weight")
+    assert [sums(), sums()] == [1, 0]
+    layer.to(torch.float64).float()
+    assert [sums(), sums()] == [1, 0]
+
+
+def test_a_forward_in_inference_mode_leaves_nothing_that_training_could_meet():
+    layer, x = dora("Linear"), input_of("Linear")
+    with torch.inference_mode():
+        layer(x), layer.eval()(x)
+    assert_formula(layer.train(), x.requires_grad_())
+
+
+# ---- at the edge -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["Linear", "Conv2d", "Conv2d factored", "Embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_that_undoes_the_weight_leaves_finite_numbers(form, dtype):
+    layer, x = dora(form, dtype=dtype), input_of(form, dtype)
+    with torch.no_grad():
+        layer.weight.copy_(-layer.scaling * layer.delta(layer.lora_A, layer.lora_B))
+        if form == "Linear":
+            layer.weight[0].mul_(1.5)  # one that is left
+    y = layer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for _, parameter in layer.lora_parameters())
+    with torch.no_grad():
+        assert layer.eval()(x).isfinite().all()
+    lora.merge(nn.Sequential(layer))
+    assert layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["Linear", "MergedLinear", "Conv2d", "Conv2d factored"])
+def test_outputs_whose_weights_are_zero_start_as_they_are_and_learn(form):
+    kind, own = FORMS[form]
+    cls, arguments, _ = KINDS[kind]
+    layer, x = cls(**{**arguments, **own, "r": 2, "use_dora": True}), input_of(form)
+    with torch.no_grad():
+        layer.weight[:2] = 0
+    layer.reset_magnitude()
+    with lora.disabled(layer):
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+    optimizer = torch.optim.SGD([parameter for _, parameter in layer.lora_parameters()], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(x) - 1).square().sum().backward()
+        optimizer.step()
+    assert all(parameter.isfinite().all() for _, parameter in layer.lora_parameters())
+    dim = layer.output_dims()[1]
+    assert ((layer(x) - expected).abs().movedim(dim, 0).flatten(1).amax(1)[:2] > 1e-4).all()
+    assert (layer.lora_magnitude[:2] != 0).all()
+
+
+def test_no_direction_means_a_gain_of_one():
+    layer = lora.Linear(3, 2, r=1, use_dora=True, bias=False)
+    nn.init.zeros_(layer.weight)
+    layer.reset_magnitude()
+    nn.init.ones_(layer.lora_A)
+    (dB,) = torch.autograd.grad(layer(torch.ones(3)).sum(), layer.lora_B)
+    assert torch.equal(dB, torch.full((2, 1), 3.0))
+
+
+def test_splits_without_lora_stay_as_they_are():
+    layer, x = dora("MergedLinear"), input_of("MergedLinear")
+    assert layer.lora_magnitude.shape == (6,)
+    with lora.disabled(layer):
+        expected = layer(x)
+    got = layer(x)
+    assert torch.equal(got[..., 4:7], expected[..., 4:7])
+    assert not torch.allclose(got[..., :4], expected[..., :4])
+    gradients = torch.autograd.grad(got[..., 4:7].sum(), [p for _, p in layer.lora_parameters()])
+    assert not any(gradient.any() for gradient in gradients)
+    merged_weight = layer.compute_merged()
+    assert torch.equal(merged_weight[4:7], layer.weight[4:7])
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-4, 1e4, 1e18])
+def test_norms_of_small_and_large_weights(size):
+    layer = lora.Linear(64, 8, r=2, use_dora=True, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(size)
+        layer.lora_B.normal_().mul_(size)
+    expected = (layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+    if 1e-18 < size < 1e18:  # squares of others leave float32
+        torch.testing.assert_close(layer.norms().double(), expected, rtol=1e-5, atol=0)
+    x = torch.randn(4, 64)
+    assert layer(x).isfinite().all()
+
+
+def test_kinds_without_outputs_of_their_own_refuse_it():
+    class Odd(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="use_dora"):
+        lora.inject(nn.Sequential(nn.Linear(3, 3)), target_modules=["0"], r=2, use_dora="yes")
+    assert lora.Linear(3, 3, r=0, use_dora=True).use_dora is False
+
+
+# ---- merging -----------------------------------------------------------------------------------------------------
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merged_weights_are_the_formulas(form, dtype):
+    layer = dora(form).to(dtype)
+    expected, eps = merged(layer), torch.finfo(dtype).eps
+    assert (layer.compute_merged().double() - expected).abs().max() <= 16 * eps * max(1, expected.abs().max())
+    state = nn.Sequential(layer).state_dict()
+    if getattr(layer, "max_norm", None) is None:
+        known = lora.merged_state_dict(nn.Sequential(layer))
+        assert torch.equal(known["0.weight"], layer.compute_merged())
+        assert set(known) == {name for name in state if "lora_" not in name}
+
+
+@each_form
+def test_merging_keeps_outputs(form):
+    layer, x = dora(form, dtype=torch.float64), input_of(form, torch.float64)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), expected, rtol=1e-12, atol=1e-12)
+    model = nn.Sequential(layer)
+    report = lora.merge(model)
+    assert type(model[0]).__module__.startswith("torch.nn")
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert report.lost < 1e-12
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merging_in_parts_takes_each_rows_own_gain(transposed):
+    fields = {"splits": (600, 100, 600), "enable_lora": (1, 0, 1), "fan_in_fan_out": transposed}
+    layer = randomised(lora.MergedLinear(32, 1300, r=2, use_dora=True, **fields), std=0.2)
+    layer = with_float32_adapter(layer.to(torch.bfloat16))
+    expected = merged(layer)
+    error = (layer.compute_merged().double() - expected).abs()
+    assert (error <= 2**-7 * expected.abs() + 1e-6).all()  # of W, and of W₀ Aᵀ in the norm
+
+
+def test_what_merging_reports_as_lost_is_what_rounding_took():
+    layer = with_float32_adapter(lora.Linear(64, 32, r=2, use_dora=True).to(torch.bfloat16))
+    nn.init.normal_(layer.lora_B, std=0.01)
+    layer.lora_magnitude.data.mul_(1 + 0.01 * torch.randn(32))
+    exact, before = merged(layer), layer.weight.double()
+    report = lora.merge(nn.Sequential(layer))
+    lost = (layer.weight.double() - exact).norm() / (exact - before).norm()
+    assert report.modules[0].lost == pytest.approx(lost.item(), rel=0.02)
+    assert lost > 0.01
+
+
+def test_magnitudes_that_would_not_be_finite_when_merged_are_named():
+    layer = make("Linear", use_dora=True).to(torch.float16)
+    nn.init.constant_(layer.lora_magnitude, 6e4)
+    layer.scaling = 1e-6
+    layer.lora_magnitude.data = torch.full((5,), 1e7)
+    with pytest.raises(ValueError, match="would not be finite"):
+        lora.merge(nn.Sequential(layer))

@@ -1,0 +1,371 @@
+"""DoRA in use: dropout, what it costs, compilation and transforms, state dicts, files, and out of the model again."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.utils.checkpoint
+from conftest import KINDS, WITH_DROPOUT, make
+from counting import Operations, kept_for_backward, operations
+from magnitudes import base_weight, delta, dora, formula, gain, input_of, leaves, norms
+from torch import nn
+from torch.func import functional_call
+from toy_model import IDS, Model
+
+import lora
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+# torch's own forward-mode rules are made with torch.jit.script, which torch deprecates.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
+def assert_same(got, expected, tolerance=1e-10):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------------
+
+
+def total(layer, tensors):
+    """W₀ + s · B A."""
+    return base_weight(layer, tensors["weight"]) + layer.scaling * delta(layer, tensors["lora_A"], tensors["lora_B"])
+
+
+def over_outputs(layer, values, x):
+    shape = [1] * x.dim()
+    shape[layer.output_dims()[1]] = -1
+    return values.view(shape)
+
+
+@pytest.mark.parametrize("kind", WITH_DROPOUT)
+def test_dropout_is_for_the_low_rank_path_alone(kind):
+    """With the mask that a layer without DoRA draws, y = g ⊙ (W₀ x + s · B A drop(x)) + b, and so are the gradients."""
+    layer, x = dora(kind, lora_dropout=0.4, dtype=torch.float64), input_of(kind, torch.float64, requires_grad=True)
+    plain = make(kind, lora_dropout=0.4, dtype=torch.float64)
+    tensors = {name: tensor.detach() for name, tensor in leaves(layer).items()}
+    plain.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "lora_magnitude"})
+    g = over_outputs(layer, gain(layer, tensors["lora_magnitude"], total(layer, tensors)), x)
+    b = over_outputs(layer, tensors["bias"], x)
+    torch.manual_seed(3)
+    got = layer(x)
+    torch.manual_seed(3)
+    without = plain(x)
+    assert_same(got, g * (without - b) + b)
+    dy = torch.randn_like(got)
+    ours = torch.autograd.grad(got, [layer.lora_A, layer.lora_B, x, layer.lora_magnitude], dy)
+    theirs = torch.autograd.grad(without, [plain.lora_A, plain.lora_B, x], g * dy)
+    assert_same(ours[:3], theirs)
+    dm = (dy * (without - b)).movedim(layer.output_dims()[1], 0).flatten(1).sum(1)
+    if isinstance(layer, lora.MergedLinear):
+        dm = torch.cat([part for part, on in zip(dm.split(layer.splits), layer.enable_lora, strict=True) if on])
+    assert_same(ours[3], dm / norms(layer, total(layer, tensors)))
+    with torch.no_grad():
+        assert not torch.allclose(layer(x), got)  # another mask
+        assert_same(layer.eval()(x), formula(layer, x, leaves(layer)))
+
+
+def test_the_mean_over_masks_is_the_output_without_dropout():
+    layer, x = dora("Linear", lora_dropout=0.5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    with torch.no_grad():
+        samples = layer(x.expand(4000, 6))
+        expected = layer.eval()(x)
+    assert ((samples.mean(0) - expected).abs() <= 5 * samples.std(0) / 4000**0.5).all()
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_keeps_for_backward_what_lora_does_and_its_output(fused, dropout, bias):
+    splits = {"splits": (256, 128, 128), "enable_lora": (1, 0, 1)} if fused else {}
+    cls, tokens, h = (lora.MergedLinear if fused else lora.Linear), 64, 16 if fused else 8
+    layer = cls(256, 512, r=8, use_dora=True, lora_dropout=dropout, bias=bias, **splits)
+    x = torch.randn(tokens, 256, requires_grad=True)
+    excess = 512
+    kept = kept_for_backward(lambda: layer(x), *layer.parameters())
+    assert 0 <= kept - 4 * tokens * (256 + h + 512) <= 4 * (excess + 2 * 512) + 64  # vectors, a seed
+
+
+@pytest.mark.parametrize("cls", [lora.Conv1d, lora.Conv2d])
+def test_a_factored_convolution_keeps_no_weight(cls):
+    layer = cls(64, 64, 3, r=4, use_dora=True, factored=True, padding=1, bias=False)
+    x = torch.randn(1, 64, *[6] * len(layer.kernel_size), requires_grad=True)
+    size = x[0, 0].numel()
+    kept = kept_for_backward(lambda: layer(x), *layer.parameters())
+    assert kept <= 4 * (size * (64 + 4 + 64) + 4 * 64)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_makes_anything_of_the_weights_size(dtype, transposed):
+    layer = lora.Linear(256, 512, r=4, use_dora=True, dtype=dtype, fan_in_fan_out=transposed)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # the norm of the weight is to be taken anew
+    counted = operations(layer, 8, dtype=dtype, backward=True)
+    assert counted.largest <= max(512 * 8, 4 * 512)
+
+
+def test_the_norm_takes_three_small_products():
+    plain = lora.Linear(256, 512, r=4)
+    layer = lora.Linear(256, 512, r=4, use_dora=True)
+    layer(torch.randn(1, 256))
+    ours, theirs = operations(layer, 8, backward=True), operations(plain, 8, backward=True)
+    assert ours.flops - theirs.flops == 2 * (512 * 256 * 4 + 4 * 256 * 4 + 512 * 4 * 4)
+    assert len(ours.names) - len(theirs.names) <= 45
+
+
+# ---- compilation, transforms, autocast, checkpoints --------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("mode", ["train", "eval", "served"])
+def test_it_compiles_without_a_graph_break_once(kind, mode):
+    torch._dynamo.reset()
+    layer, x = dora(kind, dtype=torch.float64).train(mode == "train"), input_of(kind, torch.float64)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if mode == "train" else "eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(mode != "served"):
+        for _ in range(3):
+            assert_same(compiled(x), layer(x))
+            with torch.no_grad():
+                layer.lora_A.mul_(2), layer.lora_magnitude.mul_(0.5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear", "Embedding", "Conv2d factored"])
+def test_compiled_gradients_are_the_formulas(kind):
+    torch._dynamo.reset()
+    layer, x = dora(kind, dtype=torch.float64), input_of(kind, torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    wanted, tensors = [p for _, p in layer.lora_parameters()], leaves(layer)
+    got = torch.autograd.grad(compiled(x).square().sum(), wanted)
+    names = [name for name, _ in layer.lora_parameters()]
+    expected = torch.autograd.grad(formula(layer, x, tensors).square().sum(), [tensors[name] for name in names])
+    assert_same(got, expected)
+
+
+@each_kind
+@forward_mode
+def test_forward_and_reverse_mode_agree(kind):
+    """The norm is a constant in both."""
+    layer, x = dora(kind, dtype=torch.float64), input_of(kind, torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def function(A, B, m):
+        return functional_call(layer, {**parameters, "lora_A": A, "lora_B": B, "lora_magnitude": m}, (x,))
+
+    point = [parameters[name] for name in ("lora_A", "lora_B", "lora_magnitude")]
+    tangents = [torch.randn_like(tensor) for tensor in point]
+    y, got = torch.func.jvp(function, tuple(point), tuple(tangents))
+    leaf = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
+    assert_same(y, formula(layer, x, leaf))
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(
+        formula(layer, x, leaf), [leaf[n] for n in ("lora_A", "lora_B", "lora_magnitude")], dy
+    )
+    assert_same((got * dy).sum(), sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True)))
+
+
+@each_kind
+def test_many_adapters_at_once(kind):
+    layers, x = [dora(kind, dtype=torch.float64) for _ in range(3)], input_of(kind, torch.float64)
+    for layer in layers[1:]:
+        layer.load_state_dict({**layers[0].state_dict(), **dict(layer.lora_parameters())})
+    stacked = {
+        name: torch.stack([layer.get_parameter(name) for layer in layers]) for name, _ in layer.lora_parameters()
+    }
+    got = torch.func.vmap(lambda adapter: functional_call(layers[0], adapter, (x,)))(stacked)
+    for y, layer in zip(got, layers, strict=True):
+        assert_same(y, formula(layer, x, leaves(layer)))
+
+
+@each_kind
+def test_second_derivatives_are_the_formulas(kind):
+    layer, x = dora(kind, dtype=torch.float64), input_of(kind, torch.float64)
+    tensors, names = leaves(layer), [name for name, _ in layer.lora_parameters()]
+
+    def second(y, wanted):
+        first = torch.autograd.grad(y.pow(3).sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    got = second(layer(x), [layer.get_parameter(name) for name in names])
+    expected = second(formula(layer, x, tensors), [tensors[name] for name in names])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@each_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_autocast(kind, bias):
+    layer = dora(kind, **({} if kind == "Embedding" else {"bias": bias}))
+    x = input_of(kind)
+    expected = formula(layer, x, leaves(layer))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.norms(), dora_norms_without_autocast(layer))
+    assert y.dtype == (torch.float32 if kind == "Embedding" else torch.bfloat16)
+    assert (y.double() - expected).abs().max() <= 2**-5 * expected.abs().max()
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for _, p in layer.lora_parameters())
+
+
+def dora_norms_without_autocast(layer):
+    with torch.autocast("cpu", enabled=False):
+        return layer.norms()
+
+
+@each_kind
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_change_nothing(kind, reentrant):
+    layer = dora(kind, **({} if kind == "Embedding" else {"lora_dropout": 0.3}))
+    x = input_of(kind) if kind == "Embedding" else input_of(kind, requires_grad=True)
+
+    def gradients(run):
+        layer.zero_grad()
+        torch.manual_seed(5)
+        run().square().sum().backward()
+        return [p.grad.clone() for _, p in layer.lora_parameters()]
+
+    expected = gradients(lambda: layer(x))
+    if kind == "Embedding" and reentrant:
+        return
+    got = gradients(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(map(torch.equal, got, expected))
+
+
+# ---- state dicts and files ---------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_pretrained_state_dict_sets_the_magnitudes(kind, assign):
+    cls, arguments, _ = KINDS[kind]
+    pretrained, x = cls(**arguments), input_of(kind)  # r = 0
+    model = nn.Sequential(cls(**arguments, r=2, use_dora=True))
+    state = {f"0.{name}": tensor * 3 for name, tensor in pretrained.state_dict().items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    assert (sorted(missing), unexpected) == (["0.lora_A", "0.lora_B", "0.lora_magnitude"], [])
+    pretrained.load_state_dict({name.removeprefix("0."): tensor for name, tensor in state.items()})
+    assert torch.equal(model(x), pretrained(x))
+
+
+def test_a_layer_that_waited_on_the_meta_device_gets_its_weight():
+    pretrained, x = nn.Linear(6, 5), torch.randn(2, 6)
+    with torch.device("meta"):
+        model = nn.Sequential(lora.Linear(6, 5, r=2, use_dora=True))
+    state = {f"0.{name}": tensor for name, tensor in pretrained.state_dict().items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    model[0].lora_A, model[0].lora_B = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 6), (5, 2)))
+    model[0].lora_magnitude = nn.Parameter(torch.zeros(5))
+    model[0].start_adapter()
+    assert torch.equal(model(x), pretrained(x))
+
+
+@each_kind
+def test_materialised_from_the_meta_device(kind):
+    cls, arguments, _ = KINDS[kind]
+    layer = cls(**arguments, r=2, use_dora=True, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    x = input_of(kind)
+    with lora.disabled(layer):
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+
+
+@each_kind
+def test_trained_magnitudes_come_back_from_state_dicts(kind):
+    layer, x = dora(kind), input_of(kind)
+    twin = dora(kind)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    assert "0.lora_magnitude" in lora.lora_state_dict(nn.Sequential(layer))
+
+
+@each_kind
+def test_copies_and_pickles(kind):
+    layer, x = dora(kind), input_of(kind)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), expected)
+        with torch.no_grad():
+            twin.weight.mul_(2), twin.lora_magnitude.mul_(3)
+        assert not torch.equal(twin(x), expected)
+    assert torch.equal(layer(x), expected)
+
+
+def injected(**fields):
+    base = Model()
+    model = copy.deepcopy(base)
+    lora.inject(model, **{"target_modules": ["embed", "q_proj", "up_proj"], "r": 2, "use_dora": True, **fields})
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.3)
+    return base, model
+
+
+def test_eject_and_disabled_give_the_base_back():
+    base, model = injected()
+    expected = base(IDS)
+    assert not torch.allclose(model(IDS), expected)
+    with lora.disabled(model):
+        assert torch.equal(model(IDS), expected)
+    lora.eject(model)
+    assert torch.equal(model(IDS), expected)
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert not any("lora" in name or name == "_squares" for module in model.modules() for name in vars(module))
+
+
+def test_merging_a_model():
+    _, model = injected()
+    expected, state = model(IDS), lora.merged_state_dict(model)
+    lora.merge(model)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("into", ["plain", "injected"])
+def test_files(tmp_path, into):
+    base, model = injected(use_rslora=True)
+    lora.save_adapter(model, tmp_path / "a.safetensors")
+    twin = copy.deepcopy(base)
+    if into == "injected":
+        fields = {"target_modules": ["embed", "q_proj", "up_proj"], "r": 2, "use_rslora": True}
+        lora.inject(twin, **fields, use_dora=True)
+    lora.load_adapter(twin, tmp_path / "a.safetensors")
+    assert torch.equal(twin(IDS), model(IDS))
+    without = copy.deepcopy(base)
+    lora.inject(without, target_modules=["embed", "q_proj", "up_proj"], r=2, use_rslora=True)
+    with pytest.raises(lora.AdapterError, match="use_dora"):
+        lora.load_adapter(without, tmp_path / "a.safetensors")
+
+
+def test_a_frozen_magnitude_stays():
+    layer = lora.Linear(6, 5, r=2, use_dora=True)
+    layer.lora_magnitude.requires_grad_(False)
+    layer(torch.randn(3, 6)).square().sum().backward()
+    assert layer.lora_magnitude.grad is None
+    assert layer.lora_B.grad.any()
+
+
+def test_training_learns_a_magnitude_that_lora_cannot():
+    """A weight that is twice the base's, at rank 1."""
+    torch.manual_seed(1)
+    x, layer = torch.randn(64, 8), lora.Linear(8, 8, r=1, use_dora=True, bias=False)
+    y = x @ (2 * layer.weight.detach()).T
+    optimizer = torch.optim.Adam([layer.lora_magnitude], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-4
+    with Operations() as counted:
+        layer(x)
+    assert "linalg_vector_norm" not in counted.names
