@@ -2,7 +2,6 @@
 
 from lora.adapter import Adapter, AdapterError
 from lora.algebra import combine, scale, subtract
-from lora.calibrate import calibrate
 from lora.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
@@ -10,11 +9,12 @@ from lora.embedding import Embedding
 from lora.extract import Extracted, extract
 from lora.formats import read_adapter, write_adapter
 from lora.groups import param_groups
-from lora.initialize import initialize
+from lora.init.calibrate import calibrate
+from lora.init.initialize import initialize
+from lora.init.loftq import loftq
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear, MergedLinear
-from lora.loftq import loftq
 from lora.merge import merge, merged_state_dict
 from lora.quantized import register_weight
 from lora.registry import register

@@ -14,9 +14,9 @@ from lora import fingerprint
 from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.fitting import Fit, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
+from lora.init.learnt import difference
 from lora.inject import adapt, all_or_nothing
 from lora.layer import LoRALayer, join
-from lora.learnt import difference
 from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
 from lora.settings import raise_all
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full

@@ -11,11 +11,11 @@ import torch.nn as nn
 
 from lora.conv import ConvLoRA
 from lora.embedding import EmbeddingLoRA
+from lora.init.start import pretrained_weight
 from lora.layer import LoRALayer
 from lora.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.registry import kind_for
 from lora.settings import is_number
-from lora.start import pretrained_weight
 from lora.tensors import is_plain
 
 # How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).

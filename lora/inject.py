@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from lora import quantized
 from lora.config import LoraConfig, for_module
-from lora.initialize import begin, problems_of_start
+from lora.init.initialize import begin, problems_of_start
+from lora.init.start import give_back
 from lora.layer import LoRALayer
 from lora.matching import Names, find_saved, find_targets, lora_layers, names_of, why_not
 from lora.registry import Kind, adapted_class, class_for, kind_for
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
-from lora.start import give_back
 from lora.tensors import Spans
 from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
 
@@ -117,6 +118,7 @@ def eject(model: nn.Module) -> None:
             for name, value in originals(module).items():
                 getattr(module, name).copy_(value)
             forget_originals(module)
+            quantized.set_up(module, False)
     restored: set[int] = set()
     for layer in layers:
         layer.detach(restore_layout=id(layer.weight) not in restored)
@@ -277,15 +279,14 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
     owners = Spans[str]()
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         owners.add(tensor, name)
-    rows = []
-    for layer in targets:
-        assert isinstance(layer, LoRALayer)
+    rows, layers = [], [layer for layer in targets if isinstance(layer, LoRALayer)]
+    for layer in layers:
         own = {f"{name}.weight".lstrip(".") for name in names[layer]}
         rows.append(
             AdaptedModule(
                 names=names[layer],
                 kind=type(layer).__name__,
-                shape=tuple(layer.weight.shape),
+                shape=layer.weight_shape(),
                 r=layer.r,
                 scaling=layer.scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
@@ -294,4 +295,6 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
         )
     parameters = initialized_parameters(model)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return InjectionReport(tuple(rows), trainable, sum(parameter.numel() for parameter in parameters), saved)
+    total = sum(parameter.numel() for parameter in parameters)
+    packed = sum(math.prod(layer.weight_shape()) - layer.weight.numel() for layer in layers)  # two in a byte, say
+    return InjectionReport(tuple(rows), trainable, total + packed, saved)

@@ -93,6 +93,10 @@ class LayerKind:
             return self.weight
         return quantized.read_weight(self)  # type: ignore[arg-type]
 
+    def weight_shape(self) -> Shape:
+        """The shape of W₀, dense."""
+        return tuple(self.weight.shape)
+
     # What a kind says for DoRA, and for initialisers that go by the base weight; without it, it has neither.
 
     @classmethod

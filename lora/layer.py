@@ -132,7 +132,7 @@ class LoRALayer(LayerKind, nn.Module):
 
     def start_adapter(self) -> None:
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
-        init.start(self, self.init_lora_weights)
+        init.from_shapes(self, self.init_lora_weights)
         self.awaits = self.init_lora_weights if self.init_lora_weights in init.OF_DATA else None
         self.lora_start = None
         self.reset_magnitude()

@@ -58,6 +58,10 @@ class LinearLoRA(LoRALayer):
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return spread(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
 
+    def weight_shape(self) -> Shape:
+        in_features, out_features = self.features(self)
+        return (in_features, out_features) if self.fan_in_fan_out else (out_features, in_features)
+
     def slices(self) -> list[tuple[int, int]]:
         """Begin and end of each of the G parts of the output that an update goes to."""
         return [(0, self.features(self)[1])]

@@ -63,6 +63,7 @@ def merge(model: nn.Module) -> MergeReport:
         layer.detach()
     for module in model.modules():
         forget_originals(module)
+        quantized.set_up(module, False)
     return MergeReport(tuple(rows))
 
 
@@ -127,6 +128,8 @@ def _merge_packed(layer: LoRALayer, name: str, lost: float) -> MergedModule:
     module: nn.Module = layer
     module.__class__ = plain_base(type(layer))
     module.weight = nn.Parameter(merged, False)
+    if isinstance(module._parameters.get("bias"), Tensor):  # some layers cast it to what they compute in
+        module.bias.data = module.bias.data.to(merged.dtype)
     return MergedModule(name, str(merged.dtype).removeprefix("torch."), lost, packed, lost_packed)
 
 

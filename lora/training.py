@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora import quantized
 from lora.layer import LoRALayer, join
 
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -48,6 +49,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
         trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
+    for module in model.modules():  # those without an adapter, too: gradients have to come through them
+        quantized.set_up(module, True)
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
         remember_trained(model)
 

@@ -1,6 +1,7 @@
 """DoRA's equation kind by kind, as it reads: in torch.float64, every sum built, with autograd's own gradients."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -141,3 +142,28 @@ def merged(layer: lora.LoRALayer) -> Tensor:
     W = base_weight(layer, tensors["weight"]) + layer.scaling * delta(layer, tensors["lora_A"], tensors["lora_B"])
     g = gain(layer, tensors["lora_magnitude"], W)
     return W * (g if _across(layer) else g.view(-1, *[1] * (W.dim() - 1)))
+
+
+def assert_formula(layer, x, terms=64):
+    """Output and gradients of the layer are the formula's, to the rounding of sums of so many terms."""
+    tensors = leaves(layer)
+    wide = x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+    expected, got = formula(layer, wide, tensors), layer(x)
+    assert got.dtype == layer.weight.dtype
+    dy = torch.randn(got.shape, dtype=got.dtype)
+    trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    theirs = [tensors[name] for name in trained] + [wide] * x.requires_grad
+    ours = [layer.get_parameter(name) for name in trained] + [x] * x.requires_grad
+    pairs = [
+        ("output", got, expected),
+        *zip(
+            [*trained, "x"],
+            torch.autograd.grad(got, ours, dy),
+            torch.autograd.grad(expected, theirs, dy.double()),
+            strict=False,
+        ),
+    ]
+    tolerance = math.sqrt(terms) * 8 * torch.finfo(got.dtype).eps
+    for name, value, right in pairs:
+        scale = max(1.0, right.abs().max().item())
+        assert (value.double() - right).abs().max() <= tolerance * scale, name

@@ -1,19 +1,17 @@
-"""DoRA in use: dropout, what it costs, compilation and transforms, state dicts, files, and out of the model again."""
-
-import copy
-import io
-import pickle
+"""DoRA in use: dropout, what it costs, compilation, transforms, sharding."""
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed.fsdp
+import torch.distributed.tensor
 import torch.utils.checkpoint
 from conftest import KINDS, WITH_DROPOUT, make
-from counting import Operations, kept_for_backward, operations
+from counting import kept_for_backward, operations
 from magnitudes import base_weight, delta, dora, formula, gain, input_of, leaves, norms
+from test_torch_transforms import mesh  # noqa: F401 (a fixture)
 from torch import nn
 from torch.func import functional_call
-from toy_model import IDS, Model
 
 import lora
 
@@ -237,135 +235,40 @@ def test_activation_checkpoints_change_nothing(kind, reentrant):
     assert all(map(torch.equal, got, expected))
 
 
-# ---- state dicts and files ---------------------------------------------------------------------------------------
-
-
 @each_kind
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_pretrained_state_dict_sets_the_magnitudes(kind, assign):
-    cls, arguments, _ = KINDS[kind]
-    pretrained, x = cls(**arguments), input_of(kind)  # r = 0
-    model = nn.Sequential(cls(**arguments, r=2, use_dora=True))
-    state = {f"0.{name}": tensor * 3 for name, tensor in pretrained.state_dict().items()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
-    assert (sorted(missing), unexpected) == (["0.lora_A", "0.lora_B", "0.lora_magnitude"], [])
-    pretrained.load_state_dict({name.removeprefix("0."): tensor for name, tensor in state.items()})
-    assert torch.equal(model(x), pretrained(x))
+def test_it_exports(kind):
+    layer, x = dora(kind, dtype=torch.float64).eval(), input_of(kind, torch.float64)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,)).module()
+        for one in (layer, exported):
+            one.lora_A.mul_(2), one.lora_magnitude.mul_(3)
+        assert_same(exported(x), formula(layer, x, leaves(layer)))
 
 
-def test_a_layer_that_waited_on_the_meta_device_gets_its_weight():
-    pretrained, x = nn.Linear(6, 5), torch.randn(2, 6)
-    with torch.device("meta"):
-        model = nn.Sequential(lora.Linear(6, 5, r=2, use_dora=True))
-    state = {f"0.{name}": tensor for name, tensor in pretrained.state_dict().items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    model[0].lora_A, model[0].lora_B = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 6), (5, 2)))
-    model[0].lora_magnitude = nn.Parameter(torch.zeros(5))
-    model[0].start_adapter()
-    assert torch.equal(model(x), pretrained(x))
-
-
-@each_kind
-def test_materialised_from_the_meta_device(kind):
-    cls, arguments, _ = KINDS[kind]
-    layer = cls(**arguments, r=2, use_dora=True, device="meta").to_empty(device="cpu")
-    layer.reset_parameters()
-    x = input_of(kind)
-    with lora.disabled(layer):
-        expected = layer(x)
-    assert torch.equal(layer(x), expected)
-
-
-@each_kind
-def test_trained_magnitudes_come_back_from_state_dicts(kind):
+@pytest.mark.parametrize("kind", ["Linear", "MergedLinear", "Embedding", "Conv2d factored"])
+def test_under_fsdp_it_computes_the_same_and_keeps_no_whole_weight(mesh, kind):  # noqa: F811 (the fixture)
     layer, x = dora(kind), input_of(kind)
-    twin = dora(kind)
-    twin.load_state_dict(layer.state_dict())
-    assert torch.equal(twin(x), layer(x))
-    assert "0.lora_magnitude" in lora.lora_state_dict(nn.Sequential(layer))
+    expected = layer(x).detach()
+    model = nn.Sequential(nn.Sequential(layer))
+    for module in (model[0], model):
+        torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    for _ in range(2):
+        y = model(x)
+        y.square().sum().backward()
+        torch.testing.assert_close(y, expected)
+    assert layer.lora_magnitude.grad is not None
+    assert type(layer.weight) is torch.distributed.tensor.DTensor
+    assert layer._squares is None
 
 
-@each_kind
-def test_copies_and_pickles(kind):
-    layer, x = dora(kind), input_of(kind)
-    expected = layer(x)
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
-        assert torch.equal(twin(x), expected)
-        with torch.no_grad():
-            twin.weight.mul_(2), twin.lora_magnitude.mul_(3)
-        assert not torch.equal(twin(x), expected)
-    assert torch.equal(layer(x), expected)
-
-
-def injected(**fields):
-    base = Model()
-    model = copy.deepcopy(base)
-    lora.inject(model, **{"target_modules": ["embed", "q_proj", "up_proj"], "r": 2, "use_dora": True, **fields})
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.add_(torch.randn(parameter.shape) * 0.3)
-    return base, model
-
-
-def test_eject_and_disabled_give_the_base_back():
-    base, model = injected()
-    expected = base(IDS)
-    assert not torch.allclose(model(IDS), expected)
-    with lora.disabled(model):
-        assert torch.equal(model(IDS), expected)
-    lora.eject(model)
-    assert torch.equal(model(IDS), expected)
-    assert list(model.state_dict()) == list(base.state_dict())
-    assert not any("lora" in name or name == "_squares" for module in model.modules() for name in vars(module))
-
-
-def test_merging_a_model():
-    _, model = injected()
-    expected, state = model(IDS), lora.merged_state_dict(model)
-    lora.merge(model)
-    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("into", ["plain", "injected"])
-def test_files(tmp_path, into):
-    base, model = injected(use_rslora=True)
-    lora.save_adapter(model, tmp_path / "a.safetensors")
-    twin = copy.deepcopy(base)
-    if into == "injected":
-        fields = {"target_modules": ["embed", "q_proj", "up_proj"], "r": 2, "use_rslora": True}
-        lora.inject(twin, **fields, use_dora=True)
-    lora.load_adapter(twin, tmp_path / "a.safetensors")
-    assert torch.equal(twin(IDS), model(IDS))
-    without = copy.deepcopy(base)
-    lora.inject(without, target_modules=["embed", "q_proj", "up_proj"], r=2, use_rslora=True)
-    with pytest.raises(lora.AdapterError, match="use_dora"):
-        lora.load_adapter(without, tmp_path / "a.safetensors")
-
-
-def test_a_frozen_magnitude_stays():
-    layer = lora.Linear(6, 5, r=2, use_dora=True)
-    layer.lora_magnitude.requires_grad_(False)
-    layer(torch.randn(3, 6)).square().sum().backward()
-    assert layer.lora_magnitude.grad is None
-    assert layer.lora_B.grad.any()
-
-
-def test_training_learns_a_magnitude_that_lora_cannot():
-    """A weight that is twice the base's, at rank 1."""
-    torch.manual_seed(1)
-    x, layer = torch.randn(64, 8), lora.Linear(8, 8, r=1, use_dora=True, bias=False)
-    y = x @ (2 * layer.weight.detach()).T
-    optimizer = torch.optim.Adam([layer.lora_magnitude], lr=0.05)
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = (layer(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-    assert loss < 1e-4
-    with Operations() as counted:
-        layer(x)
-    assert "linalg_vector_norm" not in counted.names
+def test_sharded_by_outputs(mesh):  # noqa: F811 (the fixture)
+    layer, x = dora("Linear"), input_of("Linear")
+    expected, tensor = layer(x).detach(), torch.distributed.tensor
+    for name, parameter in list(layer.named_parameters()):
+        placement = tensor.Replicate() if name == "lora_A" else tensor.Shard(0)
+        sharded = tensor.distribute_tensor(parameter.data, mesh, [placement])
+        setattr(layer, name, nn.Parameter(sharded, parameter.requires_grad))
+    y = layer(tensor.distribute_tensor(x, mesh, [tensor.Replicate()]))
+    torch.testing.assert_close(y.full_tensor(), expected)
+    y.sum().backward()
+    assert layer.lora_magnitude.grad is not None

@@ -205,7 +205,7 @@ def test_a_subclass_with_its_own_forward_is_not_merged():
     model = injected(Doubled(6, 4))
     before = copy.deepcopy(model.state_dict())
     for function in (lora.merge, lora.merged_state_dict):
-        with pytest.raises(ValueError, match=r"0: a Parameter in a Doubled is neither dense nor packed in a known way\."):
+        with pytest.raises(ValueError, match=r"0: a Parameter in a Doubled is neither dense nor packed in"):
             function(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -233,7 +233,7 @@ def test_a_quantised_subclass_keeps_its_buffer_and_trains_its_adapter():
 def test_a_quantised_subclass_is_not_merged():
     model = injected(Quantised(6, 4))
     for function in (lora.merge, lora.merged_state_dict):
-        with pytest.raises(ValueError, match=r"0: a Tensor in a Quantised is neither dense nor packed in a known way\."):
+        with pytest.raises(ValueError, match=r"0: a Tensor in a Quantised is neither dense nor packed in"):
             function(model)
 
 

@@ -219,8 +219,8 @@ def test_all_that_cannot_start_so_is_listed_and_nothing_changes():
     for line in (
         "head: its weight is tied to that of twin, which would change too.",
         "conv: its weight holds NaN or infinity.",
-        "qkv: a rank of 8 is more than the 4 × 12 values of (a part of) its weight have.",
-        "head: a rank of 8 is more than the 6 × 8 values",
+        "qkv: r must be at most 4, the rank of a matrix of 4 × 12; `r` is 8.",
+        "head: r must be at most 6, the rank of a matrix of 6 × 8; `r` is 8.",
     ):
         assert f"\n  - {line}" in str(error.value)
     assert [type(module) for module in model.modules()] == classes

@@ -14,8 +14,8 @@ from lora import fingerprint
 from lora.adapter import PARAMETERS, Adapter
 from lora.conv import ConvLoRA
 from lora.formats.single import Form, as_in
+from lora.init.learnt import without_start
 from lora.layer import LoRALayer, join
-from lora.learnt import without_start
 from lora.linear import MergedLinearLoRA
 from lora.matching import without_wrappers
 from lora.registry import kind_for

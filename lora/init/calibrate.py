@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lora.blocks import tensors_of
 from lora.formats.single import with_rank
-from lora.from_data import CORDA, METHODS, Options, Start
-from lora.initialize import unwritable
+from lora.init.data import CORDA, METHODS, Options, Start
+from lora.init.initialize import unwritable
+from lora.init.observe import Inputs, Statistic, Step, observe
+from lora.init.spectral import form_problems
+from lora.init.start import start_from
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.matching import Names, lora_layers, names_of
-from lora.observe import Inputs, Statistic, Step, observe
 from lora.report import table
 from lora.settings import is_number, raise_all
-from lora.spectral import form_problems
-from lora.start import start_from
 from lora.tensors import without_autocast
 
 _WHAT = "calibrate: nothing was changed"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import torch.nn as nn
 
-from lora import init, spectral, start
+from lora import init
 from lora.blocks import Pair
-from lora.init import Init
+from lora.init import Init, spectral, start
 from lora.layer import LoRALayer
 from lora.matching import Names, lora_layers, names_of, owners_of, tied_to
 from lora.settings import raise_all
@@ -70,10 +69,7 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
     if init.needs_more(how):
         yield from unwritable(layers, names)
     for layer in layers:
-        try:
-            _check(layer, how)
-        except ValueError as error:
-            yield f"{names[layer][0]}: {error}"
+        yield from (f"{names[layer][0]}: {problem}" for problem in _problems(layer, how))
 
 
 def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
@@ -87,21 +83,23 @@ def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
             yield f"{names[layer][0]}: has no values yet, being on the meta device."
 
 
-@torch.no_grad()
-def _check(layer: LoRALayer, how: str) -> None:
-    """ValueError if the layer can have no such start."""
-    if how not in ("orthogonal", *init.OF_WEIGHT) and init.niter_of(how) is None:
-        return
-    rows, q, columns = min(layer.block_rows()), layer.lora_B.shape[1], layer.lora_A[0].numel()
+def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
+    """Why one layer cannot start in this way."""
     if how == "orthogonal":
-        init.check_even(q)
+        yield from spectral.block_problems(layer)
+        if layer.lora_B.shape[1] % 2:
+            yield init.ODD.format(layer.lora_B.shape[1])
+    if not _is_of_weight(how) or layer.weight.is_meta:
         return
-    if q > min(rows, columns):
-        raise ValueError(f"a rank of {q} is more than the {rows} × {columns} values of (a part of) its weight have.")
-    if layer.scaling <= 0:
-        raise ValueError(f"`scaling` must be above 0 to take a part of the weight, got {layer.scaling:g}.")
-    if not layer.weight.is_meta and not bool(layer.base_weight().isfinite().all()):
-        raise ValueError("its weight holds NaN or infinity.")
+    found = [*spectral.scaling_problems(layer)] if how != "olora" else []
+    found += spectral.weight_problems(layer)
+    yield from found
+    if not found and how != "olora":
+        yield from spectral.nothing_problems(layer.weight_blocks(layer.base_weight()))
+
+
+def _is_of_weight(how: Init) -> bool:
+    return isinstance(how, str) and (how in init.OF_WEIGHT or init.niter_of(how) is not None)
 
 
 def begin(layers: Sequence[LoRALayer], how: Init) -> None:
@@ -112,8 +110,8 @@ def begin(layers: Sequence[LoRALayer], how: Init) -> None:
             layer.init_lora_weights = how
             begun.append(layer)
             layer.start_adapter()
-            if isinstance(how, str) and (how in init.OF_WEIGHT or init.niter_of(how) is not None):
-                start.start_from(layer, _pairs(layer, how), writes_base=True)
+            if _is_of_weight(how):
+                start.start_from(layer, _pairs(layer, str(how)), writes_base=True)
     except BaseException:
         for layer in begun:
             start.give_back(layer)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lora.blocks import Pair, Spectrum
+from lora.init.observe import Gradients, Inputs
+from lora.init.spectral import blocks_of, decomposed, nothing_problems, rank_problems, scaling_problems, split
 from lora.linear import LinearLoRA
-from lora.observe import Gradients, Inputs
-from lora.spectral import blocks_of, decomposed, nothing_problems, rank_problems, scaling_problems, split
 from lora.tensors import without_autocast
 
 _NITER = 4  # power iterations of the randomised SVD: PEFT's number

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora.blocks import Pair, tensors_of
 from lora.layer import LoRALayer
+from lora.tensors import without_autocast
 
 
 @torch.no_grad()
@@ -63,4 +64,5 @@ def _started(layer: LoRALayer, dtype: torch.dtype) -> Tensor:
     """s₀ · B₀ A₀, in the shape of the weight."""
     assert layer.lora_start is not None, "asked of layers that have one"
     A, B, scaling = layer.lora_start
-    return layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling
+    with without_autocast(layer.lora_A.device):
+        return layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling

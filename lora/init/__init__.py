@@ -25,6 +25,7 @@ OF_DATA = ("eva", "lora_ga", "corda")
 # Those that need the weight as it was before it was quantised.
 OF_ORIGINAL = ("loftq",)
 
+ODD = "`r` must be even, for each group, when `init_lora_weights='orthogonal'`, got {}."
 _NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
 
@@ -55,7 +56,8 @@ def orthogonal(layer: LoRALayer) -> None:
     ValueError if the rank of a block (of a split, of a group) is odd.
     """
     q = layer.lora_B.shape[1]
-    check_even(q)
+    if q % 2:
+        raise ValueError(ODD.format(q))
     As, Bs = [], []
     for size in layer.block_rows():
         Q = torch.linalg.qr(_randn(layer, q, q))[0]
@@ -67,12 +69,6 @@ def orthogonal(layer: LoRALayer) -> None:
 
 def _randn(layer: LoRALayer, rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, device=layer.lora_A.device, dtype=torch.float32)
-
-
-def check_even(q: int) -> None:
-    """ValueError if a block's rank cannot be halved."""
-    if q % 2:
-        raise ValueError(f"`r` must be even, for each group, when `init_lora_weights='orthogonal'`, got {q}.")
 
 
 # PEFT's names.
@@ -117,7 +113,7 @@ def constructor_problem(init: object) -> str | None:
     return problem
 
 
-def start(layer: LoRALayer, init: Init) -> None:
+def from_shapes(layer: LoRALayer, init: Init) -> None:
     """Write `lora_A` and `lora_B`; as by default where the way needs more than the layer's shapes."""
     if needs_more(init):
         layer.reset_lora_parameters()

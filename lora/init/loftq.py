@@ -11,14 +11,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.blocks import Pair, tensors_of
-from lora.initialize import unwritable
+from lora.init.initialize import unwritable
+from lora.init.spectral import blocks_of, decomposed, form_problems, is_count, rank_problems, scaling_problems, split
+from lora.init.start import remember_start, start_from
 from lora.layer import LoRALayer, join
 from lora.matching import Names, lora_layers, names_of, without_wrappers
 from lora.quantized import is_packed
 from lora.report import table
 from lora.settings import raise_all
-from lora.spectral import blocks_of, decomposed, form_problems, is_count, rank_problems, scaling_problems, split
-from lora.start import remember_start, start_from
 from lora.tensors import without_autocast
 
 _WHAT = "loftq: nothing was changed"

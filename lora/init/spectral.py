@@ -39,7 +39,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
     generator of its own, and always the same.
 
     >>> import torch, lora
-    >>> from lora.spectral import pissa
+    >>> from lora.init.spectral import pissa
     >>> layer = lora.Linear(6, 4, r=3, lora_alpha=6)
     >>> [(B, A)] = pissa(layer)
     >>> residual = layer.weight - layer.scaling * B @ A
@@ -74,7 +74,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
     From "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775, section 3.
 
     >>> import torch, lora
-    >>> from lora.spectral import olora
+    >>> from lora.init.spectral import olora
     >>> [(B, A)] = olora(lora.Linear(6, 4, r=2))
     >>> torch.allclose(B.T @ B, torch.eye(2), atol=1e-6)
     True
@@ -96,12 +96,17 @@ def blocks_of(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
     return list(layer.weight_blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
 
 
-def form_problems(layer: LoRALayer) -> Iterator[str]:
-    """What keeps the layer's weight from being taken apart, whatever its values."""
+def block_problems(layer: LoRALayer) -> Iterator[str]:
+    """A kind of layer that says nothing of its blocks."""
     try:
         layer.block_rows()
     except ValueError as error:
         yield str(error)
+
+
+def form_problems(layer: LoRALayer) -> Iterator[str]:
+    """What keeps the layer's weight from being taken apart, whatever its values."""
+    yield from block_problems(layer)
     beyond = layer.beyond_weight()
     if beyond:
         yield f"{beyond}: the layer would not start from the base layer's function."
@@ -130,17 +135,23 @@ def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
 
 def _checked(layer: LoRALayer, what: str, problems: list[str]) -> list[Tensor]:
     """The blocks of the layer's base weight; one ValueError that lists all that is wrong."""
-    what = f"{what} cannot start a {type(layer).__name__}"
-    problems += form_problems(layer)
+    raise_all(f"{what} cannot start a {type(layer).__name__}", [*problems, *weight_problems(layer)])
+    return blocks_of(layer, layer.base_weight())
+
+
+@torch.no_grad()
+def weight_problems(layer: LoRALayer) -> Iterator[str]:
+    """What keeps a part of the layer's weight, of the layer's rank, from being taken out of it."""
+    form = list(form_problems(layer))
+    yield from form
     if layer.weight.is_meta:
-        problems.append("its weight has no values yet, being on the meta device.")
-    raise_all(what, problems)
-    blocks = blocks_of(layer, layer.base_weight())
-    problems += rank_problems(layer, [tuple(block.shape) for block in blocks])
-    if not all(bool(block.isfinite().all()) for block in blocks):
-        problems.append("its weight holds NaN or infinity.")
-    raise_all(what, problems)
-    return blocks
+        yield "its weight has no values yet, being on the meta device."
+    if form or layer.weight.is_meta:
+        return
+    weight = layer.base_weight()
+    yield from rank_problems(layer, [tuple(block.shape) for block in layer.weight_blocks(weight)])
+    if not bool(weight.isfinite().all()):
+        yield "its weight holds NaN or infinity."
 
 
 def is_count(value: object) -> bool:
