@@ -38,7 +38,7 @@ import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 import phi3_chat
-from phi3 import chat_data, chats, loop, quantizing, settings, tiny
+from phi3 import chat_data, chats, loop, quantizing, settings, starting, tiny
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATIONS = 4  # after the start
@@ -65,6 +65,7 @@ METHODS = {
     "EVA": Method(1e-3, peft={"init_lora_weights": "eva"}),
     "LoRA-FA": Method(2e-3, peft={"freeze_A": True}),
     "QLoRA, nf4": Method(1e-3, run={"quantize": "nf4"}),
+    "QLoRA, nf4, LoftQ": Method(1e-3, peft={"init_lora_weights": "loftq"}, run={"quantize": "nf4"}),
     "full fine-tuning": Method(1e-4, adapts=False),
 }
 
@@ -109,11 +110,10 @@ def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
     random.seed(plan.seed)
     torch.manual_seed(plan.seed)
     start = time.perf_counter()
-    if general["quantize"]:
-        quantizing.quantize(model, general["quantize"], None)
+    originals = quantizing.quantize(model, general["quantize"], peft)
     if METHODS[plan.method].adapts:
         phi3_chat.inject(model, peft)
-        phi3_chat.calibrate(model, peft, data)
+        starting.start(model, peft, data, originals)
         optimizer = loop.make_optimizer(model, training)
     else:
         optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)

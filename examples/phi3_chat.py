@@ -42,6 +42,7 @@ from phi3 import (
     replies,
     report,
     settings,
+    starting,
 )
 from phi3.errors import Diverged, UserError
 from phi3.fetch import default_cache_dir
@@ -104,8 +105,6 @@ run_config: Settings = {
     "cache_dir": None,
 }
 
-DATA_DRIVEN = ("eva", "lora_ga", "corda")  # what init_lora_weights may be that looks at data
-CALIBRATION_STEPS = 4  # of training, whose rows it looks at
 
 DICTIONARIES = {
     "training (training_config)": training_config,
@@ -150,21 +149,9 @@ def inject(model: nn.Module, peft: Settings) -> None:
         leaves = {name.rpartition(".")[2] for name in peft["target_modules"]}
         splits = {name: parts for name, parts in splits.items() if name in leaves}
     try:
-        print(lora.inject(model, lora.LoraConfig(**peft, splits=splits)))
+        print(lora.inject(model, lora.LoraConfig(**starting.for_inject(peft), splits=splits)))
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot adapt this model: {error}") from error
-
-
-def calibrate(model: nn.Module, peft: Settings, data: chats.Chats) -> None:
-    """Lets the adapter start from what a few batches of the training rows tell, where it is to start so."""
-    if peft["init_lora_weights"] not in DATA_DRIVEN:
-        return
-    steps = (batch._asdict() for step in range(CALIBRATION_STEPS) for batch in data.order.step(step))
-    batches = [{name: part for name, part in batch.items() if name != "size"} for batch in steps]
-    try:
-        print(lora.calibrate(model, batches))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"cannot calibrate this model: {error}") from error
 
 
 def train(
@@ -245,7 +232,7 @@ def run(flags: argparse.Namespace) -> None:
     folder = Path(general["output_dir"]).expanduser()
     resume = checkpoints.find(flags.resume, folder) if flags.resume else None
     output_dir.check(folder, resume, flags.overwrite)
-    quantizing.check(general["quantize"], training["fused_mlp"])
+    quantizing.check(general["quantize"], training["fused_mlp"], peft)
     random.seed(training["seed"])
     torch.manual_seed(training["seed"])
 
@@ -255,9 +242,10 @@ def run(flags: argparse.Namespace) -> None:
     identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
     if general["quantize"]:
         identity |= {"quantize": general["quantize"]}
-        quantizing.quantize(model, general["quantize"], peft["modules_to_save"])
+    originals = quantizing.quantize(model, general["quantize"], peft)
     inject(model, peft)
-    calibrate(model, peft, data)
+    starting.start(model, peft, data, originals)
+    originals.clear()  # in memory for nothing from here on
     exports = general["export"] or []
     exporting.check(model, exports)  # what cannot be exported should not be found out after hours of training
     if training["fused_mlp"]:

@@ -21,6 +21,8 @@ from lora.tensors import is_plain, without_autocast
 if TYPE_CHECKING:
     from lora.layer import LoRALayer
 
+_PART = 2**20  # values of a weight that are summed at a time
+
 
 @torch.no_grad()
 def norms(layer: LoRALayer) -> Tensor:
@@ -61,8 +63,13 @@ def _base_squares(layer: LoRALayer, weight: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _squares(layer: LoRALayer, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    blocks = layer.weight_blocks(weight)
-    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype).square() for block in blocks])
+    squares = []
+    for block in layer.weight_blocks(weight):  # (rows, columns)
+        # In parts, as torch copies what is in another dtype; whole where a compiler does better.
+        size = max(1, _PART // max(1, block.shape[1])) if is_plain(block) else len(block)
+        parts = torch.split(block, size)
+        squares += [torch.linalg.vector_norm(part, dim=1, dtype=dtype).square() for part in parts]
+    return torch.cat(squares)
 
 
 def gain(layer: LoRALayer) -> Tensor:

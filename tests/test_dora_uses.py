@@ -108,6 +108,20 @@ def test_no_step_makes_anything_of_the_weights_size(dtype, transposed):
     assert counted.largest <= max(512 * 8, 4 * 512)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nor_does_torch_inside_of_an_operation(transposed):
+    """A norm in float32 of a weight in bfloat16 is of a copy, which no dispatch mode sees."""
+    layer = lora.Linear(2048, 2048, r=2, use_dora=True, dtype=torch.bfloat16, fan_in_fan_out=transposed, device="meta")
+    layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(0.01)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        layer(torch.ones(1, 2048, dtype=torch.bfloat16))
+    assert 0 < max(event.cpu_memory_usage for event in profile.events()) < layer.weight.nbytes
+
+
 def test_the_norm_takes_three_small_products():
     plain = lora.Linear(256, 512, r=4)
     layer = lora.Linear(256, 512, r=4, use_dora=True)

@@ -258,6 +258,12 @@ def test_ranks_and_bases_that_leave_nothing_to_do():
     assert "0:" not in refused(model, weights, "2: r must be at most 9")
     plain = plain_model()
     lora.inject(plain, target_modules=["0", "2"], r=2)
-    refused(plain, weights, "0: the base of this Linear is not quantised", "2: the base of this Linear")
+    refused(plain, weights, "no LoRA layer has a base that is quantised")
+    mixed, weights, _ = adapted()
+    mixed.append(lora.Linear(9, 3, r=2))
+    before = mixed[-1].lora_A.clone()
+    lora.loftq(mixed, weights)
+    assert torch.equal(mixed[-1].lora_A, before)
+    assert mixed[0].lora_B.any()
     with pytest.raises(ValueError, match="there is no LoRA layer"):
         lora.loftq(plain_model(), weights)

@@ -37,6 +37,10 @@ def loaded(flags):
     return phi3_chat.load_model(run, training)[0]
 
 
+def peft(**changed):
+    return phi3_chat.peft_config | changed
+
+
 @pytest.mark.parametrize("precision", [[], ["--bf16"]])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_of_a_quantised_run_loads_onto_the_plain_model(flags, tmp_path, capsys, way, precision):
@@ -54,7 +58,7 @@ def test_quantises_all_linear_layers_but_the_output(flags, way, dtype, capsys):
     model = loaded(flags)
     model.to(dtype)
     weights = {name: module.weight for name, module in model.named_modules() if type(module) is nn.Linear}
-    quantizing.quantize(model, way, ["layers.1.mlp", "lm_head"])
+    quantizing.quantize(model, way, peft(modules_to_save=["layers.1.mlp", "lm_head"]))
     kept = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     assert kept == {"lm_head", "model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"}
     bits, bound = {"nf4": (4, 0.16), "fp4": (4, 0.18), "int8": (8, 0.02)}[way]
@@ -72,14 +76,14 @@ def test_quantises_all_linear_layers_but_the_output(flags, way, dtype, capsys):
 
 def test_leaves_out_what_bitsandbytes_gets_wrong(capsys):
     model = tiny.model()  # its attention has 48 inputs
-    quantizing.quantize(model, "nf4", None)
+    quantizing.quantize(model, "nf4", peft())
     kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
     assert (kinds["qkv_proj"], kinds["gate_up_proj"], kinds["down_proj"]) == (nn.Linear, nn.Linear, WAYS["nf4"])
     assert (
         "not quantized, since their inputs are no multiple of 64: model.layers.0.self_attn" in capsys.readouterr().out
     )
     with pytest.raises(UserError, match="no linear layer's number of inputs is a multiple of 64"):
-        quantizing.quantize(tiny.model(), "fp4", ["down_proj"])
+        quantizing.quantize(tiny.model(), "fp4", peft(modules_to_save=["down_proj"]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,7 +97,7 @@ def test_the_merged_folder_is_dense_and_says_the_same(flags, tmp_path, way):
         )
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
         model = loaded(flags)
-        quantizing.quantize(model, way, None)
+        quantizing.quantize(model, way, peft())
         lora.load_adapter(model, tmp_path / "out" / "adapter.safetensors")
         for layer in model.modules():
             layer.lora_dropout = 0.0
@@ -126,7 +130,7 @@ def test_without_bitsandbytes(flags, monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"nf4 needs bitsandbytes \(pip install bitsandbytes\): there is none"):
-        quantizing.quantize(model, "nf4", None)
+        quantizing.quantize(model, "nf4", peft())
 
 
 def test_what_does_not_go_together(flags, capsys):
@@ -134,3 +138,15 @@ def test_what_does_not_go_together(flags, capsys):
     assert "leave out either it or --quantize" in capsys.readouterr().err
     assert phi3_chat.main([*flags, "--quantize", "int3"]) == 2
     assert "--quantize (quantize) is 'int3'; it must be one of nf4, fp4, int8" in capsys.readouterr().err
+
+
+def test_loftq_starts_nearer_to_the_plain_model(flags, tmp_path, capsys):
+    starts = {}
+    for way in ("true", "loftq"):
+        assert phi3_chat.main([*flags, "--quantize", "nf4", "--init-lora-weights", way, "--overwrite"]) == 0
+        starts[way], *_ = (record["eval_loss"] for record in metrics(tmp_path / "out") if "eval_loss" in record)
+    assert phi3_chat.main([*flags, "--overwrite"]) == 0
+    plain, *_ = (record["eval_loss"] for record in metrics(tmp_path / "out") if "eval_loss" in record)
+    assert abs(starts["loftq"] - plain) < abs(starts["true"] - plain)
+    assert phi3_chat.main([*flags, "--init-lora-weights", "loftq", "--overwrite"]) == 2
+    assert "--init-lora-weights loftq makes up for what --quantize loses" in capsys.readouterr().err

@@ -11,24 +11,33 @@ from torch import Tensor, nn
 import lora
 from lora.quantized import is_packed, read_weight
 from phi3.errors import UserError
+from phi3.settings import Settings
+from phi3.starting import LOFTQ
 
 _BLOCK = 64  # values of a 4-bit weight that share a constant
 
 
-def quantize(model: nn.Module, way: str, in_full: list[str] | None) -> None:
-    """Replaces the linear layers, but for the output embeddings and those that train in full; prints what it saved."""
+def quantize(model: nn.Module, way: str | None, peft: Settings) -> dict[str, Tensor]:
+    """Replaces the linear layers, but for the output embeddings and those that train in full; prints what it saved.
+
+    Returns the weights that there were, by name, if the adapter is to start from what they lose (LoftQ).
+    """
+    if not way:
+        return {}
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(f"--quantize {way} needs bitsandbytes (pip install bitsandbytes): {error}") from error
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # int8 says at each layer how it casts
-    layers = dict(_linear_layers(model, in_full or []))
+    layers = dict(_linear_layers(model, peft["modules_to_save"] or []))
     # On a CPU bitsandbytes 0.50 takes a 4-bit weight's blocks to end with its rows: others come out wrong.
     uneven = [name for name, layer in layers.items() if way != "int8" and layer.in_features % _BLOCK]
     layers = {name: layer for name, layer in layers.items() if name not in uneven}
     if not layers:
         raise UserError(f"--quantize {way}: no linear layer's number of inputs is a multiple of {_BLOCK}")
     before = bytes_of(layers.values())
+    wanted = peft["init_lora_weights"] == LOFTQ
+    originals = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items() if wanted}
     for name, layer in layers.items():
         model.set_submodule(name, _quantized(layer, way, bitsandbytes.nn))
         layers[name] = model.get_submodule(name)
@@ -39,6 +48,7 @@ def quantize(model: nn.Module, way: str, in_full: list[str] | None) -> None:
     )
     if uneven:
         print(f"not quantized, since their inputs are no multiple of {_BLOCK}: {', '.join(uneven)}")
+    return originals
 
 
 def _linear_layers(model: nn.Module, in_full: list[str]) -> Iterator[tuple[str, Any]]:
@@ -92,7 +102,9 @@ def _packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def check(way: str | None, fused_mlp: bool) -> None:
-    """A UserError for what does not go with quantised weights."""
+def check(way: str | None, fused_mlp: bool, peft: Settings) -> None:
+    """A UserError for what does not go with quantised weights, or without them."""
+    if peft["init_lora_weights"] == LOFTQ and not way:
+        raise UserError("--init-lora-weights loftq makes up for what --quantize loses: give that, too")
     if way and fused_mlp:
         raise UserError("--fused-mlp computes with dense weights: leave out either it or --quantize")

@@ -77,7 +77,7 @@ SETTINGS = {
     "use_dora": Setting("DoRA: train a magnitude for each output, too"),
     "freeze_A": Setting("LoRA-FA: train lora_B alone; less is kept for backward"),
     "init_lora_weights": Setting(
-        "how the adapter starts: true, gaussian, orthogonal, pissa, olora, eva, lora_ga, corda", parse=way
+        "how the adapter starts: true, gaussian, orthogonal, pissa, olora, eva, lora_ga, corda, loftq", parse=way
     ),
     "rank_pattern": Setting("r for some layers, by name"),
     "alpha_pattern": Setting("lora_alpha for some layers, by name"),

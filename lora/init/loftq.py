@@ -22,6 +22,7 @@ from lora.settings import raise_all
 from lora.tensors import without_autocast
 
 _WHAT = "loftq: nothing was changed"
+_NOTHING_LOST = "no LoRA layer has a base that is quantised; there is no loss to make up for."
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
@@ -62,7 +63,7 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
     precision can load it.
 
     Args:
-        model: a model with LoRA layers on quantised bases (`lora.register_weight`).
+        model: a model with LoRA layers on quantised bases (`lora.register_weight`). Others in it stay as they are.
         weights: the unquantised weights, by their names in the model, such as "layers.0.q_proj.weight": a mapping, or a
             function of a name, which is asked twice for each and may read from a file.
         steps: number of turns; 1 leaves the base as it is. Default: 1.
@@ -73,8 +74,8 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
         A report that prints as a table: module, rank, and ‖W − W'‖ / ‖W‖ before and now.
 
     Raises:
-        ValueError: there is no LoRA layer, one has a base that is not quantised, a scaling that is not above 0, a rank
-            above that of its weight, or a weight that is missing, of another shape, not finite, or what the base holds
+        ValueError: there is no LoRA layer with a quantised base, one has a scaling that is not above 0, a rank above
+            that of its weight, or a weight that is missing, of another shape, not finite, or what the base holds
             anyway; `steps` is not an integer of at least 1. One error lists all, and the model is as it was.
 
     From "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659, algorithm 1.
@@ -98,9 +99,9 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
     tensor([[1.1000, 0.0000],
             [0.0000, 0.5000]])
     """
-    layers = [layer for layer in lora_layers(model, "loftq") if layer.r > 0]
+    layers = [layer for layer in lora_layers(model, "loftq") if layer.r > 0 and is_packed(layer)]
     names = names_of(model)
-    raise_all(_WHAT, _argument_problems(weights, steps, niter))
+    raise_all(_WHAT, [*_argument_problems(weights, steps, niter), *([] if layers else [_NOTHING_LOST])])
     problems: list[str] = []
     for layer in layers:
         problems += [f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)]
@@ -129,9 +130,6 @@ def _argument_problems(weights: object, steps: object, niter: object) -> list[st
 
 def _problems(layer: LoRALayer, names: Names, weights: Weights) -> Iterator[str]:
     """What keeps a layer from starting."""
-    if not is_packed(layer):
-        yield f"the base of this {type(layer).__name__} is not quantised; there is no loss to make up for."
-        return
     yield from scaling_problems(layer)
     form = list(form_problems(layer))
     yield from form
