@@ -52,6 +52,17 @@ def dense_norms(layer: LoRALayer) -> Tensor:
     return norm
 
 
+def _current_norms(layer: LoRALayer) -> Tensor:
+    """The norms; remembered where no gradient is wanted, as when text is generated, token by token."""
+    sources = layer.weight, layer.lora_A, layer.lora_B
+    if torch.is_grad_enabled() or not is_plain(*sources):
+        return layer.norms()
+    if layer._norms is None or not layer._norms.is_current(sources, layer.scaling):
+        with torch.inference_mode(False):
+            layer._norms = Derived(sources, layer.scaling, layer.norms())
+    return layer._norms.tensor
+
+
 def _base_squares(layer: LoRALayer, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """‖W₀‖² for each output, remembered while the weight stays what it is."""
     if weight is not layer.weight or not is_plain(weight):  # it was computed just now, or is being traced
@@ -79,7 +90,7 @@ def gain(layer: LoRALayer) -> Tensor:
 
 def _excess(layer: LoRALayer) -> Tensor:
     """g − 1, exactly 0 at the start, for each output that has a magnitude."""
-    norm = layer.norms().to(layer.lora_magnitude.device).detach()  # `no_grad` means nothing to forward-mode tangents
+    norm = _current_norms(layer).to(layer.lora_magnitude.device).detach()  # `no_grad` is not for forward-mode tangents
     # Outputs whose weights are all zero have no direction: g = 1, with which they can learn one.
     some = norm != 0
     return torch.where(some, layer.lora_magnitude - norm, 0) / torch.where(some, norm, 1)

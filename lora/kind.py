@@ -38,6 +38,7 @@ class LayerKind:
     injected: bool = False
     _merged: Derived | None = None
     _squares: Derived | None = None
+    _norms: Derived | None = None
     _subclassed: bool = False
 
     weight: Tensor

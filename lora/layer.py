@@ -112,7 +112,7 @@ class LoRALayer(LayerKind, nn.Module):
 
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
-        derived = ("_merged", "_squares", "_subclassed")
+        derived = ("_merged", "_squares", "_norms", "_subclassed")
         made = ("scaling", "lora_disabled", "lora_start", "awaits", "injected", "init_lora_weights", *derived)
         for name in (*_PARAMETERS, *made, *self.settings):
             self.__dict__.pop(name, None)
@@ -265,7 +265,8 @@ class LoRALayer(LayerKind, nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # A pretrained model has no magnitudes: they are what its weights' are, not those of the weights before.
-        if f"{prefix}weight" in state_dict and f"{prefix}lora_magnitude" not in state_dict:
+        missing = self.use_dora and f"{prefix}lora_magnitude" not in state_dict
+        if missing and f"{prefix}weight" in state_dict and not self.lora_A.is_meta:
             self.reset_magnitude()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -273,7 +274,7 @@ class LoRALayer(LayerKind, nn.Module):
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.
         if name == "weight" or name in _PARAMETERS:
-            self._merged = self._squares = None
+            self._merged = self._squares = self._norms = None
             self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
 
     def train(self, mode: bool = True) -> LoRALayer:
@@ -284,7 +285,7 @@ class LoRALayer(LayerKind, nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
-        self._merged = self._squares = None  # before `.to()` and the like: no second copy on the old device
+        self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

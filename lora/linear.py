@@ -129,10 +129,15 @@ class LinearLoRA(LoRALayer):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.dense:
             return super().lora_forward(input, *args, **kwargs)
-        return lora_linear(input, *self.adapted())
+        return lora_linear(input, *self._adapted())
 
     def adapted(self) -> Adapted:
-        """The layer as the arguments of `lora.functional.lora_linear`."""
+        """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
+        if self.use_dora:
+            raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
+        return self._adapted()
+
+    def _adapted(self) -> Adapted:
         dropout = self.lora_dropout if self.training else 0.0
         weight = self.stored(self.weight)
         return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())

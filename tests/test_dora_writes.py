@@ -106,7 +106,9 @@ def test_the_base_weights_squares_are_summed_once():
     assert sums() == 0
     in_place(layer, "weight")
     assert [sums(), sums()] == [1, 0]
-    layer.to(torch.float64).float()
+    layer.to(torch.float64)
+    assert layer._squares is None  # nor kept beside the new weight
+    layer.float()
     assert [sums(), sums()] == [1, 0]
 
 

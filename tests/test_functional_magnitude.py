@@ -234,6 +234,7 @@ def test_a_step_makes_two_tensors_of_the_outputs_size():
     large = [size for size in counted.made if size >= y.numel() * 4]
     assert len(large) <= 3  # z, dy, and what the sum of a gradient's products is taken from
     assert counted.largest == y.numel()
+    assert len(counted.names) <= 16  # one part, as it fits into a cache
 
 
 def test_no_part_of_a_large_sum_is_larger_than_a_cache():

@@ -68,7 +68,8 @@ def orthogonal(layer: LoRALayer) -> None:
 
 
 def _randn(layer: LoRALayer, rows: int, columns: int) -> Tensor:
-    return torch.randn(rows, columns, device=layer.lora_A.device, dtype=torch.float32)
+    dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    return torch.randn(rows, columns, device=layer.lora_A.device, dtype=dtype)
 
 
 # PEFT's names.
