@@ -14,8 +14,9 @@ from lora.init.initialize import initialize
 from lora.init.loftq import loftq
 from lora.inject import disabled, eject, inject
 from lora.layer import LoRALayer
-from lora.linear import Linear, MergedLinear
+from lora.linear import Linear
 from lora.merge import merge, merged_state_dict
+from lora.merged_linear import MergedLinear
 from lora.quantized import register_weight
 from lora.registry import register
 from lora.resize import Resized, resize

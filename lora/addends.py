@@ -16,7 +16,7 @@ from lora.bare import bare_layer
 from lora.blocks import block_rank, pairs_of
 from lora.formats.single import Form, as_single
 from lora.layer import LoRALayer
-from lora.linear import MergedLinearLoRA
+from lora.merged_linear import MergedLinearLoRA
 from lora.sums import Part
 
 # What makes two adapters' tensors of one module alike.

@@ -13,7 +13,8 @@ from lora.conv import ConvLoRA
 from lora.embedding import EmbeddingLoRA
 from lora.init.start import pretrained_weight
 from lora.layer import LoRALayer
-from lora.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
+from lora.linear import Conv1DLoRA, LinearLoRA
+from lora.merged_linear import MergedConv1DLoRA, MergedLinearLoRA
 from lora.registry import kind_for
 from lora.settings import is_number
 from lora.tensors import is_plain

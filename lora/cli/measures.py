@@ -12,7 +12,7 @@ from lora.adapter import Adapter
 from lora.bare import bare_layer
 from lora.blocks import Pair, pairs_of, spectrum
 from lora.formats.single import as_single
-from lora.linear import MergedLinearLoRA
+from lora.merged_linear import MergedLinearLoRA
 
 
 @dataclass(frozen=True)

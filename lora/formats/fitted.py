@@ -16,8 +16,8 @@ from lora.conv import ConvLoRA
 from lora.formats.single import Form, as_in
 from lora.init.learnt import without_start
 from lora.layer import LoRALayer, join
-from lora.linear import MergedLinearLoRA
 from lora.matching import without_wrappers
+from lora.merged_linear import MergedLinearLoRA
 from lora.registry import kind_for
 
 # What wrappers put in front of every name.

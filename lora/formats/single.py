@@ -14,7 +14,7 @@ from lora.adapter import Adapter, AdapterError
 from lora.bare import bare_layer
 from lora.conv import ConvLoRA
 from lora.layer import LoRALayer, join
-from lora.linear import MergedLinearLoRA
+from lora.merged_linear import MergedLinearLoRA
 from lora.settings import is_number, raise_all
 
 Form = tuple[dict[str, Any], Tensor, Tensor]
