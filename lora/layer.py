@@ -23,7 +23,7 @@ from lora.init import Init
 from lora.kind import LayerKind, Shape
 from lora.registry import enter, new
 from lora.settings import settings_problems
-from lora.tensors import is_plain, without_autocast
+from lora.tensors import is_plain, same_values, without_autocast
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -101,7 +101,7 @@ class LoRALayer(LayerKind, nn.Module):
         """ValueError if a layer of this class cannot have magnitudes."""
         if not cls.magnitudes(base, shape_B):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.dense and not quantized.is_packed(base):
+        if not cls.dense and quantized.packing_of(base) is None:
             raise ValueError(
                 f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
                 "forward of its own; `lora.register_weight` teaches how to read it."
@@ -255,14 +255,19 @@ class LoRALayer(LayerKind, nn.Module):
 
     @torch.no_grad()
     def magnitude_gain(self, dtype: torch.dtype) -> Tensor:
-        """g, in the shape that multiplies the weight; 1 without DoRA."""
-        g = dora.gain(self) if self.use_dora else torch.ones((), device=self.lora_A.device)
-        shape = [1] * self.weight.dim()
-        if self.use_dora:
-            shape[self.output_dims()[0]] = -1
-        return g.to(dtype).view(shape)
+        """DoRA's g, in the shape that multiplies the weight."""
+        shape = [1] * len(self.weight_shape())
+        shape[self.output_dims()[0]] = -1
+        return dora.gain(self).to(dtype).view(shape)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        *_, error_msgs = args
+        weight = state_dict.get(f"{prefix}weight")
+        if self.lora_start is not None and weight is not None and not same_values(weight, self.weight):
+            error_msgs.append(
+                f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
+                "pretrained weights first, and then `lora.initialize`."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         # A pretrained model has no magnitudes: they are what its weights' are, not those of the weights before.
         missing = self.use_dora and f"{prefix}lora_magnitude" not in state_dict

@@ -114,6 +114,14 @@ def twin_gradients(
     return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=True)]
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one to the rounding of half precision, in whatever dtype each is."""
+    if a.shape != b.shape or not (is_plain(a) and is_plain(b)):
+        return True  # nothing can be said
+    a, b = a.detach().double(), b.detach().to(a.device).double()
+    return bool((a - b).norm() <= 2**-8 * b.norm())
+
+
 def sample_slice(matrix: Tensor, values: int = 2**17) -> slice:
     """Every so many rows or columns of a matrix: enough for this many values, all of a small one."""
     return slice(None, None, max(1, matrix.numel() // values))

@@ -65,7 +65,9 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Returns:
         The adapters' tensors by their names in the model, the biases asked for, and the parameters and buffers of
         modules that train in full. Load it with ``model.load_state_dict(state, strict=False)``, or use
-        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything.
+        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. (Adapters that started
+        as a part of the base weight, PiSSA's say, belong to what is left of it: a plain base can load only what
+        `lora.save_adapter` writes.)
 
     Raises:
         ValueError: `bias` is none of the three.

@@ -276,3 +276,13 @@ def test_in_other_dtypes_the_start_is_exact_to_their_rounding(dtype):
     x = torch.randn(6, 32, dtype=dtype)
     error = (model(x) - base(x)).double().norm() / base(x).double().norm()
     assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_pretrained_weights_are_not_loaded_under_an_adapter_that_was_taken_out_of_them():
+    base, model = pair("pissa")
+    with pytest.raises(RuntimeError, match=r"qkv.weight is not what the adapter's start was taken out of"):
+        model.load_state_dict(base.state_dict(), strict=False)
+    _, model = pair("pissa")
+    _, again = pair("pissa")
+    again.load_state_dict(moved(model).state_dict())
+    close(again(IDS), model(IDS))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora.blocks import Pair, tensors_of
 from lora.formats.single import Form, with_rank
 from lora.layer import LoRALayer
+from lora.tensors import same_values
 
 
 @torch.no_grad()
@@ -44,7 +45,9 @@ def without_start(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: T
     Bs, As = torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows))
     started = [(-B[:, q:], A[q:]) for B, A in zip(Bs, As, strict=True)]
     ours = _pairs(layer, A0, B0 * (scaling / settings["scaling"]))
-    if not all(_same(x, y) for pair, own in zip(started, ours, strict=True) for x, y in zip(pair, own, strict=True)):
+    if not all(
+        same_values(x, y) for pair, own in zip(started, ours, strict=True) for x, y in zip(pair, own, strict=True)
+    ):
         raise ValueError(
             "its adapter in the file started from another part of the base weight than the one in the model: load it "
             "into the plain base model, or initialise as it was."
@@ -57,9 +60,3 @@ def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
     rows = layer.block_rows()
     A, B = A.detach().cpu(), B.detach().cpu()
     return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Whether two are one to the rounding of a product, and of the dtype that they were saved in."""
-    x, y = x.double().cpu(), y.double().cpu()
-    return bool((x - y).norm() <= 1e-2 * y.norm())
