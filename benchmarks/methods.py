@@ -1,4 +1,4 @@
-"""Which method learns most in the same number of steps, and what does it cost?
+"""Which method learns most in the same number of steps, and in how much memory? (methods_time.py: in how much time.)
 
 SmolLM2-135M-Instruct in Phi-3's class learns to chat, as in examples/phi3_chat.py: the same rows in the same order for
 every method, AdamW with a cosine schedule, no dropout, float32. Measured is the loss per token of conversations that
@@ -84,16 +84,28 @@ class Plan:
 
 def plans(chosen: argparse.Namespace) -> list[Plan]:
     """Every method once with the first seed, then with the next."""
-    made = []
-    for seed, name, factor in product(chosen.seeds, chosen.methods, chosen.lrs):
-        method = METHODS[name]
-        changed = {"training": dict(method.training), "peft": dict(method.peft), "run": dict(method.run)}
-        made.append(Plan(name, seed, method.lr * factor, chosen.steps, chosen.rows, changed))
-    return made
+    order = product(chosen.seeds, chosen.methods, chosen.lrs)
+    return [plan_of(name, seed, factor, chosen.steps, chosen.rows) for seed, name, factor in order]
+
+
+def plan_of(name: str, seed: int, factor: float, steps: int, rows: int) -> Plan:
+    """The plan of one method, whose learning rate is multiplied by `factor`."""
+    method = METHODS[name]
+    changed = {"training": dict(method.training), "peft": dict(method.peft), "run": dict(method.run)}
+    return Plan(name, seed, method.lr * factor, steps, rows, changed)
 
 
 def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
     """Train by one method; a toy on a few lines if there is a folder with them."""
+    start = time.perf_counter()
+    model, optimizer, data, training = set_up(plan, toy)
+    setup = time.perf_counter() - start
+    reset_peak()
+    return {"setup seconds": setup, **train(model, optimizer, data, training), **sizes(model), "peak MiB": peak_mib()}
+
+
+def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer, chats.Chats, dict[str, Any]]:
+    """Model, optimizer, data and settings of a plan, before the first step."""
     training = phi3_chat.training_config | {"max_steps": plan.steps, "seed": 0, "learning_rate": plan.lr}
     training |= {"per_device_train_batch_size": plan.rows} | plan.settings["training"]
     peft = phi3_chat.peft_config | {"lora_dropout": 0.0} | plan.settings["peft"]
@@ -109,7 +121,6 @@ def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
     data = data._replace(order=data.order._replace(seed=plan.seed))
     random.seed(plan.seed)
     torch.manual_seed(plan.seed)
-    start = time.perf_counter()
     originals = quantizing.quantize(model, general["quantize"], peft)
     if METHODS[plan.method].adapts:
         phi3_chat.inject(model, peft)
@@ -117,27 +128,24 @@ def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
         optimizer = loop.make_optimizer(model, training)
     else:
         optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)
-    setup = time.perf_counter() - start
-    reset_peak()
-    return {"setup seconds": setup, **train(model, optimizer, data, training), **sizes(model), "peak MiB": peak_mib()}
+    return model, optimizer, data, training
 
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: chats.Chats, training: dict[str, Any]
 ) -> dict[str, Any]:
-    """Losses held out, by the step after which they were measured, and the seconds that each step took."""
+    """Losses held out, by the step after which they were measured."""
     total = training["max_steps"]
     between = max(1, total // EVALUATIONS)
-    held_out, seconds = {0: loop.held_out_loss(model, data.held_out)}, []
+    held_out = {0: loop.held_out_loss(model, data.held_out)}
     model.train()
     for step in range(total):
-        batches, start = [batch.to(model.device) for batch in data.order.step(step)], time.perf_counter()
+        batches = [batch.to(model.device) for batch in data.order.step(step)]
         lr = loop.learning_rate_at(step, total, training)
         loop.train_step(model, optimizer, batches, lr, training["max_grad_norm"])
-        seconds.append(time.perf_counter() - start)
         if (step + 1) % between == 0 or step + 1 == total:
             held_out[step + 1] = loop.held_out_loss(model, data.held_out)
-    return {"held out": held_out, "seconds": seconds}
+    return {"held out": held_out}
 
 
 def sizes(model: nn.Module) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from lora.report import table
 
 Run = Mapping[str, Any]  # {"plan": …, "result": …}, as in methods.json
 
-REFERENCE = "LoRA"  # what times are compared with
+REFERENCE = "LoRA"  # whose loss before training is the base model's
 NOTES = """
 {steps} steps of {rows} rows. Before training the loss is {start:.4f}. Losses are means over the seeds, in brackets the
-lowest and the highest. Of several learning rates the one with the lowest loss is shown. Time is the median over the
-steps of the ratio to the same step of {reference}, in runs at other times: a tenth may be chance. Peak memory is the
-process' while it trains. Preparing is to put the adapter into the model, and to compute how it starts.
+lowest and the highest. Of several learning rates the one with the lowest loss is shown. Peak memory is that of the
+process while it trains. methods_time.md has the time of a step.
 """.strip()
 
 
@@ -27,7 +26,7 @@ def write(out: Path | None, question: str, about: Mapping[str, str], runs: Seque
     """Print the table, and put methods.md and methods.png into the folder `out`."""
     best = chosen(runs, order)
     tried = {method: {run["plan"]["lr"] for run in runs if run["plan"]["method"] == method} for method in best}
-    rows = [row(method, sorted(tried[method]), kept, best.get(REFERENCE, [])) for method, kept in best.items()]
+    rows = [row(method, sorted(tried[method]), kept) for method, kept in best.items()]
     header = list(rows[0])
     cells = [[str(value) for value in line.values()] for line in rows]
     print(table(header, cells))
@@ -36,7 +35,7 @@ def write(out: Path | None, question: str, about: Mapping[str, str], runs: Seque
     lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
     start = statistics.mean(final(run, first=True) for run in best.get(REFERENCE, next(iter(best.values()))))
     plan = runs[0]["plan"]
-    notes = NOTES.format(steps=plan["steps"], rows=plan["rows"], start=start, reference=REFERENCE)
+    notes = NOTES.format(steps=plan["steps"], rows=plan["rows"], start=start)
     parts = ["# methods", question.strip(), "![](methods.png)", "\n".join(lines), notes]
     parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
     (out / "methods.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -61,22 +60,18 @@ def final(run: Run, first: bool = False) -> float:
     return list(run["result"]["held out"].values())[0 if first else -1]
 
 
-def row(method: str, tried: Sequence[float], runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, object]:
+def row(method: str, tried: Sequence[float], runs: Sequence[Run]) -> dict[str, object]:
     """One line of the table."""
     losses, results = [final(run) for run in runs], [run["result"] for run in runs]
     lr = f"{runs[0]['plan']['lr']:.1e}"
-    ratio = time_ratio(runs, reference)
     return {
         "method": method,
         "learning rate": lr if len(tried) == 1 else f"{lr} (of {', '.join(f'{other:.1e}' for other in tried)})",
         "held-out loss": spread(losses),
         "seeds": ", ".join(str(run["plan"]["seed"]) for run in runs),
-        "s / step": f"{statistics.median(s for result in results for s in result['seconds']):.3g}",
-        f"time to {REFERENCE}": f"{ratio:.2f}" if ratio else "–",
         "peak MiB": f"{max(result['peak MiB'] for result in results):.0f}",
         "trained parameters": f"{results[0]['trained parameters']:,}",
         "saved MB": f"{results[0]['saved MB']:.2f}",
-        "preparing, s": f"{statistics.median(result['setup seconds'] for result in results):.2f}",
     }
 
 
@@ -85,21 +80,11 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f}–{max(values):.4f})"
 
 
-def time_ratio(runs: Sequence[Run], reference: Sequence[Run]) -> float | None:
-    """Median over steps of the time as a ratio to the same step, on the same rows, of the reference."""
-    times = {run["plan"]["seed"]: run["result"]["seconds"] for run in reference}
-    pairs = [
-        zip(r["result"]["seconds"], times[r["plan"]["seed"]], strict=True) for r in runs if r["plan"]["seed"] in times
-    ]
-    ratios = [ours / theirs for pair in pairs for ours, theirs in pair]
-    return statistics.median(ratios) if ratios else None
-
-
 def draw(path: Path, best: Mapping[str, list[Run]]) -> None:
-    """Held-out losses over the steps, and beside them bars of time and of memory."""
+    """Held-out losses over the steps, and beside them bars of memory."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, times, memory = figure.subplots(1, 3, width_ratios=[3, 1, 1])
+    losses, memory = figure.subplots(1, 2, width_ratios=[3, 1])
     colours = {method: f"C{number}" for number, method in enumerate(best)}
     for method, runs in best.items():
         curves = [list(run["result"]["held out"].values()) for run in runs]
@@ -115,13 +100,8 @@ def draw(path: Path, best: Mapping[str, list[Run]]) -> None:
     losses.set(xlabel="step", ylabel="held-out loss per token (nats)")
     losses.legend(frameon=False, fontsize=8)
     losses.grid(alpha=0.3)
-    reference = best.get(REFERENCE, [])
-    _bars(
-        times, {m: time_ratio(runs, reference) or 0.0 for m, runs in best.items()}, colours, "time of a step, LoRA = 1"
-    )
     peaks = {method: max(run["result"]["peak MiB"] for run in runs) / 1024 for method, runs in best.items()}
     _bars(memory, peaks, colours, "peak memory, GiB")
-    memory.set_yticks([])
     figure.savefig(path, dpi=120)
 
 

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["linear", "dora", "merged", "swiglu", "conv", "embedding", "merge", "decode", "training_step"]
+SCRIPTS = [
+    "linear",
+    "dora",
+    "merged",
+    "swiglu",
+    "conv",
+    "embedding",
+    "merge",
+    "decode",
+    "methods_time",
+    "training_step",
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 
@@ -36,7 +47,7 @@ def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
     for result in written["results"].values():
         first, *others = result["rows"]
         assert first["ratio"] == 1
-        assert any(row["variant"].startswith("lora") for row in others)
+        assert any(row["variant"].lower().startswith("lora") for row in others)
     assert (tmp_path / f"{script}.md").read_text().startswith(f"# {script}\n")
     assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -73,17 +84,14 @@ def test_methods_are_trained_and_what_has_run_is_not_run_again(tmp_path, capsys)
 def test_a_method_is_shown_with_the_learning_rate_that_did_best():
     methods_table = importlib.import_module("methods_table")
 
-    def run(lr, seed, loss, seconds=(1.0, 2.0), method="LoRA"):
+    def run(lr, seed, loss, method="LoRA"):
         held_out = {"0": 9.0, "2": loss}
         plan = {"method": method, "lr": lr, "seed": seed}
-        return {"plan": plan, "result": {"held out": held_out, "seconds": list(seconds)}}
+        return {"plan": plan, "result": {"held out": held_out}}
 
     tried = [run(0.1, 0, 3.0), run(0.1, 1, 5.0), run(0.2, 0, 2.0), run(0.2, 1, 4.0), run(0.3, 0, 1.0)]
     best = methods_table.chosen(tried, ["DoRA", "LoRA"])
     assert best == {"LoRA": tried[2:4]}  # 0.3 has fewer seeds
-    slow = [run(0.1, 1, 1.0, (3.0, 4.0), "DoRA"), run(0.1, 7, 1.0, (90.0, 90.0), "DoRA")]
-    assert methods_table.time_ratio(slow, best["LoRA"]) == 2.5  # of the seed that both have
-    assert methods_table.time_ratio(slow[1:], best["LoRA"]) is None
     assert methods_table.spread([1.0, 2.0]) == "1.5000 (1.0000–2.0000)"
 
 
