@@ -161,7 +161,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
         layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling = float(settings["scaling"])
+        layer.scaling, layer.awaits = float(settings["scaling"]), None
         targets += [(parameter, adapter.tensors[join(name, own)]) for own, parameter in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")

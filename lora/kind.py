@@ -34,6 +34,7 @@ class LayerKind:
     scaling: float = 1.0
     lora_disabled: int = 0
     lora_start: tuple[Tensor, Tensor, float] | None = None
+    base_written: bool = True
     awaits: str | None = None
     injected: bool = False
     _merged: Derived | None = None

@@ -113,7 +113,16 @@ class LoRALayer(LayerKind, nn.Module):
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
         derived = ("_merged", "_squares", "_norms", "_subclassed")
-        made = ("scaling", "lora_disabled", "lora_start", "awaits", "injected", "init_lora_weights", *derived)
+        made = (
+            "scaling",
+            "lora_disabled",
+            "lora_start",
+            "base_written",
+            "awaits",
+            "injected",
+            "init_lora_weights",
+            *derived,
+        )
         for name in (*_PARAMETERS, *made, *self.settings):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
@@ -268,11 +277,19 @@ class LoRALayer(LayerKind, nn.Module):
                 f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
                 "pretrained weights first, and then `lora.initialize`."
             )
+            for name in ("weight", *_PARAMETERS):  # the layer stays as it is
+                state_dict.pop(f"{prefix}{name}", None)
+        # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
+        missing = weight is not None and self.use_dora and f"{prefix}lora_magnitude" not in state_dict
+        untrained = missing and not self.lora_A.is_meta and not self.weight.is_meta and self._has_untrained_magnitude()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # A pretrained model has no magnitudes: they are what its weights' are, not those of the weights before.
-        missing = self.use_dora and f"{prefix}lora_magnitude" not in state_dict
-        if missing and f"{prefix}weight" in state_dict and not self.lora_A.is_meta:
+        if untrained:
             self.reset_magnitude()
+        if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
+            self.awaits = None
+
+    def _has_untrained_magnitude(self) -> bool:
+        return torch.allclose(self.lora_magnitude, self.norms().to(self.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -194,7 +194,8 @@ class Linear(LinearLoRA, nn.Linear):
             on a CPU; after others call `train()` and `eval()` again.) Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
-            (arXiv:2402.09353). Dropout is for the low-rank update alone. Default: False.
+            (arXiv:2402.09353). Dropout is for the low-rank update alone. A weight
+            that is set otherwise than by `load_state_dict` needs `layer.reset_magnitude()`. Default: False.
         init_lora_weights: how A and B start: True, "gaussian", "orthogonal", False (both random), or a function of the
             layer. Ways that need the pretrained weight or data: `lora.initialize`, `lora.calibrate`. Default: True.
         device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.

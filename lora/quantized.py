@@ -59,7 +59,7 @@ def register_weight(
     (torch.int8, torch.float32)
     """
     is_kind = isinstance(kind, type) and issubclass(kind, (nn.Module, Tensor))
-    if not is_kind and not isinstance(kind, str):
+    if not is_kind and not (isinstance(kind, str) and "." in kind):
         raise TypeError(f"`kind` must be a class of nn.Module or torch.Tensor, or the full name of one, got {kind!r}.")
     packing = Packing(read_weight, write_weight, why_not_train or Packing._field_defaults["why_not_train"])
     for name, function in packing._asdict().items():

@@ -115,11 +115,12 @@ def twin_gradients(
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one to the rounding of half precision, in whatever dtype each is."""
+    """Whether two tensors are one to the rounding of the less precise of their dtypes."""
     if a.shape != b.shape or not (is_plain(a) and is_plain(b)):
         return True  # nothing can be said
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
     a, b = a.detach().double(), b.detach().to(a.device).double()
-    return bool((a - b).norm() <= 2**-8 * b.norm())
+    return bool((a - b).norm() <= 16 * eps * b.norm())
 
 
 def sample_slice(matrix: Tensor, values: int = 2**17) -> slice:

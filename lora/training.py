@@ -18,8 +18,8 @@ BIAS_CHOICES = ("none", "all", "lora_only")
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_A: bool = False) -> None:
     """Let the adapters train, and biases where asked, and freeze everything else.
 
-    Goes by module: a parameter trains if it is a LoRA layer's `lora_A` or `lora_B`, whatever the modules around it
-    are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train as well.
+    Goes by module: a parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`, whatever the
+    modules around it are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train as well.
 
     Args:
         model: any module with LoRA layers in it.

@@ -96,7 +96,38 @@ def test_an_unquantised_base_loads_what_training_has_added(tmp_path):
     np.testing.assert_allclose(update(other[2]), 12 / 8 * np.full((128, 8), 0.05) @ A, rtol=0, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("how", ["eva", "lora_ga", "corda"])
+X_128 = torch.randn(9, 128)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "lora_ga", "corda"])
+def test_what_would_quantise_the_base_anew_is_refused(how):
+    model = quantised(plain_model())
+    before = model(X_128).detach()
+
+    def begin():
+        lora.inject(model, **SETTINGS, init_lora_weights=how)
+        lora.calibrate(model, [X_128], step=lambda model, batch: model(batch).square().mean())
+
+    with pytest.raises(ValueError, match=r"0: its base weight is packed, .* use `lora.loftq`"):
+        begin()
+    assert torch.equal(model(X_128) if how in ("pissa", "olora") else model.eval()(X_128), before)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_eject_after_loftq_leaves_what_was_quantised(steps):
+    plain = plain_model()
+    model = quantised(plain)
+    before = model[0].weight.clone()
+    lora.inject(model, **SETTINGS)
+    lora.loftq(model, weights_of(plain), steps=steps)
+    lora.eject(model)
+    if steps == 1:
+        assert torch.equal(model[0].weight, before)
+    off = (lora.quantized.read_weight(model[0]) - plain[0].weight).norm() / plain[0].weight.norm()
+    assert off < 0.15
+
+
+@pytest.mark.parametrize("how", ["eva"])
 def test_calibration_on_quantised_bases(how):
     model = quantised(plain_model())
     x = torch.randn(200, 128) @ torch.diag(0.97 ** torch.arange(128.0))
@@ -104,6 +135,6 @@ def test_calibration_on_quantised_bases(how):
     lora.inject(model, **SETTINGS, init_lora_weights=how)
     lora.calibrate(model, [x], step=lambda model, batch: model(batch).square().mean())
     off = (model(x) - before).norm() / before.norm()
-    assert off < (1e-6 if how == "eva" else 0.3)  # those that write the base quantise it anew
+    assert off < 1e-6
     model(x).sum().backward()
     assert all(model[i].lora_A.grad is not None for i in (0, 2))

@@ -286,3 +286,63 @@ def test_pretrained_weights_are_not_loaded_under_an_adapter_that_was_taken_out_o
     _, again = pair("pissa")
     again.load_state_dict(moved(model).state_dict())
     close(again(IDS), model(IDS))
+
+
+def test_what_does_not_fit_its_start_leaves_the_layer_as_it_is():
+    base, model = pair("pissa")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="taken out of"):
+        model.load_state_dict(base.state_dict(), strict=False)
+    for name in ("qkv.weight", "qkv.lora_A", "head.weight"):
+        assert torch.equal(model.state_dict()[name], before[name]), name
+
+
+@pytest.mark.parametrize("first", ["pissa", "gaussian"])
+def test_a_start_that_fails_midway_leaves_the_old_one(first):
+    _, model = pair(first)
+    moved(model)
+    expected, started = model(IDS), [module.lora_start for module in model.children()]
+    parameters = [id(parameter) for parameter in model.parameters()]
+    seen = []
+
+    def fails(layer):
+        layer.lora_A.fill_(1)
+        seen.append(layer)
+        if len(seen) == 3:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        lora.initialize(model, fails)
+    close(model(IDS), expected)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert all(module.lora_start is start for module, start in zip(model.children(), started, strict=True))
+
+
+def test_an_adapter_that_is_loaded_waits_for_nothing(tmp_path):
+    _, trained = pair(True)
+    lora.save_adapter(moved(trained), tmp_path / "adapter")
+    for load in (
+        lambda m: lora.load_adapter(m, tmp_path / "adapter"),
+        lambda m: m.load_state_dict(trained.state_dict()),
+    ):
+        _, model = pair("eva")
+        load(model)
+        close(model.train()(IDS), trained(IDS))
+
+
+def test_a_scaling_of_zero_is_saved_as_the_loss_of_the_start(tmp_path):
+    base, model = pair("pissa")
+    moved(model)
+    for layer in model.children():
+        layer.scaling = 0.0
+    lora.save_adapter(model, tmp_path / "adapter")
+    lora.load_adapter(base, tmp_path / "adapter")
+    close(base(IDS), model(IDS))
+
+
+def test_trained_magnitudes_survive_the_loading_of_the_base():
+    base, model = pair(True, use_dora=True)
+    moved(model)
+    expected = model(IDS)
+    model.load_state_dict(base.state_dict(), strict=False)
+    close(model(IDS), expected)

@@ -13,10 +13,10 @@ from torch import Tensor
 from lora.blocks import tensors_of
 from lora.formats.single import with_rank
 from lora.init.data import CORDA, METHODS, Options, Start
-from lora.init.initialize import unwritable
+from lora.init.initialize import unroundable, unwritable
 from lora.init.observe import Inputs, Statistic, Step, observe
 from lora.init.spectral import form_problems
-from lora.init.start import start_from
+from lora.init.start import all_or_none, start_from
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.matching import Names, lora_layers, names_of
@@ -134,9 +134,11 @@ def calibrate(
         its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
         starts.update(method.start(its, options))
     modules = []
-    for layer, method in waiting.items():
-        modules.append(CalibratedModule(names[layer][0], str(layer.awaits), _rank(starts[layer]), starts[layer].share))
-        _begin(layer, starts[layer], method.writes_base)
+    with all_or_none(layers):
+        for layer, method in waiting.items():
+            start = starts[layer]
+            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), _rank(start), start.share))
+            _begin(layer, start, method.writes_base)
     return CalibrationReport(tuple(modules), count)
 
 
@@ -168,7 +170,9 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
             yield f"{name}: {layer.awaits!r} is for linear layers, not for a {type(layer).__name__}."
             continue
         yield from (f"{name}: {problem}" for problem in (*form_problems(layer), *method.problems(layer)))
-    yield from unwritable([layer for layer in layers if METHODS[str(layer.awaits)].writes_base], names)
+    written = [layer for layer in layers if METHODS[str(layer.awaits)].writes_base]
+    yield from unwritable(written, names)
+    yield from unroundable(written, names)
 
 
 def _seen_problems(layer: LinearLoRA, seen: Statistic) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
-from lora import init
+from lora import init, quantized
 from lora.blocks import Pair
 from lora.init import Init, spectral, start
 from lora.layer import LoRALayer
@@ -33,8 +33,10 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     a function          called with each layer, to write its `lora_A` and `lora_B`
     ==================  ==========================================================================================
 
-    Where W₀ is written, W₀ + s B A is what it was, to rounding; `lora.disabled` and `lora.eject` give the pretrained
-    model; and `lora.save_adapter` writes what was learnt, at rank 2r, for a base that nobody has changed.
+    Where W₀ is written, W₀ + s B A is what it was, to the rounding of W₀'s dtype; `lora.disabled` and `lora.eject` give
+    the pretrained model, to the same; and `lora.save_adapter` writes what was learnt, at rank 2r, for a base that
+    nobody has changed. State dicts of such a model hold what is left of W₀: load them into a model that started
+    alike. Packed (quantised) weights are not written.
 
     Args:
         model: a model with LoRA layers.
@@ -55,9 +57,10 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     problem = init.init_problem(init_lora_weights)
     raise_all("initialize: nothing was changed", [problem] if problem else [])
     raise_all("initialize: nothing was changed", problems_of_start(layers, names_of(model), init_lora_weights))
-    for layer in layers:
-        start.give_back(layer)
-    begin(layers, init_lora_weights)
+    with start.all_or_none(layers):
+        for layer in layers:
+            start.give_back(layer)
+        begin(layers, init_lora_weights)
 
 
 def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
@@ -68,6 +71,7 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
         return
     if init.needs_more(how):
         yield from unwritable(layers, names)
+        yield from unroundable(layers, names)
     for layer in layers:
         yield from (f"{names[layer][0]}: {problem}" for problem in _problems(layer, how))
 
@@ -81,6 +85,16 @@ def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
             yield f"{names[layer][0]}: its weight is tied to that of {others}, which would change too."
         if layer.weight.is_meta:
             yield f"{names[layer][0]}: has no values yet, being on the meta device."
+
+
+def unroundable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
+    """Packed weights, of which taking a part and packing the rest again would lose more than the part is worth."""
+    for layer in layers:
+        if quantized.is_packed(layer):
+            yield (
+                f"{names[layer][0]}: its base weight is packed, and packing what is left of it again would change the "
+                "model; start before quantising, or use `lora.loftq`."
+            )
 
 
 def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
@@ -103,19 +117,13 @@ def _is_of_weight(how: Init) -> bool:
 
 
 def begin(layers: Sequence[LoRALayer], how: Init) -> None:
-    """Start layers; where one fails, those that have begun get their weights back."""
-    begun: list[LoRALayer] = []
-    try:
+    """Start layers, all or none."""
+    with start.all_or_none(layers):
         for layer in layers:
             layer.init_lora_weights = how
-            begun.append(layer)
             layer.start_adapter()
             if _is_of_weight(how):
                 start.start_from(layer, _pairs(layer, str(how)), writes_base=True)
-    except BaseException:
-        for layer in begun:
-            start.give_back(layer)
-        raise
 
 
 def _pairs(layer: LoRALayer, how: str) -> list[Pair]:

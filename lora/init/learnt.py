@@ -24,8 +24,11 @@ def difference(layer: LoRALayer, settings: Mapping[str, Any]) -> Form:
     """Settings, A and B of what the layer has learnt: s · (B A − (s₀ / s) B₀ A₀), at twice its rank."""
     assert layer.lora_start is not None, "asked of layers that have one"
     A, B, scaling = layer.lora_start
-    ratio = scaling / layer.scaling
-    blocks = zip(_pairs(layer, layer.lora_A, layer.lora_B), _pairs(layer, A, B * -ratio), strict=True)
+    trained: Tensor = layer.lora_B
+    if not layer.scaling:  # nothing of A and B counts, and their start does
+        settings, trained = {**settings, "scaling": 1.0}, torch.zeros_like(layer.lora_B)
+    ratio = scaling / settings["scaling"]
+    blocks = zip(_pairs(layer, layer.lora_A, trained), _pairs(layer, A, B * -ratio), strict=True)
     pairs = [(torch.cat([B, B0], 1), torch.cat([A, A0])) for (B, A), (B0, A0) in blocks]
     return with_rank(settings, 2 * layer.r), *tensors_of(layer, pairs)
 

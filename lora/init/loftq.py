@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.blocks import Pair, tensors_of
 from lora.init.initialize import unwritable
 from lora.init.spectral import blocks_of, decomposed, form_problems, is_count, rank_problems, scaling_problems, split
-from lora.init.start import remember_start, start_from
+from lora.init.start import all_or_none, remember_start, start_from
 from lora.layer import LoRALayer, join
 from lora.matching import Names, lora_layers, names_of, without_wrappers
 from lora.quantized import is_packed
@@ -60,7 +60,7 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
     With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. A step that makes things worse is
     taken back, and is the last. The pretrained function is then that of Q + s · B A, which is near W: `lora.disabled`
     computes it, and the adapter that `lora.save_adapter` writes is what training adds to it, so that a base in full
-    precision can load it.
+    precision can load it. `lora.eject` leaves the base as it was with one step, and quantised anew after more.
 
     Args:
         model: a model with LoRA layers on quantised bases (`lora.register_weight`). Others in it stay as they are.
@@ -107,13 +107,14 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
         problems += [f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)]
     raise_all(_WHAT, [*problems, *(unwritable(layers, names) if steps > 1 else ())])
     modules = []
-    for layer in layers:
-        weight = _original(layer, names, weights)
-        assert weight is not None, "_problems() has looked"
-        with without_autocast(weight.device):
-            before, after = _start(layer, weight, steps, niter)
-        size = float(weight.norm()) or 1.0
-        modules.append(LoftQModule(names[layer][0], layer.r, before / size, after / size))
+    with all_or_none(layers):
+        for layer in layers:
+            weight = _original(layer, names, weights)
+            assert weight is not None, "_problems() has looked"
+            with without_autocast(weight.device):
+                before, after = _start(layer, weight, steps, niter)
+            size = float(weight.norm()) or 1.0
+            modules.append(LoftQModule(names[layer][0], layer.r, before / size, after / size))
     return LoftQReport(tuple(modules))
 
 
@@ -163,7 +164,8 @@ def _original(layer: LoRALayer, names: Names, weights: Weights) -> Tensor | None
 
 def _start(layer: LoRALayer, weight: Tensor, steps: int, niter: int | None) -> tuple[float, float]:
     """Start A and B; ‖W − Q‖ before and ‖W − Q − s · B A‖ after."""
-    before = float((weight - layer.base_weight()).norm())
+    untouched = layer.base_weight()
+    before = float((weight - untouched).norm())
     pairs, error = _fit(layer, weight, niter)
     for _ in range(1, steps):
         base = layer.base_weight()
@@ -175,7 +177,8 @@ def _start(layer: LoRALayer, weight: Tensor, steps: int, niter: int | None) -> t
             break
         pairs, error = better, less
     start_from(layer, pairs, writes_base=False)
-    remember_start(layer)  # the pretrained weight is what was quantised, not what quantising left of it
+    # The pretrained weight is what was quantised, not what quantising left of it.
+    remember_start(layer, base_written=not torch.equal(layer.base_weight(), untouched))
     return before, error
 
 
