@@ -113,17 +113,8 @@ class LoRALayer(LayerKind, nn.Module):
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
         derived = ("_merged", "_squares", "_norms", "_subclassed")
-        made = (
-            "scaling",
-            "lora_disabled",
-            "lora_start",
-            "base_written",
-            "awaits",
-            "injected",
-            "init_lora_weights",
-            *derived,
-        )
-        for name in (*_PARAMETERS, *made, *self.settings):
+        made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
+        for name in (*_PARAMETERS, *made, *derived, *self.settings):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]

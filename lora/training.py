@@ -19,7 +19,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     """Let the adapters train, and biases where asked, and freeze everything else.
 
     Goes by module: a parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`, whatever the
-    modules around it are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train as well.
+    modules around it are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train, too.
 
     Args:
         model: any module with LoRA layers in it.
