@@ -1,5 +1,9 @@
 """What the tests of quantised bases share: the equation by numpy in float64, with the dequantised weight."""
 
+import copy
+import itertools
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -122,3 +126,25 @@ def assert_dora(layer: lora.LoRALayer, W: Tensor) -> None:
     }
     for name, (got, expected) in exact.items():
         np.testing.assert_allclose(array(got), expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=name)
+
+
+def assert_adapters_travel(layer: nn.Module, base: nn.Linear, path: Path) -> None:
+    """An adapter of either of these, the quantised and the dense layer, does the same in the other and in itself."""
+    twins = [nn.Sequential(layer), nn.Sequential(base)]
+    x = torch.randn(3, base.in_features)
+    for source, target in itertools.product(twins, twins):
+        model, other = copy.deepcopy(source), copy.deepcopy(target)
+        adapted(model[0])
+        lora.save_adapter(model, path)
+        before = other(x)
+        lora.load_adapter(other, path)
+        update = (x @ model[0].lora_A.T @ model[0].lora_B.T) * model[0].scaling
+        torch.testing.assert_close(other(x) - before, update, rtol=1e-4, atol=1e-5)
+
+
+def assert_dora_starts(layer: nn.Module) -> None:
+    """With magnitudes the layer starts from its base's function."""
+    x = torch.randn(3, layer.in_features)
+    before = layer(x).detach()
+    lora.inject(nn.Sequential(layer), target_modules=["0"], r=R, use_dora=True)
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)

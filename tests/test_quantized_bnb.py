@@ -7,7 +7,17 @@ import pickle
 import bitsandbytes as bnb
 import pytest
 import torch
-from packed import ROWS, R, adapted, assert_dora, assert_equation, assert_merges, kept
+from packed import (
+    ROWS,
+    R,
+    adapted,
+    assert_adapters_travel,
+    assert_dora,
+    assert_dora_starts,
+    assert_equation,
+    assert_merges,
+    kept,
+)
 from torch import nn
 
 import lora
@@ -168,16 +178,7 @@ def test_disabled_and_ejected_it_is_the_quantised_layer(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_go_between_quantised_and_dense_bases(name, tmp_path):
     base = dense()
-    twins = [nn.Sequential(quantised(name, base=base)), nn.Sequential(copy.deepcopy(base))]
-    x = torch.randn(3, IN)
-    for source, target in itertools.product(twins, twins):
-        model, other = copy.deepcopy(source), copy.deepcopy(target)
-        adapted(model[0])
-        lora.save_adapter(model, tmp_path / "a.safetensors")
-        before = other(x)
-        lora.load_adapter(other, tmp_path / "a.safetensors")
-        update = (x @ model[0].lora_A.T @ model[0].lora_B.T) * model[0].scaling
-        torch.testing.assert_close(other(x) - before, update, rtol=1e-4, atol=1e-5)
+    assert_adapters_travel(quantised(name, base=base), base, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -198,10 +199,7 @@ def test_dora(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dora_starts_from_the_base_layers_function(name):
-    layer, x = quantised(name), torch.randn(3, IN)
-    before = layer(x).detach()
-    lora.inject(nn.Sequential(layer), target_modules=["0"], r=R, use_dora=True)
-    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+    assert_dora_starts(quantised(name))
 
 
 def test_before_it_is_quantised_the_weight_is_dense():
