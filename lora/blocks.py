@@ -46,11 +46,6 @@ def tensors_of(like: LoRALayer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     return A.reshape(-1, *like.lora_A.shape[1:]), B.reshape(*B.shape, *like.lora_B.shape[2:])
 
 
-def matrices_of(layer: LoRALayer, weight: Tensor) -> Sequence[Tensor]:
-    """The blocks of something in the shape of the layer's weight, each as a matrix."""
-    return layer.weight_blocks(weight)
-
-
 # ---- ranks: q, the rank of a block, is r, and for convolutions in proportion to it -------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora import fingerprint
 from lora.adapter import Adapter
 from lora.algebra import named
-from lora.blocks import block_rank, cut, dense_spectrum, layer_rank, matrices_of, shares, smallest_rank, tensors_of
+from lora.blocks import block_rank, cut, dense_spectrum, layer_rank, shares, smallest_rank, tensors_of
 from lora.checkpoint import name_of
 from lora.config import LoraConfig
 from lora.inject import adapter_dtype
@@ -113,7 +113,7 @@ def _approximated(
     """Settings, A and B of the best approximation of what `weight` differs by, and the share that it keeps."""
     dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
     difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
-    spectra = [dense_spectrum(matrix) for matrix in matrices_of(layer, difference)]
+    spectra = [dense_spectrum(matrix) for matrix in layer.weight_blocks(difference)]
     share = shares(spectra)
     q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
     rank = layer_rank(layer, q)

@@ -94,7 +94,6 @@ class LoRALayer(LayerKind, nn.Module):
             exact = torch.promote_types(dtype, torch.float32)  # it moves in small steps, and is small
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
-        quantized.set_up(self, True)
 
     @classmethod
     def check_dora(cls, base: nn.Module, shape_B: Shape) -> None:
@@ -118,7 +117,6 @@ class LoRALayer(LayerKind, nn.Module):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
-        quantized.set_up(self, False)
 
     def reset_parameters(self) -> None:
         """Initialise the base layer's parameters, then the adapter's."""

@@ -91,7 +91,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     names = names_of(model)
     problems = _problems(layers, names)
     for layer in layers:
-        if packed_as_known(layer):
+        if _packed_as_known(layer):
             problems.append(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
         beyond = layer.beyond_weight()
         if beyond:
@@ -111,7 +111,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
     lost = rounding_lost(layer)
-    if packed_as_known(layer):
+    if _packed_as_known(layer):
         return _merge_packed(layer, name, lost)
     dtype = layer.weight.dtype
     # Nothing can fail between these two, which would leave the update in twice.
@@ -142,7 +142,7 @@ def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
 
-def packed_as_known(layer: LoRALayer) -> bool:
+def _packed_as_known(layer: LoRALayer) -> bool:
     """Whether the base weight is packed, and can be read."""
     return quantized.packing_of(layer) is not None
 
@@ -166,7 +166,7 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     for layer in layers:
         if layer.weight.is_meta:
             problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
-        elif not packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
+        elif not _packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
             what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
             problems.append(f"{names[layer][0]}: {what} is neither dense nor packed in a known way.")
         elif not _surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
@@ -176,7 +176,7 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
 
 def _surely_finite(layer: LoRALayer) -> bool:
     """Whether the largest that a merged weight could be is finite, from one look at each tensor."""
-    if layer.use_dora or packed_as_known(layer):
+    if layer.use_dora or _packed_as_known(layer):
         return False
     if layer.weight.numel() == 0:
         return True

@@ -304,3 +304,12 @@ def test_other_layers_cannot_be_compared(tmp_path, capsys):
     code, _, modules = compared(capsys, *paths)
     assert code == 1
     assert "different shapes" in modules["it"]["why"]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_magnitudes_are_counted_and_named(path, capsys, use_dora):
+    lora.save_adapter(nn.Sequential(make("Linear", use_dora=use_dora, bias=False)), path)
+    _, _, modules = inspected(capsys, path)
+    assert modules["0"]["parameters"] == 2 * 6 + 5 * 2 + 5 * use_dora
+    _, out, _ = run(capsys, "inspect", str(path))
+    assert ("linear, DoRA" in out) is use_dora

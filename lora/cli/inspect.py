@@ -167,7 +167,8 @@ def _rows(module: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for the module, and one for each of its splits."""
     estimate = module["relative_norm_estimate"]
     share = "?" if estimate is None else f"~{100 * estimate:.2g} %"
-    named = module["name"], str(module["kind"]), _shape(module["shape"])
+    kind = f"{module['kind']}, DoRA" if module.get("use_dora") else str(module["kind"])  # whose g the norm leaves out
+    named = module["name"], kind, _shape(module["shape"])
     chosen = _number(module, "r"), _number(module, "scaling")
     measured = _number(module, "norm"), share, _number(module, "effective_rank")
     rows: list[tuple[str, ...]] = [(*named, *chosen, *measured, f"{module['parameters']:,}", module["dtype"])]

@@ -67,20 +67,16 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
     """The adapter in the forms and dtypes of the model's layers, where that is exact; and what cannot be."""
     settings, tensors, problems = dict(adapter.modules), dict(adapter.tensors), []
     for name, module in modules.items():
-        if name in settings and isinstance(module, LoRALayer) and module.lora_start is not None:
-            try:
-                settings[name], *pair = _since_start(module, adapter.format, settings[name], *adapter.pair(name))
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
-                continue
-            tensors |= {join(name, part): tensor for part, tensor in zip(PARAMETERS, pair, strict=True)}
+        if name not in settings:
             continue
+        started = isinstance(module, LoRALayer) and module.lora_start is not None
         # Of lora's own only what is a single pair there and a merged layer here (`lora.combine` makes such).
-        single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings.get(name, {}).get("splits")
-        if name not in settings or (adapter.format == "lora" and not single):
+        single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings[name].get("splits")
+        if adapter.format == "lora" and not (started or single):
             continue
+        convert = _since_start if started else _as_in
         try:
-            settings[name], *pair = _as_in(module, adapter.format, settings[name], *adapter.pair(name))
+            settings[name], *pair = convert(module, adapter.format, settings[name], *adapter.pair(name))
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -93,7 +89,8 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
     return replace(adapter, modules=settings, tensors=tensors), problems
 
 
-def _since_start(module: LoRALayer, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def _since_start(module: nn.Module, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+    assert isinstance(module, LoRALayer), "it has a start"
     if format != "lora":
         raise ValueError(
             f"its adapter in the model started from a part of the base weight, which a file of format {format!r} "

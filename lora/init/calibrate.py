@@ -97,9 +97,10 @@ def calibrate(
 
     Raises:
         ValueError: no layer waits, one that does is not linear, or its rank is above what its weight has (LoRA-GA needs
-            2 r), its base weight belongs to another module as well, or (CorDA) its scaling is not above 0; an argument
-            is out of range; there are no batches, no loss for LoRA-GA, or a layer that none of them reached; an input
-            or a gradient is not finite, or says nothing. One error lists all, and the model is as it was.
+            2 r), its base weight is to be written and belongs to another module as well, or is packed, or (CorDA) its
+            scaling is not above 0; an argument is out of range; there are no batches, no loss for LoRA-GA, or a layer
+            that none of them reached; an input or a gradient is not finite, or says nothing. One error lists all, and
+            the model is as it was.
 
     From "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv:2410.07170, section
     3; "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000, section 3; "CorDA:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from lora.blocks import Pair, Spectrum
 from lora.init.observe import Gradients, Inputs
-from lora.init.spectral import blocks_of, decomposed, nothing_problems, rank_problems, scaling_problems, split
+from lora.init.spectral import (
+    blocks_of,
+    decomposed,
+    nothing_problems,
+    rank_problems,
+    scaling_problems,
+    split,
+    value_problems,
+)
 from lora.linear import LinearLoRA
 from lora.tensors import without_autocast
 
@@ -115,29 +123,19 @@ def _eva_problems(layer: LinearLoRA) -> Iterator[str]:
 
 def _lora_ga_problems(layer: LinearLoRA) -> Iterator[str]:
     yield from rank_problems(layer, _shapes(layer), 2)
-    yield from _unreadable(layer)
+    yield from value_problems(layer)
 
 
 def _corda_problems(layer: LinearLoRA) -> Iterator[str]:
     yield from rank_problems(layer, _shapes(layer))
     yield from scaling_problems(layer)
-    unreadable = list(_unreadable(layer))
+    unreadable = list(value_problems(layer))
     yield from unreadable or nothing_problems(blocks_of(layer, layer.base_weight()))
 
 
 def _shapes(layer: LinearLoRA) -> list[tuple[int, int]]:
     """Rows and columns of the layer's blocks."""
     return [(rows, layer.lora_A.shape[1]) for rows in layer.block_rows()]
-
-
-def _unreadable(layer: LinearLoRA) -> Iterator[str]:
-    try:
-        finite = bool(layer.base_weight().isfinite().all())
-    except ValueError as error:
-        yield str(error)
-    else:
-        if not finite:
-            yield "its weight holds NaN or infinity."
 
 
 def _eva_sees_nothing(layer: LinearLoRA, seen: Inputs) -> Iterator[str]:

@@ -57,10 +57,7 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     problem = init.init_problem(init_lora_weights)
     raise_all("initialize: nothing was changed", [problem] if problem else [])
     raise_all("initialize: nothing was changed", problems_of_start(layers, names_of(model), init_lora_weights))
-    with start.all_or_none(layers):
-        for layer in layers:
-            start.give_back(layer)
-        begin(layers, init_lora_weights)
+    begin(layers, init_lora_weights)
 
 
 def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
@@ -117,9 +114,10 @@ def _is_of_weight(how: Init) -> bool:
 
 
 def begin(layers: Sequence[LoRALayer], how: Init) -> None:
-    """Start layers, all or none."""
+    """Start layers from their pretrained weights, all or none."""
     with start.all_or_none(layers):
         for layer in layers:
+            start.give_back(layer)
             layer.init_lora_weights = how
             layer.start_adapter()
             if _is_of_weight(how):

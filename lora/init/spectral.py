@@ -148,10 +148,19 @@ def weight_problems(layer: LoRALayer) -> Iterator[str]:
         yield "its weight has no values yet, being on the meta device."
     if form or layer.weight.is_meta:
         return
-    weight = layer.base_weight()
-    yield from rank_problems(layer, [tuple(block.shape) for block in layer.weight_blocks(weight)])
-    if not bool(weight.isfinite().all()):
-        yield "its weight holds NaN or infinity."
+    yield from rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.block_rows()])
+    yield from value_problems(layer)
+
+
+def value_problems(layer: LoRALayer) -> Iterator[str]:
+    """A weight that cannot be read, or holds what no number is."""
+    try:
+        finite = bool(layer.base_weight().isfinite().all())
+    except ValueError as error:
+        yield str(error)
+    else:
+        if not finite:
+            yield "its weight holds NaN or infinity."
 
 
 def is_count(value: object) -> bool:
