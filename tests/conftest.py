@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 from torch import Tensor, nn
 
 import lora
@@ -39,6 +40,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two ranks of a process group, kept for the whole test run."""
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()
 
 
 def make(kind: str, **arguments) -> lora.LoRALayer:
