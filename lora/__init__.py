@@ -1,5 +1,8 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = g ⊙ (W₀ + s · B A)."""
 
+from importlib import import_module
+from typing import Any
+
 from lora.adapter import Adapter, AdapterError
 from lora.algebra import combine, scale, subtract
 from lora.checkpoint import adapter_of, load_adapter, save_adapter
@@ -20,9 +23,18 @@ from lora.merged_linear import MergedLinear
 from lora.quantized import register_weight
 from lora.registry import register
 from lora.resize import Resized, resize
+from lora.swap import prepare_for_swap
 from lora.training import lora_state_dict, mark_only_lora_as_trainable
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `lora.parallel` brings DTensor with it, whose import takes a second.
+    if name != "parallel":
+        raise AttributeError(f"module 'lora' has no attribute {name!r}")
+    return import_module("lora.parallel")
+
 
 __all__ = [
     "Adapter",
@@ -52,6 +64,7 @@ __all__ = [
     "merge",
     "merged_state_dict",
     "param_groups",
+    "prepare_for_swap",
     "read_adapter",
     "register",
     "register_weight",

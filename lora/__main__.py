@@ -1,6 +1,7 @@
 """The command line: `python -m lora`, or `lora`.
 
-Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted.
+Exit codes: 0; 1 if `diff` finds a difference, `inspect` something wrong, or `plan` nothing that fits; 2 for mistakes;
+130 if interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from lora import __version__
-from lora.cli import convert, diff, inspect, merging
+from lora.cli import convert, diff, inspect, merging, plan
 from lora.cli.options import in_options
 
-_COMMANDS = (inspect, convert, merging, diff)
+_COMMANDS = (inspect, convert, merging, diff, plan)
 _LONGEST = 300  # characters of an error of torch's or Python's
 
 
@@ -22,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser, which knows all commands."""
     made = argparse.ArgumentParser(
         prog="lora",
-        description="Look at LoRA adapters, convert, combine and compare them, and merge them into models.",
+        description="Look at LoRA adapters, convert, combine, compare and merge them, and plan the memory of training.",
         epilog="example:\n  python -m lora inspect adapter.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

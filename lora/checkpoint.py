@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import fingerprint
+from lora import fingerprint, sharded
 from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.fitting import Fit, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
@@ -18,8 +19,14 @@ from lora.init.learnt import difference
 from lora.inject import adapt, all_or_nothing
 from lora.layer import LoRALayer, join
 from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
+from lora.partitioned import partitioned_problems
+from lora.replicas import wrapped
 from lora.settings import raise_all
+from lora.swap import without_room
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
+
+# A module, the name of one of its own tensors, and a value for it.
+Target = tuple[nn.Module, str, Tensor]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
@@ -27,6 +34,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     Holds each adapter, and every other parameter that trains (biases, `modules_to_save`). Written beside `path` and
     then renamed: killed at any moment, the old file or the new one is there, never half of one.
+
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone writes the file, the one
+    that a single process would write; the others return when it is there, or raise what the first does. Of replicas
+    (DistributedDataParallel) one is enough.
 
     Args:
         model: a model with LoRA layers.
@@ -48,10 +59,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
-    names, adapter = names_of(model), adapter_of(model)
-    raise_all(f"{path} is not written", () if format == "lora" else _beyond_names(names, adapter), AdapterError)
-    known = [without_wrappers(name) for group in names.values() for name in group]
-    write_adapter(adapter, path, format, module_names=known)
+    mesh = sharded.mesh_of(model)
+    adapter = _adapter_of(model, keep=sharded.is_first(mesh))
+
+    def write() -> None:
+        names = names_of(model)
+        raise_all(f"{path} is not written", () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        known = [without_wrappers(name) for group in names.values() for name in group]
+        write_adapter(adapter, path, format, module_names=known)
+
+    sharded.from_first(mesh, write)
 
 
 def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
@@ -77,9 +94,14 @@ def load_adapter(
     a fused projection becomes an A for each of its splits. In names, prefixes of wrappers (`module.`, `_orig_mod.`,
     `base_model.model.`) do not count.
 
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone reads the file, which need
+    not be there for the others, and all of them load it, or raise the same error. A model gets its LoRA layers before
+    it is sharded: by `lora.inject`, or by this from a file.
+
     Args:
         model: the base model, or a model with the same modules adapted.
-        source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read.
+        source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read; of a sharded
+            model what the first rank says counts.
         lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
         check_base: raise if the base weights are not those that the adapter was trained on (the same weights in
             another dtype are). Default: True.
@@ -88,8 +110,8 @@ def load_adapter(
         FileNotFoundError: there is no such file.
         TypeError: `lora_alpha` is given for a format that says it.
         AdapterError: the file is not an adapter; a tensor is missing, unexpected, empty, of the wrong shape or dtype,
-            or holds NaN or infinity; there is no scaling; the base is another. One error lists everything, and the
-            model is as it was.
+            or holds NaN or infinity; there is no scaling; the base is another; a model without LoRA layers is wrapped
+            in DistributedDataParallel already. One error lists everything, and the model is as it was.
 
     >>> import os, tempfile, torch, lora
     >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -101,17 +123,13 @@ def load_adapter(
     >>> base[0].r
     2
     """
-    model = unwrapped(model)
+    wrappers, model = [*wrapped(names_of(model))], unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
-    if isinstance(source, Adapter):
-        if lora_alpha is not None:
-            raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
-        adapter, what = source, "the adapter"
-        raise_all(f"{what} is not loaded", adapter.problems(), AdapterError)
-    else:
-        adapter, what = read_adapter(source, lora_alpha=lora_alpha), str(source)
+    mesh = sharded.mesh_of(model)
+    adapter, what = sharded.from_first(mesh, lambda: _sound(source, lora_alpha, to_send=mesh is not None))
+    raise_all(f"{what} is not loaded", _in_parts(names_of(model)), AdapterError)
     fit = Fit(model, adapter, check_base)
-    raise_all(f"{what} is not loaded", fit.problems, AdapterError)
+    raise_all(f"{what} is not loaded", fit.problems + (wrappers if fit.plans else []), AdapterError)
     with all_or_nothing(model):
         adapt(fit.plans)
         if fit.plans:
@@ -121,8 +139,25 @@ def load_adapter(
         _take_over(fit.adapter, fit.modules)
 
 
+def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
+    """An adapter with nothing wrong in it, and what to call it; ready to be sent to other processes if need be."""
+    if not isinstance(source, Adapter):
+        return read_adapter(source, lora_alpha=lora_alpha), str(source)
+    if lora_alpha is not None:
+        raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
+    what = "the adapter"
+    raise_all(f"{what} is not loaded", source.problems(), AdapterError)
+    if to_send:  # without its device, its graph, and what else shares its memory
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in source.tensors.items()}
+        source = replace(source, tensors=copies)
+    return source, what
+
+
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a model, without the model; it shares the model's tensors.
+
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this, and gets the whole adapter, on the CPU, in
+    tensors of its own.
 
     Of layers whose start was taken out of their base weights (`lora.initialize`) it is what they have learnt since, at
     twice their rank, in tensors of its own.
@@ -132,63 +167,103 @@ def adapter_of(model: nn.Module) -> Adapter:
 
     Raises:
         ValueError: there is no LoRA layer in the model, or LoRA is disabled in it.
+        AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
 
     >>> import torch, lora
     >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).update("0").shape
     torch.Size([4, 8])
     """
     model = unwrapped(model)
-    layers = lora_layers(model, "adapter_of")
+    lora_layers(model, "adapter_of")
+    return _adapter_of(model, keep=True)
+
+
+def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
+    """The adapter; without its tensors, gathered one at a time, if it is another rank that is to `keep` them."""
     names = names_of(model)
-    adapted = {without_wrappers(names[layer][0]): layer for layer in layers if layer.r > 0}
-    full = dict(trained_in_full(names))
-    tensors: dict[str, Tensor] = {
-        join(name, own): p for name, layer in adapted.items() for own, p in layer.lora_parameters()
+    adapted = {
+        without_wrappers(known[0]): layer
+        for layer, known in names.items()
+        if isinstance(layer, LoRALayer) and layer.r > 0
     }
-    about = {name: _about(layer) for name, layer in adapted.items()}
+    raise_all("the adapter is not taken", _in_parts(names), AdapterError)
+    full = {name: (module, own) for name, module, own in trained_in_full(names)}
+    about: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
-        if layer.lora_start is not None:
-            about[name], *pair = difference(layer, about[name])
-            tensors |= {join(name, own): tensor for own, tensor in zip(PARAMETERS, pair, strict=True)}
+        about[name], its = _own(layer)
+        tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
+    for name, (module, own) in full.items():
+        whole = _whole(module, own)
+        tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
-    return Adapter(about, {**tensors, **full}, list(full), modules_to_save, name_of(model))
+    return Adapter(about, tensors, list(full), modules_to_save, name_of(model))
+
+
+def _in_parts(names: Names) -> Iterator[str]:
+    """A complaint for each tensor of the model's adapter that ZeRO-3 keeps in parts."""
+    for layer, known in names.items():
+        if isinstance(layer, LoRALayer):
+            yield from partitioned_problems(
+                (join(without_wrappers(known[0]), own), parameter) for own, parameter in layer.lora_parameters()
+            )
+    yield from partitioned_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
+
+
+def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors of a layer's adapter."""
+    settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
+    about = {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
+    tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
+    if layer.lora_start is not None:
+        about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
+        tensors |= zip(PARAMETERS, pair, strict=True)
+    elif layer.padded_from is not None:
+        about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
+        tensors |= zip(PARAMETERS, pair, strict=True)
+    return about, tensors
+
+
+def _whole(module: nn.Module, own: str) -> Tensor:
+    """One of a module's own tensors; of a sharded one a whole copy on the CPU, where there is room for it."""
+    tensor: Tensor = getattr(module, own)
+    whole = sharded.gathered(module, own, tensor)
+    return whole.cpu() if sharded.is_sharded(tensor) else whole
 
 
 def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
     """Give the modules an adapter that fits them; the Parameter objects stay."""
-    targets: list[tuple[Tensor, Tensor]] = []
+    targets: list[Target] = []
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
         layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
         layer.scaling, layer.awaits = float(settings["scaling"]), None
-        targets += [(parameter, adapter.tensors[join(name, own)]) for own, parameter in layer.lora_parameters()]
+        if layer.padded_from is not None:
+            layer.padded_from = settings["padded_from"]
+        targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         remember(modules[owner], own)
         tensor: Tensor = getattr(modules[owner], own)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
-        targets.append((tensor, adapter.tensors[name]))
+        targets.append((modules[owner], own, adapter.tensors[name]))
     _write_all(targets)
 
 
 @torch.no_grad()
-def _write_all(targets: list[tuple[Tensor, Tensor]]) -> None:
+def _write_all(targets: list[Target]) -> None:
     """Copy values, all or none."""
-    before = [target.clone() for target, _ in targets]
+    tensors: list[Tensor] = [getattr(module, own) for module, own, _ in targets]
+    before = [tensor.clone() for tensor in tensors]
     try:
-        for target, value in targets:
-            target.copy_(value)
+        for tensor, (module, own, value) in zip(tensors, targets, strict=True):
+            sharded.write(module, own, tensor, value)
     except BaseException:
-        for (target, _), value in zip(targets, before, strict=True):
-            target.copy_(value)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
         raise
-
-
-def _about(layer: LoRALayer) -> dict[str, Any]:
-    settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
-    return {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
 
 
 def name_of(model: nn.Module) -> str | None:

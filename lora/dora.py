@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora import switch
 from lora.derived import Derived
 from lora.functional.magnitude import magnify
 from lora.tensors import is_plain, without_autocast
@@ -27,7 +28,7 @@ _PART = 2**20  # values of a weight that are summed at a time
 @torch.no_grad()
 def norms(layer: LoRALayer) -> Tensor:
     """‖W₀ + s · B A‖ for each output that has a magnitude, in float32, or float64 where the weight is."""
-    weight, rows, s = layer.base_weight(), layer.block_rows(), layer.scaling
+    weight, rows, s = layer.base_weight(), layer.block_rows(), switch.scaling(layer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
         Bs = torch.split(layer.lora_B.to(dtype).flatten(1), rows)
@@ -37,7 +38,7 @@ def norms(layer: LoRALayer) -> Tensor:
             cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype
             added.append(((2 * s * cross + s * s * (B @ (A @ A.T))) * B).sum(1))  # (rows)
         square = _base_squares(layer, weight, dtype) + torch.cat(added)
-        return square.clamp(min=0).sqrt()  # rounding may leave less than nothing
+        return layer.over_ranks(square).clamp(min=0).sqrt()  # rounding may leave less than nothing
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def dense_norms(layer: LoRALayer) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
         update = layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype))
-    total: Tensor = weight.to(dtype) + layer.scaling * update
+    total: Tensor = weight.to(dtype) + switch.scaling(layer) * update
     norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
     return norm
 
@@ -98,7 +99,7 @@ def _excess(layer: LoRALayer) -> Tensor:
 
 def magnified(layer: LoRALayer, y: Tensor) -> Tensor:
     """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
-    excess = layer.over_outputs(_excess(layer)).to(y.dtype)
+    excess = layer.over_outputs(switch.gated(layer, _excess(layer))).to(y.dtype)
     bias = layer._parameters.get("bias")
     _, dim = layer.output_dims()
     return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)

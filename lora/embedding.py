@@ -49,7 +49,7 @@ class EmbeddingLoRA(LoRALayer):
         return lora_embedding(input, self.base_forward(input), self.lora_A, self.lora_B, self.scaling, how)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
-        return F.embedding(x, A.T, self.padding_idx)  # (...) -> (..., r)
+        return F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # (...) -> (..., r)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)  # (..., r) -> (..., embedding_dim)

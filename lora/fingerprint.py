@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
+from lora import partitioned, sharded
 from lora.conv import ConvLoRA
 from lora.embedding import EmbeddingLoRA
 from lora.init.start import pretrained_weight
@@ -50,7 +52,7 @@ def describe(layer: LoRALayer) -> dict[str, Any]:
     beyond = layer.beyond_weight()
     if beyond:
         about["beyond_weight"] = beyond
-    return about | {"sample": sample_of(_known_weight(layer))}
+    return about | {"sample": _sample(layer)}
 
 
 def beyond_peft(module: nn.Module) -> str:
@@ -93,13 +95,13 @@ def problems(about: Any) -> Iterator[str]:
 
 def check(about: dict[str, Any], module: nn.Module) -> None:
     """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
-    shape, weight = about.get("shape"), _known_weight(module)
-    if shape is not None and is_plain(weight) and shape != list(weight.shape):
+    shape, own = about.get("shape"), _shape(module)
+    if shape is not None and own is not None and shape != own:
         raise ValueError(
-            f"the base weight is not the one that the adapter was trained on: its shape is {tuple(weight.shape)}, "
+            f"the base weight is not the one that the adapter was trained on: its shape is {tuple(own)}, "
             f"and was {tuple(shape)}."
         )
-    theirs, ours = about.get("sample"), sample_of(weight)
+    theirs, ours = about.get("sample"), _sample(module)
     if theirs is not None and ours is not None and len(theirs) != len(ours):
         raise ValueError(f"`sample` must hold {len(ours)} numbers, got {len(theirs)}.")
     difference = sample_difference(theirs, ours)
@@ -110,10 +112,19 @@ def check(about: dict[str, Any], module: nn.Module) -> None:
         )
 
 
-def _known_weight(module: nn.Module) -> Any:
-    """The base weight as it was pretrained; of packed ones, which are not compared, as it is."""
+def _sample(module: nn.Module) -> list[float] | None:
+    """Values from all over the base weight as it was pretrained; None if it is packed: such are not compared."""
     weight: Any = module.weight
-    return pretrained_weight(module) if isinstance(module, LoRALayer) and is_plain(weight) else weight
+    if isinstance(module, LoRALayer) and _has_values(weight):
+        weight = pretrained_weight(module)
+    if sharded.is_sharded(weight) and _has_values(weight):
+        return _finite(weight, lambda places: sharded.values_at(module, "weight", weight, places))
+    return sample_of(weight)
+
+
+def _has_values(weight: Any) -> bool:
+    """Whether a weight, or each rank's part of it, is a plain tensor."""
+    return is_plain(weight.to_local() if sharded.is_sharded(weight) else weight)
 
 
 def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> float | None:
@@ -127,14 +138,21 @@ def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> f
 
 
 def _shape(layer: Any) -> list[int] | None:
-    return list(layer.weight.shape) if is_plain(layer.weight) or layer.weight.is_meta else None
+    if partitioned.is_partitioned(layer.weight):
+        return list(layer.weight.ds_shape)
+    return list(layer.weight.shape) if _has_values(layer.weight) or layer.weight.is_meta else None
 
 
-def sample_of(weight: Any) -> list[float] | None:
+def sample_of(weight: Tensor) -> list[float] | None:
     """Values from all over a weight; None if it has no plain and finite ones."""
-    if not is_plain(weight) or weight.numel() == 0:
-        return None
+    return _finite(weight, lambda places: weight.detach().reshape(-1)[places]) if is_plain(weight) else None
+
+
+def _finite(weight: Tensor, values_at: Callable[[Tensor], Tensor]) -> list[float] | None:
+    """Values at places that are spread over a weight, if there are some, and all are finite."""
     last = weight.numel() - 1
-    index = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
-    sample: list[float] = weight.detach().reshape(-1)[index].double().tolist()
+    if last < 0:
+        return None
+    places = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
+    sample: list[float] = values_at(places).double().tolist()
     return sample if all(map(math.isfinite, sample)) else None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import MAGNITUDE, PARAMETERS, Adapter
@@ -16,6 +15,7 @@ from lora.inject import Plan
 from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not, without_wrappers
 from lora.registry import adapted_class, kind_for
+from lora.swap import check_rank, with_room
 from lora.training import originals
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
@@ -34,7 +34,7 @@ class Fit:
         adapter, clashes = renamed(adapter, self.modules)
         self.adapter, misfits = fitted(adapter, self.modules)
         self.problems = clashes + misfits
-        adapter = self.adapter
+        adapter = self.adapter = with_room(self.adapter, self.modules)
         injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         for name, settings in adapter.modules.items():
             try:
@@ -61,7 +61,7 @@ class Fit:
             if name not in self.modules:
                 self.problems.append(f"{name}: there is no such module in the model.")
         if injected:
-            theirs = {name for name, _ in trained_in_full(self.names, only_recorded=True)}
+            theirs = {name for name, *_ in trained_in_full(self.names, only_recorded=True)}
             for name in sorted(theirs - set(adapter.trained_in_full)):
                 self.problems.append(f"{name}: trains in the model, and is not in the file.")
 
@@ -79,6 +79,7 @@ class Fit:
     def _compare(self, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
+        check_rank(module, settings["r"])
         with_dora = bool(settings.get(_SWITCH))
         if with_dora != module.use_dora:
             raise ValueError(f"`{_SWITCH}` is {with_dora} in the file and {module.use_dora} in the model.")
@@ -127,8 +128,11 @@ class Fit:
             self.problems.append(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
 
 
-def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """What trains, or has trained, outside the adapters; a tensor with several names under its first."""
+def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """What trains, or has trained, outside the adapters: its name, its module, and what it is called there.
+
+    A tensor with several names comes under its first.
+    """
     seen: set[int] = set()
     for module, known in names.items():
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
@@ -138,7 +142,7 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
                 continue
             if name in in_full or (tensor.requires_grad and not only_recorded):
                 seen.add(id(tensor))
-                yield join(without_wrappers(known[0]), name), tensor
+                yield join(without_wrappers(known[0]), name), module, name
 
 
 def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:

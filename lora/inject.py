@@ -12,15 +12,26 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import quantized
+from lora import quantized, switch
 from lora.config import LoraConfig, for_module
 from lora.init.initialize import begin, problems_of_start
 from lora.init.start import give_back
-from lora.layer import LoRALayer
-from lora.matching import Names, find_saved, find_targets, lora_layers, names_of, why_not
+from lora.layer import LoRALayer, join
+from lora.matching import (
+    Names,
+    find_saved,
+    find_targets,
+    lora_layers,
+    names_of,
+    own_forwards,
+    sharded_problems,
+    why_not,
+)
 from lora.registry import Kind, adapted_class, class_for, kind_for
+from lora.replicas import wrapped
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
+from lora.sharded import is_sharded
 from lora.tensors import Spans
 from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
 
@@ -52,7 +63,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     Raises:
         TypeError: both `config` and settings are given, or neither.
         ValueError: a name or pattern matches nothing, a module is adapted already or cannot be, its parent bypasses
-            its forward, or settings do not fit it. One error lists everything, and the model is as it was.
+            its forward, settings do not fit it, or the model is wrapped in DistributedDataParallel already. One error
+            lists everything, and the model is as it was.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -77,7 +89,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             plans.append(_plan(model, names[module], module, config))
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
-    problems += _untrainable(names)
+    problems += [*wrapped(names), *_untrainable(names)]
     raise_all("inject: nothing was changed", problems)
     with all_or_nothing(model):
         layers = adapt(plans)
@@ -99,7 +111,7 @@ def eject(model: nn.Module) -> None:
         model: a model with LoRA layers, injected or constructed.
 
     Raises:
-        ValueError: there is no LoRA layer in the model.
+        ValueError: there is no LoRA layer in the model, it is sharded, or a layer has a forward of its instance.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -111,6 +123,10 @@ def eject(model: nn.Module) -> None:
     )
     """
     layers = lora_layers(model, "eject")
+    instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
+    names = names_of(model)
+    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names)]
+    raise_all("eject: nothing was changed", problems)
     for layer in layers:
         give_back(layer)
     with torch.no_grad():
@@ -135,7 +151,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         model: a model with LoRA layers, or a part of one.
 
     Raises:
-        ValueError: there is no LoRA layer in the model.
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -148,6 +164,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     lora_layers(model, "disabled", inside_disabled=True)
     modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
+    raise_all("disabled: nothing was changed", _unswappable(model))
     entered: list[nn.Module] = []
     try:
         for module in modules:
@@ -166,6 +183,8 @@ def _enter(model: nn.Module, module: nn.Module) -> None:
         swapped = list(_originals(module))
         _swap(model, {id(trained): base for trained, base in swapped})
         vars(module)["lora_swapped"] = swapped
+        if isinstance(module, LoRALayer):
+            switch.turn(module)
     vars(module)["lora_disabled"] = count + 1
 
 
@@ -174,6 +193,8 @@ def _leave(model: nn.Module, module: nn.Module) -> None:
     if not vars(module)["lora_disabled"]:
         _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
         del vars(module)["lora_disabled"]
+        if isinstance(module, LoRALayer):
+            switch.turn(module)
 
 
 @torch.inference_mode(False)
@@ -183,6 +204,7 @@ def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
         layer: Any = plan.module
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
             layer.detach()
+        vars(layer).pop("forward", None)  # the class's own, or `why_not` would have refused
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.attach(**plan.settings)
         layer.injected = True
@@ -203,6 +225,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
             module._parameters.clear()
             module._parameters.update(own)
+            if isinstance(module, LoRALayer):
+                switch.refresh(module)
         for parameter, data, trainable in parameters:
             parameter.data = data
             parameter.requires_grad_(trainable)
@@ -262,6 +286,14 @@ def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         trained: Tensor = getattr(module, name)
         base = value.to(trained.device, trained.dtype)
         yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+
+
+def _unswappable(model: nn.Module) -> Iterator[str]:
+    """What trains in full, and has its place in the model taken by FSDP2 before every forward."""
+    for name, module in model.named_modules():
+        wrong = [own for own in originals(module) if is_sharded(getattr(module, own))]
+        if wrong:
+            yield f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
 
 
 def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:

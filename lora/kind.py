@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from lora.init import Init
 
 if TYPE_CHECKING:
     from lora.layer import LoRALayer
+    from lora.replicas import InStep
 
 Shape = tuple[int, ...]
 
@@ -37,16 +38,25 @@ class LayerKind:
     base_written: bool = True
     awaits: str | None = None
     injected: bool = False
+    #: Whether there is room for other adapters (`lora.prepare_for_swap`); then rank and lora_alpha of the one in it.
+    has_room: bool = False
+    padded_from: tuple[int, float] | None = None
+    #: How the layer computes on its rank's shards (`lora.parallel`); None if it is not sharded so.
+    lora_parallel: Callable[[Any, Any], Any] | None = None
+    #: The splits, and among how many ranks each of them is divided.
+    divided_splits: tuple[tuple[int, ...], int] | None = None
     _merged: Derived | None = None
     _squares: Derived | None = None
     _norms: Derived | None = None
     _subclassed: bool = False
+    _in_step: InStep | None = None
 
     weight: Tensor
     bias: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter
+    lora_scale: Tensor
 
     #: The arguments that define the adapter: what a checkpoint records and `eject` removes.
     settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "merge_weights")
@@ -113,6 +123,10 @@ class LayerKind:
     def over_outputs(self, adapted: Tensor) -> Tensor:
         """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
         return adapted
+
+    def over_ranks(self, squares: Tensor) -> Tensor:
+        """The squares of the weight's norms, from those of the part of it that this rank has: all of it, mostly."""
+        return squares
 
     def block_rows(self) -> list[int]:
         """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""

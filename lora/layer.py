@@ -17,11 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora import dora, init, quantized
+from lora import dora, init, quantized, sharded, switch
 from lora.derived import Derived
 from lora.init import Init
 from lora.kind import LayerKind, Shape
 from lora.registry import enter, new
+from lora.replicas import check_in_step
 from lora.settings import settings_problems
 from lora.tensors import is_plain, same_values, without_autocast
 
@@ -44,6 +45,7 @@ class LoRALayer(LayerKind, nn.Module):
         use_dora: scale each output to a trainable magnitude.
         lora_A, lora_B, lora_magnitude: the adapter's parameters; absent when `r` is 0, the last also without DoRA.
         lora_start: A, B and scaling as they started, if that was taken out of the base weight; or None.
+        padded_from: rank and `lora_alpha` of the adapter in a layer with room for others (`lora.prepare_for_swap`).
 
     From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     """
@@ -111,9 +113,11 @@ class LoRALayer(LayerKind, nn.Module):
 
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
-        derived = ("_merged", "_squares", "_norms", "_subclassed")
+        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step")
+        switch.remove(self)
         made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
-        for name in (*_PARAMETERS, *made, *derived, *self.settings):
+        divided = ("lora_parallel", "has_room", "padded_from")
+        for name in (*_PARAMETERS, *made, *divided, *derived, *self.settings, "forward"):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
@@ -130,7 +134,10 @@ class LoRALayer(LayerKind, nn.Module):
 
     def start_adapter(self) -> None:
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
-        init.from_shapes(self, self.init_lora_weights)
+        # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
+        read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
+        with sharded.written_whole(self, *(name for name, _ in self.lora_parameters()), read=read) as whole:
+            init.from_shapes(whole, self.init_lora_weights)
         self.awaits = self.init_lora_weights if self.init_lora_weights in init.OF_DATA else None
         self.lora_start = None
         self.reset_magnitude()
@@ -143,7 +150,8 @@ class LoRALayer(LayerKind, nn.Module):
     def reset_magnitude(self) -> None:
         """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
         if self.use_dora:
-            self.lora_magnitude.copy_(self.norms())
+            norms = sharded.with_whole(self, "weight", "lora_A", "lora_B").norms()
+            sharded.write(self, "lora_magnitude", self.lora_magnitude, norms)
 
     def write_base(self, weight: Tensor) -> None:
         """Give the base layer another weight: copied, or quantised as the one that is there."""
@@ -167,6 +175,8 @@ class LoRALayer(LayerKind, nn.Module):
 
         Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
         """
+        if self.has_room and switch.is_read(self):
+            return self.switched_forward(input, *args, **kwargs)
         if self.r == 0 or self.lora_disabled:
             return self.pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
@@ -175,6 +185,10 @@ class LoRALayer(LayerKind, nn.Module):
             raise RuntimeError(
                 f"`init_lora_weights={self.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
             )
+        check_in_step(self)
+        if self.lora_parallel is not None:
+            sharded: Tensor = self.lora_parallel(self, input)
+            return sharded
         y = self.lora_forward(input, *args, **kwargs)
         return dora.magnified(self, y) if self.use_dora else y
 
@@ -196,6 +210,12 @@ class LoRALayer(LayerKind, nn.Module):
         """The equation in plain, out-of-place operations: right for every base, quantised or sharded."""
         y = self.base_forward(input, *args, **kwargs)
         return y + (self.lora_update(input) * self.scaling).to(y.dtype)
+
+    def switched_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The equation as a compiler is to see it after `lora.prepare_for_swap`: what a swap changes are tensors."""
+        y = self.base_forward(input, *args, **kwargs)
+        y = y + switch.gated(self, self.lora_update(input) * switch.scaling(self)).to(y.dtype)
+        return dora.magnified(self, y) if self.use_dora else y
 
     def lora_update(self, input: Tensor) -> Tensor:
         """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
@@ -261,7 +281,7 @@ class LoRALayer(LayerKind, nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         *_, error_msgs = args
         weight = state_dict.get(f"{prefix}weight")
-        if self.lora_start is not None and weight is not None and not same_values(weight, self.weight):
+        if self.lora_start is not None and weight is not None and not self._has_weight(weight):
             error_msgs.append(
                 f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
                 "pretrained weights first, and then `lora.initialize`."
@@ -277,8 +297,12 @@ class LoRALayer(LayerKind, nn.Module):
         if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
             self.awaits = None
 
+    def _has_weight(self, weight: Tensor) -> bool:
+        return same_values(sharded.full(weight), sharded.gathered(self, "weight", self.weight))
+
     def _has_untrained_magnitude(self) -> bool:
-        return torch.allclose(self.lora_magnitude, self.norms().to(self.lora_magnitude), rtol=1e-5, atol=0)
+        whole = sharded.with_whole(self, "weight", *_PARAMETERS)
+        return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -287,6 +311,8 @@ class LoRALayer(LayerKind, nn.Module):
         if name == "weight" or name in _PARAMETERS:
             self._merged = self._squares = self._norms = None
             self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
+        if name == "scaling":
+            switch.refresh(self)
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
@@ -297,7 +323,9 @@ class LoRALayer(LayerKind, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
+        self._in_step = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        switch.refresh(self)
         return self
 
     # ---- printing and pickling ---------------------------------------------------------------------
@@ -315,7 +343,7 @@ class LoRALayer(LayerKind, nn.Module):
             value = getattr(self, name)
             if value != getattr(type(self), name):
                 words.append(f"{name}={value}")
-        return ", ".join(words)
+        return ", ".join([*words, *([f"padded_from={self.padded_from}"] if self.padded_from else [])])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)

@@ -12,6 +12,7 @@ from lora.config import LoraConfig, did_you_mean, name_matches, pattern_matches
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.registry import kind_for
+from lora.sharded import is_fully_sharded, is_sharded, settle
 from lora.tensors import Spans
 
 Names = dict[nn.Module, tuple[str, ...]]
@@ -31,14 +32,20 @@ def without_wrappers(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in torch's data-parallel wrappers, which put `module.` in front of every name."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
+    """The model in torch's data-parallel wrappers, which put `module.` in front of every name, compiled or not."""
+    while True:
+        compiled = model._modules.get("_orig_mod")
+        if compiled is not None:
+            model = compiled
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
     """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
+    settle(model)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
@@ -48,6 +55,31 @@ def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disab
     if computed:
         raise ValueError(f"{what}: a weight of {', '.join(computed)} is computed, by a parametrization; remove that.")
     return layers
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether calls go to a forward of the instance; its class's is none, which accelerate leaves with its hooks gone."""
+    forward = vars(module).get("forward")
+    theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
+    return forward is not None and theirs != (type(module).forward, module)
+
+
+def own_forwards(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:
+    """A complaint for each layer whose instance goes on calling a forward of LoRA's when it is a plain layer again."""
+    for layer in layers:
+        if has_own_forward(layer):
+            yield (
+                f"{names[layer][0] or 'the model'}: has a forward of its instance, which would go on calling LoRA's; "
+                "remove it first, as `accelerate.hooks.remove_hook_from_module` and `Accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False)` do."
+            )
+
+
+def sharded_problems(layers: Iterable[LoRALayer], names: Names, instead: str) -> Iterator[str]:
+    """A complaint for each layer of which this rank has only a part, and what to do instead."""
+    for layer in layers:
+        if any(map(is_sharded, layer._parameters.values())):
+            yield f"{names[layer][0]}: is sharded; {instead}."
 
 
 def tied_to(layer: LoRALayer, owners: Spans[nn.Module], names: Names) -> str:
@@ -130,9 +162,11 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
+    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, _around(model, names[0]))):
+        return "is sharded, and an adapter put in now would not be: each rank would train its own. Inject, then shard."
     if "weight" not in {**module._parameters, **module._buffers}:
         return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "has a forward of its instance, as accelerate's hooks leave there, which bypasses ours; remove it first."
     clash = clashing_names(module)
     if clash:
@@ -143,6 +177,12 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         if reason:
             return reason
     return None
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module of this name, and all that it is a part of."""
+    parts = name.split(".")
+    return (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
 
 
 def is_lazy(module: nn.Module) -> bool:

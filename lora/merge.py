@@ -10,7 +10,17 @@ from torch import Tensor
 
 from lora import quantized
 from lora.layer import LoRALayer, join
-from lora.matching import Names, lora_layers, names_of, owners_of, tied_to, without_wrappers
+from lora.matching import (
+    Names,
+    lora_layers,
+    names_of,
+    own_forwards,
+    owners_of,
+    sharded_problems,
+    tied_to,
+    without_wrappers,
+)
+from lora.partitioned import partitioned_problems
 from lora.registry import plain_base
 from lora.report import MergedModule, MergeReport
 from lora.settings import raise_all
@@ -33,8 +43,8 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         ValueError: there is no LoRA layer, a weight is tied to another module's (which the update would change too),
-            a weight is neither dense nor packed in a known way, or a merged weight would not be finite. One error lists
-            everything, and the model is as it was.
+            a weight is sharded, or neither dense nor packed in a known way, a merged weight would not be finite, or a
+            layer has a forward of its instance. One error lists everything, and the model is as it was.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -49,7 +59,7 @@ def merge(model: nn.Module) -> MergeReport:
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
     owners = owners_of(names)
-    problems = _problems(layers, names)
+    problems = [*_problems(layers, names), *own_forwards(lora_layers(model, "merge"), names)]
     for layer in layers:
         others = tied_to(layer, owners, names)
         if others:
@@ -162,8 +172,12 @@ def rounding_lost(layer: LoRALayer) -> float:
 
 @torch.no_grad()
 def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
-    problems = []
+    instead = "save the adapter (`lora.save_adapter`), and merge that in one process, as `python -m lora merge` does"
+    problems = [*sharded_problems(layers, names, instead)]
     for layer in layers:
+        own = ((join(names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
+        problems += partitioned_problems(own)
+    for layer in [] if problems else layers:
         if layer.weight.is_meta:
             problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
         elif not _packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):

@@ -83,11 +83,14 @@ def is_packed(module: nn.Module) -> bool:
     return packing_of(module) is not None or not _is_dense(module.weight)
 
 
-@torch.no_grad()
 def read_weight(module: nn.Module) -> Tensor:
     """The module's weight as a dense tensor: itself, detached, where it is one; ValueError where nobody can say."""
     weight: Any = module.weight
-    return _known(module).read_weight(module).detach() if is_packed(module) else weight.detach()
+    if not is_packed(module):  # without a region of no gradient: torch.export does not load a program with an empty one
+        dense: Tensor = weight.detach()
+        return dense
+    with torch.no_grad():
+        return _known(module).read_weight(module).detach()
 
 
 @torch.no_grad()

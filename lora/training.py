@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lora import quantized
 from lora.layer import LoRALayer, join
+from lora.partitioned import partitioned_problems
+from lora.settings import raise_all
+from lora.sharded import settle
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -44,6 +47,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B']
     """
+    settle(model)
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     if freeze_A:
         trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
@@ -70,7 +74,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         `lora.save_adapter` writes.)
 
     Raises:
-        ValueError: `bias` is none of the three.
+        ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps a tensor in parts; all are listed.
 
     From loralib.
 
@@ -79,13 +83,16 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     >>> list(lora.lora_state_dict(model, bias="lora_only"))
     ['0.bias', '0.lora_A', '0.lora_B']
     """
+    settle(model)
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for module in model.modules():
         if trains_in_full(module):
             trained.update(id(buffer) for buffer in module._buffers.values())
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = model.state_dict(keep_vars=True)
-    return {name: tensor.detach() for name, tensor in state.items() if id(tensor) in trained}
+    state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
+    raise_all("lora_state_dict is not whole", partitioned_problems(state.items()))
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:

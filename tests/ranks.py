@@ -35,6 +35,9 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
+        return self._answers(timeout)
+
+    def _answers(self, timeout: float) -> list[Any]:
         answers, deadline = {}, time.monotonic() + timeout
         while len(answers) < self.count and time.monotonic() < deadline:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
@@ -64,6 +67,7 @@ class Ranks:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        self._answers(TIMEOUT)  # that they are there
 
     def stop(self) -> None:
         """End the processes."""
@@ -86,6 +90,7 @@ def _serve(pipe: Any, rank: int, count: int, store: str) -> None:
     timeout = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count, timeout=timeout)
     warnings.simplefilter("error")
+    pipe.send((True, None))
     while True:
         with contextlib.suppress(EOFError):
             function, args = pipe.recv()
@@ -94,6 +99,9 @@ def _serve(pipe: Any, rank: int, count: int, store: str) -> None:
                 answer = (True, function(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
-            pipe.send(answer)
+            try:
+                pipe.send(answer)
+            except Exception:
+                pipe.send((False, f"the answer cannot be sent: {traceback.format_exc()}"))
             continue
         return

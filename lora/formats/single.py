@@ -16,6 +16,7 @@ from lora.conv import ConvLoRA
 from lora.layer import LoRALayer, join
 from lora.merged_linear import MergedLinearLoRA
 from lora.settings import is_number, raise_all
+from lora.switch import NO_ROOM
 
 Form = tuple[dict[str, Any], Tensor, Tensor]
 _MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
@@ -102,12 +103,17 @@ def as_in(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -
     that was made of such a layer becomes what it was.
     """
     if isinstance(layer, MergedLinearLoRA):
-        A, B = _by_split(layer, *_trimmed(A, B, (layer.r, layer.r * len(layer.slices()))))
-        return {**with_rank(settings, layer.r), "splits": layer.splits, "enable_lora": layer.enable_lora}, A, B
+        A, B = _by_split(layer, *_trimmed(A, B, _ranks(layer, len(layer.slices()))))
+        return {**with_rank(settings, B.shape[1]), "splits": layer.splits, "enable_lora": layer.enable_lora}, A, B
     if isinstance(layer, ConvLoRA) and not layer.factored:
         raise ValueError("`factored` is True in the file and False in the model.")
-    A, B = _trimmed(A, B, (layer.r,), settings["base"].get("groups", 1))
+    A, B = _trimmed(A, B, _ranks(layer), settings["base"].get("groups", 1))
     return with_rank(settings, A.shape[0]), A, B
+
+
+def _ranks(layer: LoRALayer, splits: int = 1) -> Sequence[int]:
+    """The ranks that a single pair may have, one A for all splits or each its own; any up to it, if there is room."""
+    return (layer.r, layer.r * splits) if layer.padded_from is None else range(layer.r * splits, 0, -1)
 
 
 def _block_diagonal(B: Tensor, layer: MergedLinearLoRA) -> Tensor:
@@ -164,16 +170,22 @@ def _trimmed(A: Tensor, B: Tensor, ranks: Sequence[int], groups: int = 1) -> tup
         reached = next((r // groups for r in ranks if last <= r // groups < rank), None)
         if reached is not None:
             return rows[:, :reached].flatten(0, 1), B[:, :reached]
+    if isinstance(ranks, range):
+        raise ValueError(NO_ROOM.format(A.shape[0], ranks[0]))
     raise ValueError(f"`r` is {A.shape[0]} in the file and {ranks[0]} in the model.")
 
 
 def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    slices, r, G = layer.slices(), layer.r, len(layer.slices())
+    slices, G = layer.slices(), len(layer.slices())
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
-    forms = [r, 0] if A.shape[0] > r else [0]  # a block of r for each split; or one A for all, perhaps padded
-    for step in forms:
-        blocks = [B[i:j, g * step :][:, :r] for g, (i, j) in enumerate(slices)]
+    # A block of r for each split; or one A for all, perhaps padded.
+    r, rest = (layer.r, 0) if layer.padded_from is None else divmod(A.shape[0], G)
+    forms = [(r, r)] if A.shape[0] > r and not rest else []
+    for step, rank in [*forms, (0, min(layer.r, A.shape[0]))]:
+        blocks = [B[i:j, g * step :][:, :rank] for g, (i, j) in enumerate(slices)]
         if sum(map(torch.count_nonzero, blocks)) == torch.count_nonzero(B):
-            return A if step else A[:r].repeat(G, 1), torch.cat(blocks)
+            return A if step else A[:rank].repeat(G, 1), torch.cat(blocks)
+    if layer.padded_from is not None and A.shape[0] > layer.r:
+        raise ValueError(NO_ROOM.format(A.shape[0], layer.r))
     raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")

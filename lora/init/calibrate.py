@@ -19,7 +19,7 @@ from lora.init.spectral import form_problems
 from lora.init.start import all_or_none, start_from
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
-from lora.matching import Names, lora_layers, names_of
+from lora.matching import Names, lora_layers, names_of, sharded_problems
 from lora.report import table
 from lora.settings import is_number, raise_all
 from lora.tensors import without_autocast
@@ -171,6 +171,8 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
             yield f"{name}: {layer.awaits!r} is for linear layers, not for a {type(layer).__name__}."
             continue
         yield from (f"{name}: {problem}" for problem in (*form_problems(layer), *method.problems(layer)))
+    others = [layer for layer in layers if not METHODS[str(layer.awaits)].writes_base]
+    yield from sharded_problems(others, names, "calibrate it before the model is sharded")
     written = [layer for layer in layers if METHODS[str(layer.awaits)].writes_base]
     yield from unwritable(written, names)
     yield from unroundable(written, names)

@@ -10,7 +10,7 @@ from lora import init, quantized
 from lora.blocks import Pair
 from lora.init import Init, spectral, start
 from lora.layer import LoRALayer
-from lora.matching import Names, lora_layers, names_of, owners_of, tied_to
+from lora.matching import Names, lora_layers, names_of, owners_of, sharded_problems, tied_to
 from lora.settings import raise_all
 
 
@@ -75,6 +75,7 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
 
 def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
     """Why the base weights of layers cannot be written, or should not."""
+    yield from sharded_problems(layers, names, "start it so before the model is sharded")
     owners = owners_of(names)
     for layer in layers:
         others = tied_to(layer, owners, names)

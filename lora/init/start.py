@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora.blocks import Pair, tensors_of
 from lora.layer import LoRALayer
+from lora.sharded import like
 from lora.tensors import without_autocast
 
 
@@ -101,4 +102,5 @@ def _started(layer: LoRALayer, dtype: torch.dtype) -> Tensor:
     assert layer.lora_start is not None, "asked of layers that have one"
     A, B, scaling = layer.lora_start
     with without_autocast(layer.lora_A.device):
-        return layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling
+        started = layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling
+    return like(layer, "weight", layer.weight, started)
