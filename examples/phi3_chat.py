@@ -25,6 +25,7 @@ quarter of bfloat16's memory, and the adapter fits the model that is not quantiz
 import argparse
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from phi3 import (
     exporting,
     fused_mlp,
     loop,
+    outcome,
     output_dir,
     pretrained,
     quantizing,
@@ -161,28 +163,29 @@ def train(
     folder: Path,
     identity: Settings,
     resume: Path | None,
+    engine: loop.Alone,
 ) -> report.Report:
     """From the start or from a checkpoint to the last step, with measurements and checkpoints on the way."""
     optimizer = loop.make_optimizer(model, training)
     state: dict[str, Any] = {"step": 0, "records": []}
     if resume:
-        state = checkpoints.read(resume, identity)
-        checkpoints.restore(resume, state, model, optimizer)
+        state = engine.on_main(lambda: checkpoints.read(resume, identity))
+        checkpoints.restore(resume, state, model, optimizer, engine)
         print(f"Resuming after step {state['step']} of {resume}")
     total = loop.total_steps(training, data.order.steps_per_epoch)
-    output_dir.prepare(folder, resume)
-    with report.Report(folder, state["records"], total, training["logging_steps"]) as progress:
+    engine.on_main(lambda: output_dir.prepare(folder, resume))
+    with report.Report(folder, state["records"], total, training["logging_steps"], writes=engine.main) as progress:
         if not resume:
-            progress.evaluation(0, loop.held_out_loss(model, data.held_out))
+            progress.evaluation(0, loop.held_out_loss(model, data.held_out, engine))
         model.train()
         for step in range(state["step"], total):
-            run_step(model, optimizer, data, training, step, total, progress)
+            run_step(model, optimizer, data, training, step, total, progress, engine)
             done = step + 1
             if done % training["eval_steps"] == 0 or done == total:
-                progress.evaluation(done, loop.held_out_loss(model, data.held_out))
+                progress.evaluation(done, loop.held_out_loss(model, data.held_out, engine))
             if done % training["save_steps"] == 0 or done == total:
                 keep = training["save_total_limit"]
-                checkpoints.save(folder, done, model, optimizer, identity, progress.records, keep)
+                checkpoints.save(folder, done, model, optimizer, identity, progress.records, keep, engine)
     return progress
 
 
@@ -194,23 +197,24 @@ def run_step(
     step: int,
     total: int,
     progress: report.Report,
+    engine: loop.Alone,
 ) -> None:
     """One step and its place in the report."""
     watch = report.Stopwatch()
     micro_batches = [batch.to(model.device) for batch in data.order.step(step)]
     lr = loop.learning_rate_at(step, total, training)
     try:
-        result = loop.train_step(model, optimizer, micro_batches, lr, training["max_grad_norm"])
+        result = loop.train_step(model, optimizer, micro_batches, lr, training["max_grad_norm"], engine)
     except Diverged as error:
         progress.draw()
         raise Diverged(f"step {step + 1}: {error} (learning rate {lr:.1e})") from error
     progress.step(step + 1, result, watch.seconds)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags: one for each key of the dictionaries, and the two that say what to do with an old run."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for title, defaults in DICTIONARIES.items():
         settings.add_flags(parser, title, defaults)
@@ -223,61 +227,80 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="go on from this checkpoint directory, or from the latest one in --output-dir",
     )
     old_run.add_argument("--overwrite", action="store_true", help="replace a run that is in --output-dir")
-    return parser.parse_args(argv)
+    return parser
 
 
-def run(flags: argparse.Namespace) -> None:
-    """From the flags to the files in the output directory."""
-    training, peft, general = (settings.chosen(flags, defaults) for defaults in DICTIONARIES.values())
-    folder = Path(general["output_dir"]).expanduser()
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    return make_parser(__doc__).parse_args(argv)
+
+
+def start_of(flags: argparse.Namespace, folder: Path) -> Path | None:
+    """The checkpoint to go on from, or None; a UserError if an earlier run would be lost."""
     resume = checkpoints.find(flags.resume, folder) if flags.resume else None
     output_dir.check(folder, resume, flags.overwrite)
-    quantizing.check(general["quantize"], training["fused_mlp"], peft)
+    return resume
+
+
+def prepare(
+    training: Settings, peft: Settings, general: Settings, engine: loop.Alone
+) -> tuple[nn.Module, Any, chats.Chats, Settings]:
+    """The model with its adapter, its tokenizer, the data, and what a checkpoint has to agree with."""
     random.seed(training["seed"])
     torch.manual_seed(training["seed"])
-
     conversations = chat_data.read(general["data"], general["data_split"], cache_of(general))
     model, tokenizer = load_model(general, training)
-    data = chats.prepare(conversations, tokenizer, general, training, model.device)
+    data = chats.prepare(conversations, tokenizer, general, training, model.device, engine.rank, engine.ranks)
     identity = checkpoints.identity(pretrained.fingerprint(model), data.fingerprint, training, peft)
     if general["quantize"]:
         identity |= {"quantize": general["quantize"]}
     originals = quantizing.quantize(model, general["quantize"], peft)
     inject(model, peft)
     starting.start(model, peft, data, originals)
-    originals.clear()  # in memory for nothing from here on
-    exports = general["export"] or []
-    exporting.check(model, exports)  # what cannot be exported should not be found out after hours of training
+    exporting.check(model, general["export"] or [])  # should not be found out after hours of training
     if training["fused_mlp"]:
         fused_mlp.fuse(model)
+    return model, tokenizer, data, identity
+
+
+def run(flags: argparse.Namespace, engine: loop.Alone = loop.ALONE) -> None:
+    """From the flags to the files in the output directory."""
+    training, peft, general = (settings.chosen(flags, defaults) for defaults in DICTIONARIES.values())
+    folder = Path(general["output_dir"]).expanduser()
+    resume = engine.on_main(lambda: start_of(flags, folder))
+    quantizing.check(general["quantize"], training["fused_mlp"], peft)
+    model, tokenizer, data, identity = engine.together(lambda: prepare(training, peft, general, engine))
+    engine.shard(model, training["seed"])
 
     def answers() -> list[str]:
         return [replies.reply(model, tokenizer, p, general["max_new_tokens"]) for p in data.prompts]
 
-    with lora.disabled(model):  # the pretrained model, also when a run is resumed
+    # Nothing is trained or resumed yet, but an adapter may have begun from something. What trains in full has not, and
+    # where it is sharded, it could not be swapped.
+    with nullcontext() if engine.sharded and peft["modules_to_save"] else lora.disabled(model):
         before = answers()
     for prompt, first in zip(data.prompts, before, strict=True):
         print(replies.show(prompt, {"before": first}))
     print()
-    progress = train(model, data, training, folder, identity, resume)
-    lora.save_adapter(model, folder / checkpoints.ADAPTER)
+    progress = train(model, data, training, folder, identity, resume, engine)
+    checkpoints.save_adapter(model, folder / checkpoints.ADAPTER, engine)
     after = answers()
-    replies.write(folder, data.prompts, before, after)
     for prompt, first, second in zip(data.prompts, before, after, strict=True):
         print(replies.show(prompt, {"before": first, "after": second}))
-    summarize(progress)
-    exporting.export(model, tokenizer, folder, exports)
+    if engine.main:
+        replies.write(folder, data.prompts, before, after)
+        outcome.summarize(progress)
+    engine.on_main(lambda: export(model, tokenizer, general, training, folder, engine))
 
 
-def summarize(progress: report.Report) -> None:
-    """The numbers that matter, and where everything is."""
-    curve = progress.draw()
-    first, last = progress.evaluations[0], progress.evaluations[-1]
-    print(
-        f"\nHeld-out perplexity {first['eval_perplexity']:.2f} before, {last['eval_perplexity']:.2f} after "
-        f"{last['step']} steps.\nEverything is in {curve.parent}: the adapter in {checkpoints.ADAPTER}, "
-        f"metrics in {report.METRICS}, the curve in {curve.name}, replies in {replies.REPLIES}."
-    )
+def export(
+    model: nn.Module, tokenizer: Any, general: Settings, training: Settings, folder: Path, engine: loop.Alone
+) -> None:
+    """What --export asks for; if no process holds all of the model, from one that is loaded again."""
+    wanted = general["export"] or []
+    if wanted and engine.sharded:
+        model, tokenizer = load_model(general, training)
+        lora.load_adapter(model, folder / checkpoints.ADAPTER)
+    exporting.export(model, tokenizer, folder, wanted)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,20 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags = parse(argv)
         run(flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        saved = list(checkpoints.steps_in(Path(flags.output_dir).expanduser()).values())
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
-        print(
-            f"error: training diverged at {error}; {kept}. Try again with a lower --learning-rate.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Go on from the last checkpoint with --resume.", file=sys.stderr)
-        return 130
+    except (UserError, Diverged, KeyboardInterrupt) as error:
+        return outcome.explain(error, flags)
     return 0
 
 

@@ -16,7 +16,7 @@ from lora import quantized
 from lora.embedding import EmbeddingLoRA
 from lora.layer import LoRALayer
 from lora.local import LocalForward
-from lora.rows import in_model_order, in_rank_order
+from lora.rows import in_model_order, in_rank_order, is_reordered
 from lora.settings import raise_all
 
 
@@ -87,12 +87,15 @@ def _reorder(
     module: nn.Module, state: dict[str, Any], prefix: str, order: Callable[[nn.Module, str, Tensor], Tensor]
 ) -> None:
     for own in module._parameters:
-        tensor = state.get(f"{prefix}{own}")
+        name = f"{prefix}{own}"
+        tensor = state.get(name)
+        if tensor is None or not is_reordered(module, own):
+            continue
         if isinstance(tensor, DTensor):
             # The rows go from rank to rank: whole for a moment, one tensor at a time.
             whole = order(module, own, tensor.full_tensor())
-            state[f"{prefix}{own}"] = distribute_tensor(
-                whole, tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
-        elif tensor is not None:
-            state[f"{prefix}{own}"] = order(module, own, tensor)
+            state[name] = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        else:
+            state[name] = order(module, own, tensor)
+        if isinstance(tensor, nn.Parameter):  # a state dict of parameters, not of their values: say which it was
+            state[name].in_place_of = tensor

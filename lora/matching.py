@@ -58,7 +58,7 @@ def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disab
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether calls go to a forward of the instance; its class's is none, which accelerate leaves with its hooks gone."""
+    """Whether calls go to a forward of the instance, not to its class's (which accelerate's hooks leave behind)."""
     forward = vars(module).get("forward")
     theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
     return forward is not None and theirs != (type(module).forward, module)

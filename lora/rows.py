@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,15 +37,20 @@ def in_model_order(module: nn.Module, own: str, tensor: Tensor) -> Tensor:
     return tensor if order is None else _select(module, own, tensor, order.argsort())
 
 
+def is_reordered(module: nn.Module, own: str) -> bool:
+    """Whether a module keeps one of its own tensors in an order of its own."""
+    return own in _WITH_ROWS and getattr(module, "divided_splits", None) is not None
+
+
 def dim_of_rows(module: nn.Module, own: str) -> int:
     """Which dimension of a linear layer's own tensor counts its outputs."""
     return 1 if own == "weight" and getattr(module, "fan_in_fan_out", False) else 0
 
 
 def _order_of(module: nn.Module, own: str) -> Tensor | None:
-    divided: tuple[tuple[int, ...], int] | None = getattr(module, "divided_splits", None)
-    if divided is None or own not in _WITH_ROWS:
+    if not is_reordered(module, own):
         return None
+    divided: Any = module.divided_splits
     splits, ranks = divided
     if own.startswith("lora_"):  # those of a merged layer have rows for the enabled splits alone
         splits = tuple(compress(splits, getattr(module, "enable_lora", splits)))

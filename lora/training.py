@@ -90,7 +90,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
             trained.update(id(buffer) for buffer in module._buffers.values())
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
+    state = {name: tensor for name, tensor in state.items() if id(getattr(tensor, "in_place_of", tensor)) in trained}
     raise_all("lora_state_dict is not whole", partitioned_problems(state.items()))
     return {name: tensor.detach() for name, tensor in state.items()}
 

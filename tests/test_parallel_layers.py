@@ -159,6 +159,8 @@ def states_are_those_of_one_process(folder):
     divided = parallel(adapted(bias="all", use_dora=True, **WITHOUT_EMBEDDING))
     expected = alone.state_dict()
     torch.testing.assert_close({name: whole(tensor) for name, tensor in divided.state_dict().items()}, expected)
+    adapters = [lora.lora_state_dict(model, bias="all") for model in (divided, alone)]
+    torch.testing.assert_close(*({name: whole(tensor) for name, tensor in state.items()} for state in adapters))
     options = StateDictOptions(full_state_dict=True, cpu_offload=False)
     torch.testing.assert_close(dict(get_model_state_dict(divided, options=options)), dict(expected))
     with torch.no_grad():

@@ -3,14 +3,16 @@
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora
 from phi3.errors import UserError, first_line
+from phi3.loop import ALONE, Alone
 from phi3.settings import Settings
 
 ADAPTER, STATE = "adapter.safetensors", "trainer_state.pt"
@@ -44,31 +46,64 @@ def save(
     identity: Settings,
     records: list[dict[str, Any]],
     keep: int,
-) -> Path:
+    engine: Alone = ALONE,
+) -> None:
     """Writes `checkpoint-<step>` and then removes all but the newest `keep`.
 
-    It is written under another name and renamed, so that a kill leaves no half of one.
+    It is written under another name and renamed, so that a kill leaves no half of one. The same files, however many
+    processes share the run.
     """
     final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    lora.save_adapter(model, partial / ADAPTER)
-    state = {
-        "step": step,
-        "identity": identity,
-        "optimizer": optimizer.state_dict(),
-        "records": records,
+    engine.on_main(lambda: make_anew(partial))
+    save_adapter(model, partial / ADAPTER, engine)
+    state = {"step": step, "identity": identity, "records": records, "optimizer": optimizer_state(optimizer, engine)}
+    first, *others = engine.gathered(random_state())
+    if engine.main:
+        torch.save(state | first | {"other_ranks": others}, partial / STATE)
+        if final.exists():
+            discard(final)
+        os.replace(partial, final)
+        for older in list(steps_in(output_dir).values())[:-keep]:
+            discard(older)
+
+
+def make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def save_adapter(model: nn.Module, path: Path, engine: Alone) -> None:
+    """The adapter, by the main process; the others hand over their parts, if they have some."""
+    if engine.main or engine.sharded:
+        lora.save_adapter(model, path)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, engine: Alone) -> dict[str, Any]:
+    """The optimizer's state dict, of whole tensors."""
+    return _mapped(optimizer.state_dict(), optimizer, engine.whole)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], engine: Alone) -> None:
+    """Gives the optimizer its parts of such a state dict."""
+    optimizer.load_state_dict(_mapped(state, optimizer, engine.part))
+
+
+def _mapped(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Callable[[Any, Tensor], Any]
+) -> dict[str, Any]:
+    """A state dict with every value changed that the optimizer keeps of a parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    items = state["state"].items()
+    return state | {"state": {n: {key: change(value, parameters[n]) for key, value in of.items()} for n, of in items}}
+
+
+def random_state() -> dict[str, Any]:
+    """Where the random numbers of this process are."""
+    return {
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python_rng": random.getstate(),
     }
-    torch.save(state, partial / STATE)
-    if final.exists():
-        discard(final)
-    os.replace(partial, final)
-    for older in list(steps_in(output_dir).values())[:-keep]:
-        discard(older)
-    return final
 
 
 def discard(checkpoint: Path) -> None:
@@ -110,14 +145,27 @@ def read(path: Path, identity: Settings) -> dict[str, Any]:
     return state
 
 
-def restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts adapter, optimizer and random numbers back to where they were."""
+def _read_adapter(path: Path) -> lora.Adapter:
     try:
-        lora.load_adapter(model, path / ADAPTER)
+        return lora.read_adapter(path / ADAPTER)
     except (ValueError, OSError) as error:
+        raise UserError(f"--resume: cannot read the adapter: {error}") from error
+
+
+def restore(
+    path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, engine: Alone = ALONE
+) -> None:
+    """Puts adapter, optimizer and random numbers back to where they were, these in as many processes."""
+    adapter = engine.on_main(lambda: _read_adapter(path))  # the file need not be there for the others
+    try:
+        lora.load_adapter(model, adapter)
+    except ValueError as error:
         raise UserError(f"--resume: the adapter does not fit this model: {error}") from error
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    random.setstate(state["python_rng"])
+    load_optimizer(optimizer, state["optimizer"], engine)
+    states = [state, *state.get("other_ranks", [])]
+    if engine.process < len(states):
+        ours = states[engine.process]
+        torch.set_rng_state(ours["torch_rng"])
+        if torch.cuda.is_available() and ours["cuda_rng"]:
+            torch.cuda.set_rng_state_all(ours["cuda_rng"])
+        random.setstate(ours["python_rng"])

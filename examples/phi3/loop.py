@@ -1,9 +1,9 @@
 """The training loop: steps, the learning rate's course, and held-out measurements."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from phi3.chat_data import IGNORED
 from phi3.errors import Diverged
 from phi3.packing import Batch
 from phi3.settings import Settings
+
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -65,34 +67,87 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
 
 
+class Alone:
+    """One process that does all of a run by itself. phi3_distributed.py has the engine for several that share one."""
+
+    rank, ranks = 0, 1  # which share of each step's rows is ours, of how many shares
+    process, main = 0, True  # our number; whether it is we who print, and write files
+    sharded = False  # whether no process holds all of the model
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """What `act` returns in the main process; a UserError there is raised in all."""
+        return act()
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What `act` returns here; a UserError in any process is raised in all."""
+        return act()
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's value."""
+        return [value]
+
+    def total(self, number: float) -> float:
+        """The sum over all shares."""
+        return number
+
+    def shard(self, model: nn.Module, seed: int) -> None:
+        """Parts the model, which is the same in every process, among them."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`loss_sum` of this process's batch, whose gradient is averaged over the shares."""
+        return loss_sum(model, batch)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Adds up what gradients are still in parts, after backward."""
+
+    def whole(self, value: Any, parameter: Tensor | None = None) -> Any:
+        """A value, of the optimizer's state of a parameter say, as a process that is alone has it."""
+        return value
+
+    def part(self, value: Any, parameter: Tensor) -> Any:
+        """This process's part of such a value."""
+        return value
+
+
+ALONE = Alone()
+
+
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch], lr: float, max_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    lr: float,
+    max_norm: float,
+    engine: Alone = ALONE,
 ) -> Step:
     """One optimizer step over several batches, as over one big batch.
 
     Args:
         lr: the learning rate; a group with `times` steps with as many times of it.
+        engine: who else has batches for this step.
 
     Raises:
         Diverged: when the loss or the gradient is not finite; the weights are then as they were.
     """
-    labelled = sum(batch.labelled for batch in micro_batches)
+    labelled = engine.total(sum(batch.labelled for batch in micro_batches))
     mean = 0.0
     for batch in micro_batches:
-        loss = loss_sum(model, batch) / labelled
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"the loss is {loss.item()}")
-        loss.backward()
-        mean += loss.item()
+        loss = engine.loss_sum(model, batch) / labelled
+        total = engine.total(loss.item())
+        if not math.isfinite(total):  # in no process must backward begin, or the others would wait for this one
+            raise Diverged(f"the loss is {total}")
+        (loss * engine.ranks).backward()  # engines average gradients, and ours are to be summed
+        mean += total
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("times", 1.0)
+    engine.sum_gradients(model)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf).item()
+    norm = engine.whole(nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)).item()
     if not math.isfinite(norm):
         raise Diverged(f"the gradient's norm is {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Step(mean, lr, norm, sum(batch.size for batch in micro_batches))
+    return Step(mean, lr, norm, int(engine.total(sum(batch.size for batch in micro_batches))))
 
 
 @contextmanager
@@ -107,14 +162,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, held_out: Iterable[Batch]) -> float:
-    """Mean cross-entropy over all labelled tokens; its exponential is the perplexity."""
+def held_out_loss(model: nn.Module, held_out: Iterable[Batch], engine: Alone = ALONE) -> float:
+    """Mean cross-entropy over all labelled tokens of all shares; its exponential is the perplexity."""
     total, labelled = 0.0, 0
     with evaluating(model):
         for batch in held_out:
-            total += loss_sum(model, batch).item()
+            total += engine.loss_sum(model, batch).item()
             labelled += batch.labelled
-    return total / labelled
+    return engine.total(total) / engine.total(labelled)
 
 
 def perplexity(loss: float) -> float:

@@ -78,18 +78,28 @@ class Order(NamedTuple):
     accumulation: int
     seed: int
     pad_id: int
+    rank: int = 0  # which share of each step's rows is ours …
+    ranks: int = 1  # … of so many
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.accumulation))
 
     def step(self, step: int) -> list[Batch]:
-        """The batches whose gradients step number `step` (from 0) adds up."""
+        """The batches whose gradients step number `step` (from 0) adds up: this process's share of them."""
         epoch, place = divmod(step, self.steps_per_epoch)
         shuffled = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + epoch))
         per_step = self.batch_size * self.accumulation
         chosen = [self.rows[at] for at in shuffled[place * per_step : (place + 1) * per_step].tolist()]
-        return list(batches(chosen, self.batch_size, self.pad_id))
+        return list(batches(share(chosen, self.rank, self.ranks), self.batch_size, self.pad_id))
+
+
+def share(rows: Sequence[Row], rank: int, ranks: int) -> list[Row]:
+    """Every so many of the rows; as many for each rank, so that all do the same: the last may be one without labels."""
+    ours = list(rows[rank::ranks])
+    if len(ours) < -(-len(rows) // ranks):
+        ours.append([Tokens(rows[0][0].input_ids[:2], [IGNORED] * 2)])
+    return ours
 
 
 def batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -17,17 +17,20 @@ METRICS, CURVE = "metrics.jsonl", "loss.png"
 
 
 class Report:
-    """Collects a run's records; each is appended to the metrics file as it comes."""
+    """Collects a run's records; each is appended to the metrics file as it comes, unless `writes` is False."""
 
-    def __init__(self, output_dir: Path, records: list[Record], steps: int, logging_steps: int) -> None:
-        self.output_dir = output_dir
+    def __init__(
+        self, output_dir: Path, records: list[Record], steps: int, logging_steps: int, writes: bool = True
+    ) -> None:
+        self.output_dir, self.writes = output_dir, writes
         self.records = list(records)
         self.logging_steps = logging_steps
         done = max((record["step"] for record in records), default=0)
         # A resumed run starts from its checkpoint's records: later ones were of steps now done again.
-        partial = output_dir / f".{METRICS}.partial"
-        partial.write_text("".join(map(_line, records)), encoding="utf-8")
-        os.replace(partial, output_dir / METRICS)
+        if writes:
+            partial = output_dir / f".{METRICS}.partial"
+            partial.write_text("".join(map(_line, records)), encoding="utf-8")
+            os.replace(partial, output_dir / METRICS)
         # tqdm's own steps per second count the measurements in; tokens/s, which do not, take their place.
         shape = "{desc} {n_fmt}/{total_fmt} |{bar:16}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=steps, initial=done, desc="step", bar_format=shape)
@@ -64,13 +67,15 @@ class Report:
     def draw(self) -> Path:
         """The loss curve of all records."""
         path = self.output_dir / CURVE
-        draw_curve(self.records, path)
+        if self.writes:
+            draw_curve(self.records, path)
         return path
 
     def _add(self, record: Record) -> None:
         self.records.append(record)
-        with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+        if self.writes:
+            with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
+                file.write(_line(record))
 
 
 def _line(record: Record) -> str:

@@ -28,8 +28,9 @@ def start(model: nn.Module, peft: Settings, data: chats.Chats, originals: Mappin
 
 
 def _batches(data: chats.Chats) -> list[dict[str, Tensor]]:
-    """Rows of the first steps, as the model takes them."""
-    steps = (batch._asdict() for step in range(CALIBRATION_STEPS) for batch in data.order.step(step))
+    """Rows of the first steps, as the model takes them: all of them in every process."""
+    order = data.order._replace(rank=0, ranks=1)
+    steps = (batch._asdict() for step in range(CALIBRATION_STEPS) for batch in order.step(step))
     return [{name: part for name, part in batch.items() if name != "size"} for batch in steps]
 
 

@@ -172,7 +172,7 @@ def _text(decoder: Decoder, training: Training, plans: Sequence[Plan], memory: i
     ]
     lines += [f"{made.title}: {problem}" for made in plans for problem in made.problems]
     if memory is not None:
-        lines.append(_decision(plans, memory, fitting, unit))
+        lines.append(_decision(training, plans, memory, fitting, unit))
     return "\n".join(lines)
 
 
@@ -202,7 +202,7 @@ def number(count: int, unit: int) -> str:
     return f"{count / unit:,.{3 if unit == 2**30 else 1}f}"
 
 
-def _decision(plans: Sequence[Plan], memory: int, fitting: Plan | None, unit: int) -> str:
+def _decision(training: Training, plans: Sequence[Plan], memory: int, fitting: Plan | None, unit: int) -> str:
     def said(count: int) -> str:
         return f"{number(count, unit)} {_UNIT_NAMES[unit]}"
 
@@ -212,9 +212,12 @@ def _decision(plans: Sequence[Plan], memory: int, fitting: Plan | None, unit: in
     if not possible:
         return f"none fits in {said(memory)}: there is no plan"
     least = min(possible, key=lambda made: made.total)
+    less = ["more ranks", "a shorter --seq-len"]
+    less += ["--gradient-checkpointing"] * (not training.gradient_checkpointing)
+    less += ["--base-dtype nf4"] * (training.base_dtype != "nf4")
     return (
-        f"none fits in {said(memory)}; the least is {least.title}, with {said(least.total)} on each rank. "
-        "More ranks, a shorter --seq-len, --gradient-checkpointing and --base-dtype nf4 take less."
+        f"none fits in {said(memory)}; the least is {least.title}, with {said(least.total)} on each rank\n"
+        f"less is taken with {', '.join(less)}"
     )
 
 
