@@ -8,6 +8,7 @@ from lora.algebra import combine, scale, subtract
 from lora.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.config import LoraConfig
 from lora.conv import Conv1d, Conv2d, Conv3d
+from lora.disabling import disabled
 from lora.embedding import Embedding
 from lora.extract import Extracted, extract
 from lora.formats import read_adapter, write_adapter
@@ -15,7 +16,7 @@ from lora.groups import param_groups
 from lora.init.calibrate import calibrate
 from lora.init.initialize import initialize
 from lora.init.loftq import loftq
-from lora.inject import disabled, eject, inject
+from lora.inject import eject, inject
 from lora.layer import LoRALayer
 from lora.linear import Linear
 from lora.merge import merge, merged_state_dict

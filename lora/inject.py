@@ -1,4 +1,4 @@
-"""Put LoRA into a model's layers, take it out again, switch it off for a while: always in place."""
+"""Put LoRA into a model's layers and take it out again: always in place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from lora import quantized, switch
 from lora.config import LoraConfig, for_module
 from lora.init.initialize import begin, problems_of_start
 from lora.init.start import give_back
-from lora.layer import LoRALayer, join
+from lora.layer import LoRALayer
 from lora.matching import (
     Names,
     find_saved,
@@ -31,7 +30,6 @@ from lora.registry import Kind, adapted_class, class_for, kind_for
 from lora.replicas import wrapped
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
-from lora.sharded import is_sharded
 from lora.tensors import Spans
 from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
 
@@ -141,62 +139,6 @@ def eject(model: nn.Module) -> None:
         restored.add(id(layer.weight))
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within ``with lora.disabled(model):`` the model computes what the base model does.
-
-    Modules and biases that train in full count with the values that they had when LoRA was put in, too.
-
-    Args:
-        model: a model with LoRA layers, or a part of one.
-
-    Raises:
-        ValueError: there is no LoRA layer in the model, or what trains in full is sharded.
-
-    >>> import torch, lora
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
-    >>> before = model(torch.ones(8))
-    >>> _ = lora.inject(model, target_modules=["0"], r=2)
-    >>> _ = torch.nn.init.ones_(model[0].lora_B)
-    >>> with lora.disabled(model):
-    ...     bool((model(torch.ones(8)) == before).all())
-    True
-    """
-    lora_layers(model, "disabled", inside_disabled=True)
-    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
-    raise_all("disabled: nothing was changed", _unswappable(model))
-    entered: list[nn.Module] = []
-    try:
-        for module in modules:
-            _enter(model, module)
-            entered.append(module)
-        yield
-    finally:
-        for module in entered:
-            _leave(model, module)
-
-
-def _enter(model: nn.Module, module: nn.Module) -> None:
-    # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
-    count = vars(module).get("lora_disabled", 0)
-    if not count:
-        swapped = list(_originals(module))
-        _swap(model, {id(trained): base for trained, base in swapped})
-        vars(module)["lora_swapped"] = swapped
-        if isinstance(module, LoRALayer):
-            switch.turn(module)
-    vars(module)["lora_disabled"] = count + 1
-
-
-def _leave(model: nn.Module, module: nn.Module) -> None:
-    vars(module)["lora_disabled"] -= 1
-    if not vars(module)["lora_disabled"]:
-        _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
-        del vars(module)["lora_disabled"]
-        if isinstance(module, LoRALayer):
-            switch.turn(module)
-
-
 @torch.inference_mode(False)
 def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
     """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
@@ -278,33 +220,6 @@ def _untrainable(names: Names) -> Iterator[str]:
         reason = quantized.why_not_train(module) if "weight" in module._parameters else None
         if reason:
             yield f"{known[0]}: {reason}"
-
-
-def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of a tensor that trained outside the adapters and its value from before."""
-    for name, value in originals(module).items():
-        trained: Tensor = getattr(module, name)
-        base = value.to(trained.device, trained.dtype)
-        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
-
-
-def _unswappable(model: nn.Module) -> Iterator[str]:
-    """What trains in full, and has its place in the model taken by FSDP2 before every forward."""
-    for name, module in model.named_modules():
-        wrong = [own for own in originals(module) if is_sharded(getattr(module, own))]
-        if wrong:
-            yield f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
-
-
-def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
-    """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
-    if not replacements:
-        return
-    for module in model.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if id(tensor) in replacements:
-                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
 
 
 def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:

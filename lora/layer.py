@@ -187,8 +187,8 @@ class LoRALayer(LayerKind, nn.Module):
             )
         check_in_step(self)
         if self.lora_parallel is not None:
-            sharded: Tensor = self.lora_parallel(self, input)
-            return sharded
+            divided: Tensor = self.lora_parallel(self, input)
+            return divided
         y = self.lora_forward(input, *args, **kwargs)
         return dora.magnified(self, y) if self.use_dora else y
 

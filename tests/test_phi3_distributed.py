@@ -261,9 +261,9 @@ def test_outside_torchrun_it_says_how_to_start_it(capsys, monkeypatch):
     assert "start this with torchrun" in capsys.readouterr().err
 
 
-def test_the_real_model_in_two_processes(tmp_path):
-    small = "--max-steps 2 --eval-steps 2 --eval-conversations 2 --train-conversations 60 --max-seq-length 96"
-    flags = [*small.split(), *["--lora-dropout", "0", "--per-device-train-batch-size", "2", "--sample-replies", "0"]]
+def test_the_real_model_in_two_processes(toy, tmp_path):  # noqa: F811
+    small = "--max-steps 2 --eval-steps 2 --eval-conversations 2 --max-seq-length 128 --per-device-train-batch-size 2"
+    flags = [*small.split(), "--lora-dropout", "0", "--sample-replies", "0", "--data", str(toy / "chats.jsonl")]
     done = torchrun([], SCRIPT, [*flags, "--output-dir", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Held-out perplexity") == 1

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lora.inject import disabled
+from lora.disabling import disabled
 from lora.linear import LinearLoRA
 
 Step = Callable[[nn.Module, Any], Any]

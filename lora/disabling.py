@@ -1,0 +1,99 @@
+"""Switch LoRA off for a while: within `lora.disabled` a model computes what the base model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn as nn
+from torch import Tensor
+
+from lora import switch
+from lora.layer import LoRALayer, join
+from lora.matching import lora_layers
+from lora.settings import raise_all
+from lora.sharded import is_sharded
+from lora.training import originals
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within ``with lora.disabled(model):`` the model computes what the base model does.
+
+    Modules and biases that train in full count with the values that they had when LoRA was put in, too.
+
+    Args:
+        model: a model with LoRA layers, or a part of one.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> before = model(torch.ones(8))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> _ = torch.nn.init.ones_(model[0].lora_B)
+    >>> with lora.disabled(model):
+    ...     bool((model(torch.ones(8)) == before).all())
+    True
+    """
+    lora_layers(model, "disabled", inside_disabled=True)
+    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
+    raise_all("disabled: nothing was changed", _unswappable(model))
+    entered: list[nn.Module] = []
+    try:
+        for module in modules:
+            _enter(model, module)
+            entered.append(module)
+        yield
+    finally:
+        for module in entered:
+            _leave(model, module)
+
+
+def _enter(model: nn.Module, module: nn.Module) -> None:
+    # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
+    count = vars(module).get("lora_disabled", 0)
+    if not count:
+        swapped = list(_originals(module))
+        _swap(model, {id(trained): base for trained, base in swapped})
+        vars(module)["lora_swapped"] = swapped
+        if isinstance(module, LoRALayer):
+            switch.turn(module)
+    vars(module)["lora_disabled"] = count + 1
+
+
+def _leave(model: nn.Module, module: nn.Module) -> None:
+    vars(module)["lora_disabled"] -= 1
+    if not vars(module)["lora_disabled"]:
+        _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
+        del vars(module)["lora_disabled"]
+        if isinstance(module, LoRALayer):
+            switch.turn(module)
+
+
+def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor that trained outside the adapters and its value from before."""
+    for name, value in originals(module).items():
+        trained: Tensor = getattr(module, name)
+        base = value.to(trained.device, trained.dtype)
+        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+
+
+def _unswappable(model: nn.Module) -> Iterator[str]:
+    """What trains in full, and has its place in the model taken by FSDP2 before every forward."""
+    for name, module in model.named_modules():
+        wrong = [own for own in originals(module) if is_sharded(getattr(module, own))]
+        if wrong:
+            yield f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
+
+
+def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
+    """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
+    if not replacements:
+        return
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if id(tensor) in replacements:
+                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
