@@ -20,7 +20,7 @@ from lora.inject import adapt, all_or_nothing
 from lora.layer import LoRALayer, join
 from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
 from lora.partitioned import partitioned_problems
-from lora.replicas import wrapped
+from lora.replicas import flattened_problem, is_flattened, wrapped
 from lora.settings import raise_all
 from lora.swap import without_room
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
@@ -29,6 +29,7 @@ from lora.training import mark_only_lora_as_trainable, remember, train_in_full, 
 Target = tuple[nn.Module, str, Tensor]
 
 
+@torch.inference_mode(False)
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
     """Save what LoRA trained in a model: one safetensors file, with ranks, scaling and splits inside.
 
@@ -79,6 +80,7 @@ def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
     yield from tied(names, adapter.trained_in_full)
 
 
+@torch.inference_mode(False)
 def load_adapter(
     model: nn.Module,
     source: str | os.PathLike[str] | Adapter,
@@ -129,7 +131,8 @@ def load_adapter(
     adapter, what = sharded.from_first(mesh, lambda: _sound(source, lora_alpha, to_send=mesh is not None))
     raise_all(f"{what} is not loaded", _in_parts(names_of(model)), AdapterError)
     fit = Fit(model, adapter, check_base)
-    raise_all(f"{what} is not loaded", fit.problems + (wrappers if fit.plans else []), AdapterError)
+    problems = sharded.from_all(mesh, fit.problems + (wrappers if fit.plans else []))
+    raise_all(f"{what} is not loaded", problems, AdapterError)
     with all_or_nothing(model):
         adapt(fit.plans)
         if fit.plans:
@@ -153,6 +156,7 @@ def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, t
     return source, what
 
 
+@torch.inference_mode(False)
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a model, without the model; it shares the model's tensors.
 
@@ -201,7 +205,8 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
 
 
 def _in_parts(names: Names) -> Iterator[str]:
-    """A complaint for each tensor of the model's adapter that ZeRO-3 keeps in parts."""
+    """A complaint for each wrapper or tensor that has the model's parameters in another form than the model."""
+    yield from (flattened_problem(known[0]) for module, known in names.items() if is_flattened(module))
     for layer, known in names.items():
         if isinstance(layer, LoRALayer):
             yield from partitioned_problems(

@@ -16,8 +16,9 @@ from lora import quantized
 from lora.embedding import EmbeddingLoRA
 from lora.layer import LoRALayer
 from lora.local import LocalForward
-from lora.rows import in_model_order, in_rank_order, is_reordered
+from lora.rows import in_model_order, in_rank_order
 from lora.settings import raise_all
+from lora.sharded import reordered
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -44,6 +45,8 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
         yield f"its weight, a {type(layer.weight).__name__}, is packed, or its forward is not its base class's."
     if layer.lora_start is not None or layer.awaits:
         yield f"it starts from its base weight or from data (`init_lora_weights={layer.init_lora_weights!r}`)."
+    if isinstance(layer, EmbeddingLoRA) and layer.sparse:
+        yield "`sparse` gradients are not divided."
     if isinstance(layer, EmbeddingLoRA) and (layer.max_norm is not None or (sums and layer.use_dora)):
         yield "`max_norm`, and `use_dora` where the vocabulary is divided, need whole columns or rows."
 
@@ -52,7 +55,8 @@ def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement,
     """Divide the layer's tensors, and let it take and give what the style says."""
     for own, parameter in layer._parameters.items():
         if parameter is not None:
-            source = getattr(style, "src_data_rank", 0)
+            # Of a pretrained weight every rank may have the same already; adapters may have started at random.
+            source = 0 if own.startswith("lora_") else getattr(style, "src_data_rank", 0)
             placements = [local.placement(layer, own)]
             whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
             setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
@@ -88,14 +92,6 @@ def _reorder(
 ) -> None:
     for own in module._parameters:
         name = f"{prefix}{own}"
-        tensor = state.get(name)
-        if tensor is None or not is_reordered(module, own):
-            continue
-        if isinstance(tensor, DTensor):
-            # The rows go from rank to rank: whole for a moment, one tensor at a time.
-            whole = order(module, own, tensor.full_tensor())
-            state[name] = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        else:
-            state[name] = order(module, own, tensor)
-        if isinstance(tensor, nn.Parameter):  # a state dict of parameters, not of their values: say which it was
-            state[name].in_place_of = tensor
+        # A state dict of parameters themselves, not of their values, has them as they are.
+        if name in state and not isinstance(state[name], nn.Parameter):
+            state[name] = reordered(module, own, state[name], order)

@@ -189,6 +189,8 @@ class LoRALayer(LayerKind, nn.Module):
         if self.lora_parallel is not None:
             divided: Tensor = self.lora_parallel(self, input)
             return divided
+        if self.training and self.lora_dropout:
+            sharded.check_dropout(self, input)
         y = self.lora_forward(input, *args, **kwargs)
         return dora.magnified(self, y) if self.use_dora else y
 

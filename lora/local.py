@@ -59,11 +59,13 @@ class LocalForward:
     Attributes:
         dims: by which dimension each of the layer's own tensors is divided; None if every rank holds all of it.
         sums: whether the ranks' outputs are to be added up.
+        takes_parts: whether each rank takes a part of the input's last dimension, and not all of it.
         sizes: the layer's attributes that are smaller in a part, and by which tensor's dimension.
     """
 
     dims: ClassVar[Dims]
     sums: ClassVar[bool]
+    takes_parts: ClassVar[bool] = False
     sizes: ClassVar[Sizes]
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -78,9 +80,11 @@ class LocalForward:
     def __call__(self, layer: LoRALayer, input: Any) -> DTensor:
         """The layer's output, divided by its last dimension, or in parts that are still to be summed."""
         part = self.part_of(layer)
+        wanted: Placement = Shard(input.dim() - 1) if self.takes_parts else Replicate()
+        if input.placements != (wanted,):  # a DTensor that came as it was, and not as the style was told
+            input = input.redistribute(placements=[wanted])
         # Where the input is on every rank, the gradients that the ranks have for it are parts of a sum.
-        whole = input.placements[0].is_replicate()
-        x = input.to_local(grad_placements=[Partial()]) if whole else input.to_local()
+        x = input.to_local() if self.takes_parts else input.to_local(grad_placements=[Partial()])
         with self.dropping(part, x):
             y = self.forward(part, x)
         if part.use_dora:
@@ -165,6 +169,8 @@ class ColwiseLinear(LocalForward):
 
 class RowwiseLinear(LocalForward):
     """Inputs are divided, and outputs summed; B is on every rank."""
+
+    takes_parts = True
 
     dims: ClassVar[Dims] = {"weight": 1, "bias": None, "lora_A": 1, "lora_B": None, "lora_magnitude": None}
     sums = True

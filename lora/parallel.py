@@ -14,10 +14,9 @@ and no others.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -34,11 +33,22 @@ from lora.dividing import (
     state_in_rank_order,
 )
 from lora.embedding import EmbeddingLoRA
+from lora.gradients import clip_grad_norm_, sum_gradients
 from lora.linear import LinearLoRA
 from lora.local import ColwiseEmbedding, ColwiseLinear, RowwiseEmbedding, RowwiseLinear
+from lora.matching import without_wrappers
 from lora.merged_linear import MergedLinearLoRA
 from lora.rows import dim_of_rows, in_rank_order
 from lora.settings import raise_all
+
+__all__ = [
+    "ColwiseParallel",
+    "MergedColwiseParallel",
+    "RowwiseParallel",
+    "clip_grad_norm_",
+    "plan_of",
+    "sum_gradients",
+]
 
 
 class ColwiseParallel(_Colwise):
@@ -195,6 +205,8 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
     "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
 }
+# What every rank has whole: of no concern while nothing in it trains.
+_WHOLE = ("replicate", "replicated_with_grad_allreduce")
 
 
 def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str, ParallelStyle]:
@@ -210,7 +222,8 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
         Styles by modules' names.
 
     Raises:
-        ValueError: there is no plan, a name matches no module, or a word is not known; all are listed.
+        ValueError: there is no plan, a name matches no module, a word is not known, or a tied weight that trains would
+            come apart; all are listed.
 
     >>> import torch, lora, lora.parallel
     >>> model = torch.nn.ModuleDict({"up": lora.Linear(4, 8, r=2), "down": lora.Linear(8, 4, r=2)})
@@ -222,15 +235,30 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
     problems = [] if words else [f"there is no plan for this {type(model).__name__}; give one as `plan`."]
     for pattern, word in words.items():
         expression = re.escape(pattern).replace(r"\*", "[^.]+")
-        names = [name for name in modules if re.fullmatch(expression, name)]
-        if word not in _STYLES:
-            problems.append(f"{pattern}: no style is called {word!r}; known are {', '.join(map(repr, _STYLES))}.")
-        elif not names:
+        names = [name for name in modules if re.fullmatch(expression, without_wrappers(name))]
+        trained = [name for name in names for p in modules[name].parameters() if p.requires_grad]
+        if not names:
             problems.append(f"{pattern}: matches no module.")
-        else:
+        elif word in _WHOLE and trained:
+            problems.append(f"{pattern}: is {word!r}, and {trained[0]} trains; its gradients would not be added up.")
+        elif word not in _STYLES and word not in _WHOLE:
+            problems.append(f"{pattern}: no style is called {word!r}; known are {', '.join(map(repr, _STYLES))}.")
+        elif word in _STYLES:
             styles |= {name: _style_for(modules[name], word) for name in names}
-    raise_all("plan_of cannot make a plan", problems)
+    raise_all("plan_of cannot make a plan", [*problems, *_coming_apart(modules, styles)])
     return styles
+
+
+def _coming_apart(modules: Mapping[str, nn.Module], styles: Mapping[str, ParallelStyle]) -> Iterator[str]:
+    """Trained parameters with several owners, which the plan would make several parameters."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in modules.items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                owners.setdefault(parameter, []).append(f"{name}.{own}")
+    for names in owners.values():
+        if len(names) > 1 and any(name.rpartition(".")[0] in styles for name in names):
+            yield f"{', '.join(names)}: is one parameter, which trains, and would be several."
 
 
 def _style_for(module: nn.Module, word: str) -> ParallelStyle:
@@ -238,34 +266,3 @@ def _style_for(module: nn.Module, word: str) -> ParallelStyle:
     if isinstance(module, MergedLinearLoRA) and isinstance(style, ColwiseParallel):
         return MergedColwiseParallel(output_layouts=style.output_layouts[0])
     return style
-
-
-@torch.no_grad()
-def sum_gradients(model: nn.Module) -> None:
-    """Add up the gradients of which each rank has a part, in one reduction for each mesh.
-
-    Without it torch adds up one after the other where they are used: in `clip_grad_norm_`, and again in the optimizer.
-
-    Args:
-        model: a model with tensor-parallel layers, after the last backward of a step; all ranks call.
-
-    >>> import torch, lora, lora.parallel
-    >>> lora.parallel.sum_gradients(torch.nn.Sequential(lora.Linear(4, 2, r=1)))  # nothing is divided: nothing to add
-    """
-    meshes: dict[tuple[DeviceMesh, int, torch.dtype], list[Any]] = {}
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            for dim, placement in enumerate(gradient.placements):
-                if placement.is_partial():
-                    meshes.setdefault((gradient.device_mesh, dim, gradient.dtype), []).append(parameter)
-    for (mesh, dim, _), parameters in meshes.items():
-        parts = [parameter.grad.to_local() for parameter in parameters]
-        summed = torch.cat([part.reshape(-1) for part in parts])
-        torch.distributed.all_reduce(summed, group=mesh.get_group(dim))
-        for parameter, part, piece in zip(
-            parameters, parts, torch.split(summed, [part.numel() for part in parts]), strict=True
-        ):
-            placements = [Replicate() if n == dim else p for n, p in enumerate(parameter.grad.placements)]
-            sizes = {"shape": parameter.shape, "stride": parameter.stride()}
-            parameter.grad = DTensor.from_local(piece.view_as(part), mesh, placements, run_check=False, **sizes)

@@ -6,6 +6,7 @@ itself in every rank, without a word.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,11 +66,27 @@ def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
 def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
     """A complaint for each wrapper of a model, or in it, that would not synchronise what is put in now."""
     for module, known in names.items():
+        if is_flattened(module):
+            yield flattened_problem(known[0])
         if isinstance(module, DistributedDataParallel):
             yield (
                 f"{known[0] or 'the model'} is wrapped in DistributedDataParallel, which does not synchronise "
                 "parameters that are put in later; give its `.module` LoRA first, then wrap it."
             )
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether this is torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def flattened_problem(name: str) -> str:
+    """A complaint for such a wrapper."""
+    return (
+        f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat piece; "
+        "use torch's `fully_shard` (FSDP2), after `lora.inject`."
+    )
 
 
 def _state(layer: nn.Module) -> list[tuple[int, bool]]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from lora.rows import dim_of_rows, in_model_order, in_rank_order
+from lora.rows import dim_of_rows, in_model_order, in_rank_order, is_reordered
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora.layer import LoRALayer
 
 T = TypeVar("T")
+Order = Callable[[nn.Module, str, Tensor], Tensor]
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -46,6 +47,16 @@ def is_fully_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called of this module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def check_dropout(layer: LoRALayer, input: Tensor) -> None:
+    """RuntimeError where ranks would drop other features of an input that is to be the same on all of them."""
+    # On other devices DTensor keeps the ranks' random states together by itself.
+    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
+        raise RuntimeError(
+            f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
+            "use those of `lora.parallel`, or `lora_dropout=0`."
+        )
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------
@@ -81,6 +92,17 @@ def from_first(mesh: DeviceMesh | None, make: Callable[[], T]) -> T:
     if error is not None or told is not None:
         raise error or told
     return made
+
+
+def from_all(mesh: DeviceMesh | None, items: Sequence[str]) -> list[str]:
+    """What any rank of the mesh has to say, once each: what they all have to agree on."""
+    found = [*items]
+    for dim in range(0 if mesh is None else mesh.ndim):
+        assert mesh is not None, "it has dimensions"
+        told: list[Any] = [None] * mesh.size(dim)
+        dist.all_gather_object(told, found, group=mesh.get_group(dim))
+        found = list(dict.fromkeys(item for items in told for item in items))
+    return found
 
 
 def _sendable(error: Exception) -> Exception:
@@ -143,6 +165,20 @@ def like(module: nn.Module, own: str, tensor: Tensor, value: Tensor) -> Tensor:
     made = torch.empty_like(tensor, dtype=value.dtype)
     write(module, own, made, value)
     return made
+
+
+@torch.no_grad()
+def reordered(module: nn.Module, own: str, tensor: Tensor, order: Order) -> Tensor:
+    """One of a module's own tensors, or a value for it, in another order of rows; sharded as it was."""
+    if not is_reordered(module, own):
+        return tensor
+    if not is_sharded(tensor):
+        return order(module, own, tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    # The rows go from rank to rank: whole for a moment, one tensor at a time.
+    whole = order(module, own, tensor.full_tensor())
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 @torch.no_grad()

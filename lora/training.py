@@ -12,8 +12,9 @@ from torch import Tensor
 from lora import quantized
 from lora.layer import LoRALayer, join
 from lora.partitioned import partitioned_problems
+from lora.rows import in_model_order
 from lora.settings import raise_all
-from lora.sharded import settle
+from lora.sharded import reordered, settle
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -59,6 +60,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
         remember_trained(model)
 
 
+@torch.inference_mode(False)
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that LoRA trains.
 
@@ -71,7 +73,8 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         modules that train in full. Load it with ``model.load_state_dict(state, strict=False)``, or use
         `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. (Adapters that started
         as a part of the base weight, PiSSA's say, belong to what is left of it: a plain base can load only what
-        `lora.save_adapter` writes.)
+        `lora.save_adapter` writes.) Of a sharded model they are DTensors, for torch.distributed.checkpoint; what that
+        loads into them goes to the model by `load_state_dict`: fused layers that are divided among ranks give copies.
 
     Raises:
         ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps a tensor in parts; all are listed.
@@ -90,9 +93,14 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
             trained.update(id(buffer) for buffer in module._buffers.values())
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in state.items() if id(getattr(tensor, "in_place_of", tensor)) in trained}
+    state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
     raise_all("lora_state_dict is not whole", partitioned_problems(state.items()))
-    return {name: tensor.detach() for name, tensor in state.items()}
+    owners = {id(p): (module, own) for module in model.modules() for own, p in module._parameters.items()}
+    values = {name: tensor.detach() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if id(tensor) in owners:  # not a buffer
+            values[name] = reordered(*owners[id(tensor)], values[name], in_model_order)
+    return values
 
 
 def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:

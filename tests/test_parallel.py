@@ -78,7 +78,7 @@ def mesh():
 
 def plan(model, merged=lora.parallel.MergedColwiseParallel, col=lora.parallel.ColwiseParallel, row=None):
     row = row or lora.parallel.RowwiseParallel
-    block = {"qkv": merged, "o": row, "gate_up": merged, "down": row}
+    block = {"qkv": lambda: merged(SPLITS), "o": row, "gate_up": lambda: merged((12, 12)), "down": row}
     styles = {f"blocks.{n}.{name}": style() for n in range(len(model.blocks)) for name, style in block.items()}
     return styles | {"embed": row(input_layouts=Replicate()), "head": col(output_layouts=Replicate())}
 
@@ -112,7 +112,7 @@ def trains_alike(changes, bias):
     alone, divided = adapted(**changes), parallel(adapted(**changes))
     if bias != "none":
         for model in (alone, divided):
-            lora.mark_only_lora_as_trainable(model)
+            lora.mark_only_lora_as_trainable(model, bias)
     torch.testing.assert_close(divided(ids()), alone(ids()))
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.01) for m in (alone, divided)]
     for _ in range(3):
@@ -130,7 +130,7 @@ def trains_alike(changes, bias):
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_training_is_that_of_one_process(ranks, bias):
-    ranks.run(trains_alike, {})
+    ranks.run(trains_alike, {}, bias)
 
 
 WITHOUT_EMBEDDING = {"target_modules": ["qkv", "o", "gate_up", "down", "head"]}
@@ -139,7 +139,7 @@ SETTINGS = [
     {"use_rslora": True, "r": 1},
     {"freeze_A": True},
     {"splits": {"gate_up": (12, 12)}, "enable_lora": {}, "target_modules": ["gate_up", "down"]},
-    {"bias": "lora_only", "init_lora_weights": "orthogonal"},
+    {"bias": "lora_only", "r": 4, "init_lora_weights": "orthogonal"},
 ]
 
 

@@ -1,0 +1,220 @@
+"""Room for other adapters: what is refused at a smaller rank, files, caches, hooks, tensor parallelism."""
+
+import copy
+
+import pytest
+import torch
+from conftest import example, make
+from test_parallel import mesh
+from test_swap import model_of, same_base, switches, tensors_and_settings
+from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import parallelize_module
+
+import lora
+import lora.parallel
+
+# ---- what does not fit -------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "more inputs": (lambda: lora.Linear(6, 4, r=2), lambda: lora.Linear(7, 4, r=1), "0.lora_A"),
+    "fewer outputs": (lambda: lora.Linear(6, 4, r=2), lambda: lora.Linear(6, 3, r=1), "0.lora_B"),
+    "more outputs": (lambda: lora.Linear(6, 4, r=2), lambda: lora.Linear(6, 9, r=1), "0.lora_B"),
+    "another kernel": (lambda: lora.Conv1d(4, 4, 3, r=2), lambda: lora.Conv1d(4, 4, 5, r=1), "0.lora_"),
+    "rows of one split more": (
+        lambda: lora.MergedLinear(6, 9, r=2, splits=(3, 3, 3), enable_lora=(True, False, True)),
+        lambda: lora.MergedLinear(6, 9, r=1, splits=(3, 3, 3), enable_lora=(True, True, True)),
+        "0.lora_",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_adapter_of_a_smaller_rank_and_other_sizes_is_refused_as_by_any_model(what):
+    ours, theirs, named = OTHERS[what]
+    model, other = nn.Sequential(ours()), nn.Sequential(theirs())
+    lora.prepare_for_swap(model, 4)
+    before, adapter = copy.deepcopy(model.state_dict()), tensors_and_settings(model)
+    with pytest.raises(lora.AdapterError) as error:
+        lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+    assert named in str(error.value) or "0: " in str(error.value)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert tensors_and_settings(model)[1] == adapter[1]
+
+
+def test_a_prepared_models_state_does_not_go_into_one_that_is_not_prepared():
+    model, plain = model_of("Linear"), model_of("Linear")
+    lora.prepare_for_swap(model, 4)
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch for 0\.lora_A.*size mismatch for 0\.lora_B"):
+        plain.load_state_dict(model.state_dict())
+
+
+# ---- what a swap leaves ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_rank_and_lora_alpha_of_the_layer_give_its_scaling_after_every_swap(use_rslora):
+    model = model_of("Linear")
+    lora.prepare_for_swap(model, 8)
+    for r in (1, 8, 4):
+        lora.load_adapter(model, lora.adapter_of(model_of("Linear", r=r, use_rslora=use_rslora)), check_base=False)
+        layer = model[0]
+        assert layer.scaling == pytest.approx(3 / r ** (0.5 if use_rslora else 1))
+        assert layer.lora_alpha / layer.r ** (0.5 if use_rslora else 1) == pytest.approx(layer.scaling)
+        assert layer.padded_from == (r, 3)
+    lora.initialize(model, True)  # which uses all of the rank
+    saved = lora.adapter_of(model).modules["0"]
+    assert saved["r"] == 8
+    assert saved["lora_alpha"] == pytest.approx(saved["scaling"] * 8 ** (0.5 if use_rslora else 1))
+
+
+@pytest.mark.parametrize("format", ["lora", "peft", "portable"])
+def test_files_of_a_prepared_model_are_those_of_one_that_is_not(format, tmp_path):
+    model = nn.Sequential(make("Linear", r=2, lora_alpha=3), make("MergedLinear", r=3, lora_alpha=5))
+    lora.mark_only_lora_as_trainable(model)
+    plain = copy.deepcopy(model)
+    lora.prepare_for_swap(model, 5)
+    for each, name in ((model, "prepared"), (plain, "plain")):
+        lora.save_adapter(each, tmp_path / name, format=format)
+    ours, theirs = (lora.read_adapter(tmp_path / name) for name in ("prepared", "plain"))
+    assert ours.modules == theirs.modules
+    torch.testing.assert_close(ours.tensors, theirs.tensors, rtol=0, atol=0)
+
+
+def test_the_merged_weight_that_serves_is_that_of_the_adapter_that_is_there():
+    model, x = model_of("Linear", merge_weights=True, dtype=torch.float64).eval(), example("Linear", torch.float64)
+    lora.prepare_for_swap(model, 4)
+    with torch.no_grad():
+        for r in (1, 4, 2):
+            other = same_base("Linear", model, r=r, lora_alpha=7, dtype=torch.float64)
+            lora.load_adapter(model, lora.adapter_of(other))
+            torch.testing.assert_close(model(x), other(x))
+        for each in (model, other):
+            each[0].scaling = 5.0
+        torch.testing.assert_close(model(x), other(x))
+        lora.prepare_for_swap(model, 8)
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_with_a_frozen_A_what_trains_stays_within_the_adapters_rank():
+    model, x = model_of("Linear", lora_dropout=0.3), example("Linear")
+    lora.prepare_for_swap(model, 6)
+    lora.mark_only_lora_as_trainable(model, freeze_A=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(5):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert lora.adapter_of(model).modules["0"]["r"] == 2
+
+
+def test_hooks_of_parameters_see_gradients_of_the_new_size():
+    model, seen = model_of("Linear"), []
+    for parameter in (model[0].lora_A, model[0].lora_B):
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)))
+    model(example("Linear")).sum().backward()
+    lora.prepare_for_swap(model, 4)
+    model(example("Linear")).sum().backward()
+    rows, columns = model[0].lora_B.shape[0], model[0].lora_A.shape[1]
+    assert sorted(seen) == sorted([(2, columns), (rows, 2), (4, columns), (rows, 4)])
+
+
+def test_generators_that_end_in_any_order_leave_it_enabled():
+    model, x = model_of("Linear"), example("Linear")
+    lora.prepare_for_swap(model, 4)
+    enabled = model(x)
+
+    def reference():
+        with lora.disabled(model):
+            yield model(x)
+            yield model(x)
+
+    first, second = reference(), reference()
+    assert torch.equal(next(first), next(second))
+    first.close()
+    assert switches(model[0])["lora_scale"] == [0, 0]
+    model.bfloat16().float()  # a cast in between keeps the two apart
+    assert switches(model[0]) == {"lora_scale": [0, 0], "lora_scale_off": [1.5, 1]}
+    second.close()
+    assert switches(model[0]) == {"lora_scale": [1.5, 1], "lora_scale_off": [0, 0]}
+    torch.testing.assert_close(model(x), enabled, rtol=0.02, atol=0.02)
+
+
+def test_what_is_cut_out_of_a_prepared_layer_holds_no_graph_and_no_memory_of_it():
+    model = model_of("MergedLinear")
+    lora.prepare_for_swap(model, 4)
+    adapter = lora.adapter_of(model)
+    for name in ("lora_A", "lora_B"):
+        assert not adapter.tensors[f"0.{name}"].requires_grad
+    adapter.tensors["0.lora_A"].fill_(7)
+    assert not (model[0].lora_A == 7).any()
+
+
+def test_emptied_in_inference_mode_it_can_be_swapped_and_trained_outside_of_it():
+    layer = make("Linear")
+    lora.prepare_for_swap(layer, 4)
+    with torch.inference_mode():
+        layer.to_empty(device="cpu")
+    assert not layer.lora_scale.is_inference()
+    layer.scaling = 2.0
+    assert switches(layer) == {"lora_scale": [2, 1], "lora_scale_off": [0, 0]}
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------
+
+
+def swap_under_tensor_parallelism():
+    def made(r):
+        torch.manual_seed(0)
+        layers = [
+            lora.MergedLinear(6, 16, splits=(8, 4, 4), enable_lora=(True, False, True), dtype=torch.float64),
+            lora.Linear(16, 6, dtype=torch.float64),
+        ]
+        model = nn.Sequential(*layers).requires_grad_(False)
+        splits = {"0": (8, 4, 4)}
+        enabled = {"0": (True, False, True)}
+        lora.inject(model, target_modules=["0", "1"], r=r, lora_alpha=7, splits=splits, enable_lora=enabled)
+        with torch.no_grad():
+            for layer in model:
+                layer.lora_B.normal_()
+        return model
+
+    model, x = made(2), torch.ones(3, 6, dtype=torch.float64)
+    lora.prepare_for_swap(model, 4)
+    col = lora.parallel.MergedColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh(), {"0": col, "1": lora.parallel.RowwiseParallel(input_layouts=Replicate())})
+    with pytest.raises(ValueError, match=r"(?s)0: is sharded.*1: is sharded; prepare the model, then shard it"):
+        lora.prepare_for_swap(model, 8)
+    found = []
+    for r in (1, 4, 3):
+        other = made(r)
+        lora.load_adapter(model, lora.adapter_of(other))
+        torch.testing.assert_close(model(x), other(x))
+        with lora.disabled(model), lora.disabled(other):
+            torch.testing.assert_close(model(x), other(x))
+        found.append([settings["r"] for settings in lora.adapter_of(model).modules.values()])
+    return found
+
+
+def test_a_divided_model_swaps_as_a_whole_one_does(ranks):
+    assert ranks.run(swap_under_tensor_parallelism) == [[[1, 1], [4, 4], [3, 3]]] * 2
+
+
+def compiled_under_tensor_parallelism():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    alone = nn.Sequential(make("Linear", dtype=torch.float64), nn.ReLU())
+    model, x = copy.deepcopy(alone), example("Linear", torch.float64)
+    lora.prepare_for_swap(model, 4)
+    style = lora.parallel.ColwiseParallel(output_layouts=Replicate())
+    compiled = torch.compile(parallelize_module(model, mesh(), {"0": style}), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), alone(x))
+    for each in (model, alone):
+        each[0].scaling = 5.0
+    torch.testing.assert_close(compiled(x), alone(x))
+    with lora.disabled(model), lora.disabled(alone):
+        torch.testing.assert_close(compiled(x), alone(x))
+
+
+def test_a_divided_model_that_is_prepared_compiles(ranks):
+    ranks.run(compiled_under_tensor_parallelism)
