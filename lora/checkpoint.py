@@ -22,6 +22,7 @@ from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrapp
 from lora.partitioned import partitioned_problems
 from lora.replicas import flattened_problem, is_flattened, wrapped
 from lora.settings import raise_all
+from lora.sharded import in_normal_mode
 from lora.swap import without_room
 from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
@@ -29,7 +30,7 @@ from lora.training import mark_only_lora_as_trainable, remember, train_in_full, 
 Target = tuple[nn.Module, str, Tensor]
 
 
-@torch.inference_mode(False)
+@in_normal_mode
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
     """Save what LoRA trained in a model: one safetensors file, with ranks, scaling and splits inside.
 
@@ -80,7 +81,7 @@ def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
     yield from tied(names, adapter.trained_in_full)
 
 
-@torch.inference_mode(False)
+@in_normal_mode
 def load_adapter(
     model: nn.Module,
     source: str | os.PathLike[str] | Adapter,
@@ -156,9 +157,9 @@ def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, t
     return source, what
 
 
-@torch.inference_mode(False)
+@in_normal_mode
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of a model, without the model; it shares the model's tensors.
+    """The adapter of a model, without the model; it shares the model's tensors, but for layers with room for others.
 
     Of a sharded model (FSDP2, tensor parallel) every rank has to call this, and gets the whole adapter, on the CPU, in
     tensors of its own.

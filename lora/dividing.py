@@ -55,8 +55,9 @@ def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement,
     """Divide the layer's tensors, and let it take and give what the style says."""
     for own, parameter in layer._parameters.items():
         if parameter is not None:
-            # Of a pretrained weight every rank may have the same already; adapters may have started at random.
-            source = 0 if own.startswith("lora_") else getattr(style, "src_data_rank", 0)
+            source = getattr(style, "src_data_rank", 0)
+            if source is None and own.startswith("lora_"):  # weights may be alike already; adapters start at random
+                source = 0
             placements = [local.placement(layer, own)]
             whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
             setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))

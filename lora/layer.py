@@ -313,7 +313,7 @@ class LoRALayer(LayerKind, nn.Module):
         if name == "weight" or name in _PARAMETERS:
             self._merged = self._squares = self._norms = None
             self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
-        if name == "scaling":
+        if name == "scaling" or (name == "lora_A" and not switch.fits(self)):
             switch.refresh(self)
 
     def train(self, mode: bool = True) -> LoRALayer:

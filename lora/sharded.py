@@ -6,11 +6,12 @@ call each function together.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lora.layer import LoRALayer
 
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 Order = Callable[[nn.Module, str, Tensor], Tensor]
 
@@ -41,6 +43,19 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if is_fully_sharded(module):
             module.reshard()  # type: ignore[operator]
+
+
+def in_normal_mode(function: F) -> F:
+    """The function outside `torch.inference_mode`, in which no DTensor can be gathered, if its model is sharded."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled() or mesh_of(model) is None:
+            return function(model, *args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(model, *args, **kwargs)
+
+    return cast(F, call)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

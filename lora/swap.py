@@ -34,7 +34,9 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
     Without it the model computes as before, with larger A and B.
 
     State dicts have the same keys, with A and B of rank `max_r`. The Parameter objects stay; an optimizer that has
-    seen them at their old size has to be made anew. Prepare first, then wrap, shard and compile.
+    seen them at their old size has to be made anew, and so has one that has trained another adapter: its momentum would
+    move what is zero. While a compiled model is disabled, gradients of A and B are zeros, not None. Prepare first, then
+    wrap, shard and compile.
 
     Args:
         model: a model with LoRA layers. It may have been prepared before, for a smaller rank.
@@ -72,7 +74,8 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
         layer.r, layer.lora_alpha = larger.r, larger.lora_alpha
         for parameter, value, grad in zip((layer.lora_A, layer.lora_B), larger.values, larger.grads, strict=True):
             has_grad, parameter.grad = parameter.grad is not None, None
-            parameter.data = value
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.data = value.clone() if parameter.is_inference() else value
             parameter.grad = grad if has_grad else None
         switch.add(layer)
 
@@ -83,6 +86,9 @@ def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
         yield "is wrapped in DistributedDataParallel, which knows the sizes of its parameters; prepare, then wrap."
     if not isinstance(module, LoRALayer) or module.r == 0:
         return
+    taken = [name for name in switch.NAMES if module.padded_from is None and hasattr(module, name)]
+    if taken:
+        yield f"has tensors of its own by names that are needed: {', '.join(taken)}."
     if module.lora_start is not None:
         yield (
             "its adapter started as a part of its base weight, without which it would be another model's; save it "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 
-_SCALE, _OFF = "lora_scale", "lora_scale_off"
+NAMES = _SCALE, _OFF = "lora_scale", "lora_scale_off"
 
 
 def is_read(layer: LoRALayer) -> bool:
@@ -66,16 +66,26 @@ def refresh(layer: LoRALayer) -> None:
     """Bring the tensors of a prepared layer up to date with it: in place, where device and dtype are still right."""
     if not layer.has_room:
         return
-    like = layer.lora_A
-    dtype = torch.promote_types(like.dtype, torch.float32)  # whatever `.to()` made of it: a scaling has many digits
+    device, dtype = _wanted(layer)
     values = {_SCALE: (layer.scaling, 1.0), _OFF: (0.0, 0.0)}
     names = (_OFF, _SCALE) if layer.lora_disabled else (_SCALE, _OFF)
     for name, (s, on) in zip(names, values.values(), strict=True):
         tensor = layer._buffers[name]
-        if tensor is None or tensor.dtype != dtype or tensor.device != like.device or tensor.is_inference():
-            tensor = layer._buffers[name] = torch.empty(2, dtype=dtype, device=like.device)
+        if tensor is None or (tensor.device, tensor.dtype) != (device, dtype) or tensor.is_inference():
+            tensor = layer._buffers[name] = torch.empty(2, dtype=dtype, device=device)
         tensor[0].fill_(s)
         tensor[1].fill_(on)
+
+
+def fits(layer: LoRALayer) -> bool:
+    """Whether the tensors of a layer, if it has them, are where its parameters are."""
+    scale = layer._buffers.get(_SCALE)
+    return scale is None or (scale.device, scale.dtype) == _wanted(layer)
+
+
+def _wanted(layer: LoRALayer) -> tuple[torch.device, torch.dtype]:
+    # Whatever `.to()` makes of the parameters: a scaling has many digits.
+    return layer.lora_A.device, torch.promote_types(layer.lora_A.dtype, torch.float32)
 
 
 def turn(layer: LoRALayer) -> None:

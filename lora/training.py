@@ -14,7 +14,7 @@ from lora.layer import LoRALayer, join
 from lora.partitioned import partitioned_problems
 from lora.rows import in_model_order
 from lora.settings import raise_all
-from lora.sharded import reordered, settle
+from lora.sharded import in_normal_mode, reordered, settle
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -60,7 +60,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
         remember_trained(model)
 
 
-@torch.inference_mode(False)
+@in_normal_mode
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that LoRA trains.
 

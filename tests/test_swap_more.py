@@ -218,3 +218,63 @@ def compiled_under_tensor_parallelism():
 
 def test_a_divided_model_that_is_prepared_compiles(ranks):
     ranks.run(compiled_under_tensor_parallelism)
+
+
+# ---- what a reviewer found --------------------------------------------------------------------------------------
+
+
+def test_assigned_from_meta_its_tensors_are_where_its_parameters_are():
+    layer, source = lora.Linear(6, 5, r=2, lora_alpha=3, device="meta"), make("Linear")
+    for each in (layer, source):
+        lora.prepare_for_swap(each, 4)
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert switches(layer) == {"lora_scale": [1.5, 1], "lora_scale_off": [0, 0]}
+
+
+def test_assigned_in_another_dtype_its_scaling_has_all_its_digits():
+    model = model_of("Linear")
+    lora.prepare_for_swap(model, 4)
+    model[0].scaling = 0.3
+    model.load_state_dict(copy.deepcopy(model).double().state_dict(), assign=True)
+    assert model[0].lora_scale.tolist() == [0.3, 1]
+
+
+def test_a_model_that_was_made_in_inference_mode_serves_on():
+    with torch.inference_mode():
+        model, x = model_of("Linear").eval(), example("Linear")
+        before = model(x)
+    lora.prepare_for_swap(model, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), before)
+
+
+def test_ranks_that_calibration_would_share_out_are_refused_where_there_is_room():
+    model = nn.Sequential(lora.Linear(6, 6, r=2), lora.Linear(6, 6, r=2))
+    lora.prepare_for_swap(model, 3)
+    lora.initialize(model, "eva")
+    with pytest.raises(ValueError, match=r"`rho` \(=2.0\) would take the room of layers that are prepared for swaps"):
+        lora.calibrate(model, [torch.randn(64, 6)], rho=2.0)
+
+
+def test_a_layer_that_uses_the_names_itself_is_refused_and_nothing_is_changed():
+    class Scaled(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("lora_scale", torch.ones(1))
+
+    model = nn.Sequential(nn.Linear(6, 6), Scaled(6, 6))
+    lora.inject(model, target_modules=["0", "1"], r=2)
+    with pytest.raises(ValueError, match="1: has tensors of its own by names that are needed: lora_scale"):
+        lora.prepare_for_swap(model, 4)
+    assert [layer.r for layer in model] == [2, 2]
+    assert model[1].lora_scale.tolist() == [1]
+
+
+@pytest.mark.parametrize("made_there", [True, False])
+def test_in_inference_mode_adapters_made_there_are_loaded_and_saved(tmp_path, made_there):
+    model = model_of("Linear").eval()
+    with torch.inference_mode():
+        model, other = model_of("Linear") if made_there else model, model_of("Linear", r=2)
+        lora.save_adapter(other, tmp_path / "adapter.safetensors")
+        lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+        lora.load_adapter(model, tmp_path / "adapter.safetensors", check_base=False)

@@ -153,7 +153,7 @@ def _says(config: Mapping[str, Any], bias: bool | str) -> bool:
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    if config.get("model_type") not in ARCHITECTURES:
+    if str(config.get("model_type")) not in ARCHITECTURES:
         known = ", ".join(map(repr, ARCHITECTURES))
         problems.append(f"`model_type` must be one of {known}, got {config.get('model_type')!r}.")
     optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
