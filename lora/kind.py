@@ -51,6 +51,7 @@ class LayerKind:
     _subclassed: bool = False
     _in_step: InStep | None = None
 
+    training: bool
     weight: Tensor
     bias: Any
     lora_A: nn.Parameter

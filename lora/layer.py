@@ -3,7 +3,7 @@
     W = g ⊙ (W₀ + s · B A)        s = lora_alpha / r,  g = 1  (DoRA: m / ‖W₀ + s · B A‖)
 
 A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta`
-(B A in the shape of the weight). Forward, merging, dtype and dropout rules are written here, once.
+(B A in the shape of the weight). Forward, dtype and dropout rules are written here, once; merging in merging.py.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora import dora, init, quantized, sharded, switch
-from lora.derived import Derived
 from lora.init import Init
-from lora.kind import LayerKind, Shape
+from lora.kind import Shape
+from lora.merging import Merging
 from lora.registry import enter, new
 from lora.replicas import check_in_step
 from lora.settings import settings_problems
-from lora.tensors import is_plain, same_values, without_autocast
+from lora.tensors import same_values
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
 
-class LoRALayer(LayerKind, nn.Module):
+class LoRALayer(Merging, nn.Module):
     """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
 
     A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
@@ -232,53 +232,7 @@ class LoRALayer(LayerKind, nn.Module):
         """Dropout on the LoRA path."""
         return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
 
-    # ---- merging -----------------------------------------------------------------------------------
-
-    def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or not self.dense or self._subclassed:
-            return False
-        tensors = self._sources()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return False
-        return is_plain(*tensors)
-
-    def _sources(self) -> tuple[Tensor, ...]:
-        """The tensors that the merged weight is computed from."""
-        adapter = (self.weight, self.lora_A, self.lora_B)
-        return (*adapter, self.lora_magnitude) if self.use_dora else adapter
-
-    def merged_weight(self) -> Tensor:
-        """W in the base weight's dtype, remembered until something that it depends on changes."""
-        sources = self._sources()
-        if self._merged is None or not self._merged.is_current(sources, self.scaling):
-            self._merged = Derived(sources, self.scaling, self.compute_merged())
-        return self._merged.tensor
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def compute_merged(self) -> Tensor:
-        """W in the weight's dtype: computed in float32, or float64 where the weight is, and rounded once."""
-        return self.merge_into(torch.empty_like(self.base_weight()))
-
-    def merge(self) -> None:
-        """Make the merged weight the base weight; the base layer computes with it what `forward_with` does."""
-        self.merge_into(self.weight)
-
-    def merge_into(self, out: Tensor) -> Tensor:
-        """Write W to `out`, which is like the weight: the weight itself, or another."""
-        dtype = torch.promote_types(out.dtype, torch.float32)
-        with without_autocast(out.device):
-            A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            g = self.magnitude_gain(dtype) if self.use_dora else None
-            merged = self.add_update(self.base_weight().to(dtype, copy=True), A, B)
-            return out.copy_(merged if g is None else merged.mul_(g))
-
-    @torch.no_grad()
-    def magnitude_gain(self, dtype: torch.dtype) -> Tensor:
-        """DoRA's g, in the shape that multiplies the weight."""
-        shape = [1] * len(self.weight_shape())
-        shape[self.output_dims()[0]] = -1
-        return dora.gain(self).to(dtype).view(shape)
+    # ---- state --------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         *_, error_msgs = args

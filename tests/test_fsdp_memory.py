@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import time
 import warnings
 
 import pytest
@@ -86,7 +87,11 @@ def _resident(kind, how, mode, use_dora, dropout, merge_weights):
         y = model(x)
     kept = sum(storages(saved).values())
     assert kept < weight, f"{kept} bytes are kept for backward, and one weight has {weight}"
-    new = {where: size for where, size in storages(living()).items() if where not in before}
+    for _ in range(100):
+        new = {where: size for where, size in storages(living()).items() if where not in before}
+        if sum(new.values()) < weight:
+            break
+        time.sleep(0.05)  # gloo's thread lets go of the last gathered weight when it comes to it
     assert sum(new.values()) < weight, f"there are {sorted(new.values())} bytes more"
     assert mode == "served" or saved
     if mode == "train":
