@@ -153,7 +153,7 @@ def test_disabled_that_fails_to_begin_leaves_nothing_behind(monkeypatch):
     def fails(*args):
         raise MemoryError
 
-    monkeypatch.setattr(sys.modules["lora.inject"], "_swap", fails)  # `lora.inject` itself is the function
+    monkeypatch.setattr(sys.modules["lora.disabling"], "_swap", fails)
     with pytest.raises(MemoryError), lora.disabled(model):
         pass
     monkeypatch.undo()
