@@ -101,7 +101,7 @@ class LocalForward:
 
     def outputs(self, layer: Any) -> int:
         """The size of the whole output's last dimension."""
-        raise NotImplementedError(f"{type(self).__name__} must define outputs")
+        return int(layer.weight_shape()[layer.output_dims()[0]])
 
     def part_of(self, layer: LoRALayer) -> Any:
         """This rank's part as a layer by itself."""
@@ -163,9 +163,6 @@ class ColwiseLinear(LocalForward):
             vars(part)["splits"] = tuple(size // self.mesh.size() for size in layer.splits)
         return part
 
-    def outputs(self, layer: Any) -> int:
-        return int(layer.features(layer)[1])
-
 
 class RowwiseLinear(LocalForward):
     """Inputs are divided, and outputs summed; B is on every rank."""
@@ -176,9 +173,6 @@ class RowwiseLinear(LocalForward):
     sums = True
     sizes: ClassVar[Sizes] = {"in_features": ("weight", 1)}
 
-    def outputs(self, layer: Any) -> int:
-        return int(layer.features(layer)[1])
-
 
 class ColwiseEmbedding(LocalForward):
     """The embeddings' dimensions are divided; A is on every rank."""
@@ -186,9 +180,6 @@ class ColwiseEmbedding(LocalForward):
     dims: ClassVar[Dims] = {"weight": 1, "lora_A": None, "lora_B": 0, "lora_magnitude": 0}
     sums = False
     sizes: ClassVar[Sizes] = {"embedding_dim": ("weight", 1)}
-
-    def outputs(self, layer: Any) -> int:
-        return int(layer.embedding_dim)
 
 
 class RowwiseEmbedding(LocalForward):
@@ -208,6 +199,3 @@ class RowwiseEmbedding(LocalForward):
         how = Lookup(part.padding_idx, part.scale_grad_by_freq, part.sparse)
         y = lora_embedding(x, base, part.lora_A, part.lora_B, part.scaling, how)  # (..., embedding_dim)
         return torch.where(mine.unsqueeze(-1), y, 0)
-
-    def outputs(self, layer: Any) -> int:
-        return int(layer.embedding_dim)

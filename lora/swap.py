@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora import switch
 from lora.adapter import Adapter
-from lora.blocks import Pair, block_rank, layer_rank, padded, tensors_of
+from lora.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
 from lora.formats.single import Form, with_rank
 from lora.layer import LoRALayer, join
 from lora.matching import lora_layers, names_of, sharded_problems
@@ -162,7 +162,7 @@ def without_room(layer: LoRALayer, settings: dict[str, Any], A: Tensor, B: Tenso
     assert layer.padded_from is not None, "asked of layers that are prepared"
     r, lora_alpha = layer.padded_from
     q = block_rank(layer, r)
-    if any(bool(factor.any()) for B_g, A_g in _blocks(layer, A, B) for factor in (B_g[:, q:], A_g[q:])):
+    if any(bool(factor.any()) for B_g, A_g in blocks_of(layer, A, B) for factor in (B_g[:, q:], A_g[q:])):
         return settings, A, B
     return {**settings, "r": r, "lora_alpha": lora_alpha}, *_at(layer, A, B, q)
 
@@ -171,10 +171,5 @@ def without_room(layer: LoRALayer, settings: dict[str, Any], A: Tensor, B: Tenso
 @torch.no_grad()
 def _at(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
     """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
-    pairs = [(B[:, :q], A[:q]) for B, A in _blocks(layer, A, B)]
+    pairs = [(B[:, :q], A[:q]) for B, A in blocks_of(layer, A, B)]
     return tensors_of(layer, [padded(B, A, q) for B, A in pairs])
-
-
-def _blocks(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    rows = layer.block_rows()
-    return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.blocks import Pair, tensors_of
+from lora.blocks import Pair, blocks_of, tensors_of
 from lora.formats.single import Form, with_rank
 from lora.layer import LoRALayer
 from lora.tensors import same_values
@@ -60,6 +60,4 @@ def without_start(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: T
 
 
 def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    rows = layer.block_rows()
-    A, B = A.detach().cpu(), B.detach().cpu()
-    return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
+    return blocks_of(layer, A.detach().cpu(), B.detach().cpu())
