@@ -12,6 +12,7 @@ from torch import Tensor
 from lora import fingerprint
 from lora.bare import bare_layer
 from lora.layer import LoRALayer, join
+from lora.rest import rest_problems
 from lora.settings import is_number, settings_problems
 
 PARAMETERS = ("lora_A", "lora_B")
@@ -41,6 +42,9 @@ class Adapter:
         tensors: by their names in the model, the adapters' and those that trained in full.
         trained_in_full: names of the tensors that replace the base model's.
         modules_to_save: names of the modules that train in full.
+        kept: names of those in `trained_in_full` that did not train, and that the base model's own files lack:
+            embeddings that were resized, and buffers that training moved.
+        rest: what is known of the base model's other parameters and buffers, by name: `shape` and `sample`.
         base_model: what the base model is called, if that is known.
         format: the format of the file that it was read from: "lora", "peft" or "loralib".
 
@@ -59,6 +63,8 @@ class Adapter:
     modules_to_save: list[str] = field(default_factory=list)
     base_model: str | None = None
     format: str = "lora"
+    kept: list[str] = field(default_factory=list)
+    rest: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         parameters = sum(tensor.numel() for tensor in self.tensors.values())
@@ -88,6 +94,9 @@ class Adapter:
             expected |= {join(module, name) for name in parameters_of(settings)}
         yield from (f"{name} is missing." for name in sorted(expected - self.tensors.keys()))
         yield from (f"{name} is unexpected." for name in sorted(self.tensors.keys() - expected))
+        for name in sorted({*self.kept} - {*self.trained_in_full}):
+            yield f"{name} is in `kept`, and must be in `trained_in_full`, too."
+        yield from rest_problems(self.rest)
         if not self.modules:
             yield "it adapts no module."
         for name, settings in self.modules.items():

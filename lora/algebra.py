@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.addends import Sum, base_problems, sum_of
 from lora.blocks import layer_rank, tensors_of
 from lora.layer import join
+from lora.rest import difference
 from lora.settings import is_number, raise_all
 from lora.sums import METHODS, OF_ANY_RANK, How
 
@@ -90,6 +91,12 @@ def combine(
         except ValueError as error:
             found = found or [f"{name}: {error}"]  # other bases have other shapes
         problems += found
+    kept: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for n, (adapter, _) in enumerate(adapters):
+        problems += _rest_problems(n, adapter, kept, rest, check_base)
+        kept |= {name: adapter.tensors[name] for name in adapter.kept}
+        rest |= adapter.rest
     raise_all(what, problems, AdapterError)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, dict[str, Any]] = {}
@@ -99,7 +106,10 @@ def combine(
         rank = layer_rank(about.like, pairs[0][0].shape[1])
         modules[name] = {**about.settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
         tensors |= named(name, tensors_of(about.like, pairs), about.dtype)
-    result = Adapter(modules, tensors, base_model=_common(a.base_model for a, _ in adapters))
+    base_model = _common(a.base_model for a, _ in adapters)
+    tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
+    rest = {name: about for name, about in rest.items() if name not in kept}
+    result = Adapter(modules, tensors, [*kept], base_model=base_model, kept=[*kept], rest=rest)
     return sound(replace(result, format=_common(a.format for a, _ in adapters) or result.format), what)
 
 
@@ -175,6 +185,21 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
         yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
 
 
+def _rest_problems(
+    n: int, adapter: Adapter, kept: Mapping[str, Tensor], rest: Mapping[str, dict[str, Any]], check_base: bool
+) -> Iterator[str]:
+    """Where the base model of an adapter differs from that of the ones before, beside the weights that are adapted."""
+    for name in adapter.kept:
+        if name in kept and not torch.equal(kept[name].cpu(), adapter.tensors[name].cpu()):
+            yield f"{name} is a part of the base model that adapter {n} and one before it hold, and differs in them."
+    for name, about in adapter.rest.items() if check_base else ():
+        if name in rest and difference(rest[name], about):
+            yield (
+                f"{name}: adapter {n} was trained in another base model than those before it; `check_base=False` "
+                "combines them all the same."
+            )
+
+
 def _common(values: Iterable[str | None]) -> str | None:
     """The one value that all have; None if they have several."""
     found = set(values)
@@ -190,7 +215,8 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
         dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
         problems += [f"{prefix}{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
         if not in_full:
-            problems += [f"{prefix}{name} trained in full and is no update." for name in adapter.trained_in_full]
+            trained = [name for name in adapter.trained_in_full if name not in adapter.kept]
+            problems += [f"{prefix}{name} trained in full and is no update." for name in trained]
     raise_all(what, problems, AdapterError)
 
 
@@ -208,6 +234,8 @@ def copied(adapter: Adapter) -> Adapter:
         tensors={name: tensor.detach().clone() for name, tensor in adapter.tensors.items()},
         trained_in_full=list(adapter.trained_in_full),
         modules_to_save=list(adapter.modules_to_save),
+        kept=list(adapter.kept),
+        rest=copy.deepcopy(adapter.rest),
     )
 
 

@@ -11,23 +11,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import fingerprint, sharded
+from lora import fingerprint, rest, sharded
 from lora.adapter import PARAMETERS, Adapter, AdapterError
-from lora.fitting import Fit, tied, trained_in_full
+from lora.fitting import Fit, Target, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
 from lora.init.learnt import difference
+from lora.init.start import pretrained_weight
 from lora.inject import adapt, all_or_nothing
 from lora.layer import LoRALayer, join
 from lora.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
 from lora.partitioned import partitioned_problems
+from lora.pretrained import name_of, resized_embeddings
 from lora.replicas import flattened_problem, is_flattened, wrapped
 from lora.settings import raise_all
 from lora.sharded import in_normal_mode
 from lora.swap import without_room
-from lora.training import mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
-
-# A module, the name of one of its own tensors, and a value for it.
-Target = tuple[nn.Module, str, Tensor]
+from lora.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
 
 @in_normal_mode
@@ -140,7 +139,7 @@ def load_adapter(
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
-        _take_over(fit.adapter, fit.modules)
+        _take_over(fit.adapter, fit.modules, fit.as_before)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -192,17 +191,35 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
         if isinstance(layer, LoRALayer) and layer.r > 0
     }
     raise_all("the adapter is not taken", _in_parts(names), AdapterError)
-    full = {name: (module, own) for name, module, own in trained_in_full(names)}
+    full, kept = _held(model, names)
     about: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
         about[name], its = _own(layer)
+        if join(name, "weight") in full:
+            about[name]["base"]["sample"] = None  # the file holds all of it
         tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
     for name, (module, own) in full.items():
         whole = _whole(module, own)
         tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
-    return Adapter(about, tensors, list(full), modules_to_save, name_of(model))
+    held = {id(getattr(module, own)) for module, own in full.values()}
+    others = rest.describe(names, held, {join(name, "weight") for name in adapted})
+    return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
+
+
+def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, str]], list[str]]:
+    """What a model's adapter holds beside A and B, as modules and names within; and the names of what did not train."""
+    full = {name: (module, own) for name, module, own in trained_in_full(names)}
+    kept = [name for name, (module, own) in full.items() if is_kept(module, own)]
+    held = {id(getattr(module, own)) for module, own in full.values()}
+    ends = {*resized_embeddings(model)}
+    for known, module, own, tensor in rest.own_tensors(names):
+        if module in ends and id(tensor) not in held and own in module._parameters:
+            full[known[0]] = module, own
+            kept.append(known[0])
+            held.add(id(tensor))
+    return full, kept
 
 
 def _in_parts(names: Names) -> Iterator[str]:
@@ -231,14 +248,22 @@ def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _whole(module: nn.Module, own: str) -> Tensor:
-    """One of a module's own tensors; of a sharded one a whole copy on the CPU, where there is room for it."""
+    """One of a module's own tensors; of a sharded one a whole copy on the CPU, where there is room for it.
+
+    A base weight comes as it was pretrained, whatever an initialiser took out of it.
+    """
     tensor: Tensor = getattr(module, own)
+    if own == "weight" and isinstance(module, LoRALayer) and module.lora_start is not None:
+        tensor = pretrained_weight(module)
     whole = sharded.gathered(module, own, tensor)
     return whole.cpu() if sharded.is_sharded(tensor) else whole
 
 
-def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
-    """Give the modules an adapter that fits them; the Parameter objects stay."""
+def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[Target]) -> None:
+    """Give the modules an adapter that fits them, and what it does not know its value `as_before`.
+
+    The Parameter objects stay.
+    """
     targets: list[Target] = []
     for name, settings in adapter.modules.items():
         layer = modules[name]
@@ -250,12 +275,15 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module]) -> None:
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
-        remember(modules[owner], own)
-        tensor: Tensor = getattr(modules[owner], own)
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(True)
+        if name in adapter.kept:
+            keep(modules[owner], own)
+        else:
+            remember(modules[owner], own)
+            tensor: Tensor = getattr(modules[owner], own)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
         targets.append((modules[owner], own, adapter.tensors[name]))
-    _write_all(targets)
+    _write_all([*targets, *as_before])
 
 
 @torch.no_grad()
@@ -270,9 +298,3 @@ def _write_all(targets: list[Target]) -> None:
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
         raise
-
-
-def name_of(model: nn.Module) -> str | None:
-    """What a transformers model says that it was loaded from."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None

@@ -13,14 +13,15 @@ from lora.layer import LoRALayer, join
 from lora.matching import lora_layers
 from lora.settings import raise_all
 from lora.sharded import is_sharded
-from lora.training import originals
+from lora.training import has_moved, originals
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within ``with lora.disabled(model):`` the model computes what the base model does.
 
-    Modules and biases that train in full count with the values that they had when LoRA was put in, too.
+    Modules and biases that train in full, and buffers that moved in training (running statistics), count with the
+    values that they had when LoRA was put in, too.
 
     Args:
         model: a model with LoRA layers, or a part of one.
@@ -75,6 +76,8 @@ def _leave(model: nn.Module, module: nn.Module) -> None:
 def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of a tensor that trained outside the adapters and its value from before."""
     for name, value in originals(module).items():
+        if not has_moved(module, name):
+            continue
         trained: Tensor = getattr(module, name)
         base = value.to(trained.device, trained.dtype)
         yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
@@ -83,7 +86,7 @@ def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 def _unswappable(model: nn.Module) -> Iterator[str]:
     """What trains in full, and has its place in the model taken by FSDP2 before every forward."""
     for name, module in model.named_modules():
-        wrong = [own for own in originals(module) if is_sharded(getattr(module, own))]
+        wrong = [own for own in originals(module) if is_sharded(getattr(module, own)) and has_moved(module, own)]
         if wrong:
             yield f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
 

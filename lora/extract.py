@@ -14,13 +14,14 @@ from lora import fingerprint
 from lora.adapter import Adapter
 from lora.algebra import named
 from lora.blocks import block_rank, cut, dense_spectrum, layer_rank, shares, smallest_rank, tensors_of
-from lora.checkpoint import name_of
 from lora.config import LoraConfig
 from lora.inject import adapter_dtype
 from lora.layer import LoRALayer, join
 from lora.matching import Names, find_targets, names_of, why_not, without_wrappers
+from lora.pretrained import name_of
 from lora.registry import class_for, kind_for
 from lora.resize import rank_problems
+from lora.rest import describe
 from lora.settings import raise_all
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
@@ -96,7 +97,9 @@ def extract(
     if not layers and not problems:
         problems.append(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
     raise_all(_WHAT, problems)
-    adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base)), {}
+    adapted = {join(name, "weight") for name in layers}
+    rest = describe(names, {id(changes.ours[name]) for name in full}, adapted)
+    adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base), rest=rest), {}
     for name, layer in layers.items():
         settings, pair, kept[name] = _approximated(layer, changes.theirs[join(name, "weight")], r, energy)
         adapter.modules[name] = settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -115,11 +115,10 @@ def check(about: dict[str, Any], module: nn.Module) -> None:
 def _sample(module: nn.Module) -> list[float] | None:
     """Values from all over the base weight as it was pretrained; None if it is packed: such are not compared."""
     weight: Any = module.weight
-    if isinstance(module, LoRALayer) and _has_values(weight):
-        weight = pretrained_weight(module)
-    if sharded.is_sharded(weight) and _has_values(weight):
-        return _finite(weight, lambda places: sharded.values_at(module, "weight", weight, places))
-    return sample_of(weight)
+    if not _has_values(weight):
+        return None
+    weight = pretrained_weight(module) if isinstance(module, LoRALayer) else weight
+    return values_of(module, "weight", weight, _SAMPLE)
 
 
 def _has_values(weight: Any) -> bool:
@@ -145,14 +144,21 @@ def _shape(layer: Any) -> list[int] | None:
 
 def sample_of(weight: Tensor) -> list[float] | None:
     """Values from all over a weight; None if it has no plain and finite ones."""
-    return _finite(weight, lambda places: weight.detach().reshape(-1)[places]) if is_plain(weight) else None
+    return values_of(None, "weight", weight, _SAMPLE) if is_plain(weight) else None
 
 
-def _finite(weight: Tensor, values_at: Callable[[Tensor], Tensor]) -> list[float] | None:
-    """Values at places that are spread over a weight, if there are some, and all are finite."""
-    last = weight.numel() - 1
+def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) -> list[float] | None:
+    """Values of a module's own tensor, the first, the last and others between; None if there are none, or not finite.
+
+    `module` may be None for a tensor that is not sharded.
+    """
+    last = tensor.numel() - 1
     if last < 0:
         return None
-    places = torch.tensor([k * last // (_SAMPLE - 1) for k in range(_SAMPLE)], device=weight.device)
-    sample: list[float] = values_at(places).double().tolist()
+    places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
+    if module is not None and sharded.is_sharded(tensor):
+        values = sharded.values_at(module, own, tensor, places)
+    else:  # by indices: a transposed tensor is not copied
+        values = tensor.detach()[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.detach()[None]
+    sample: list[float] = values.double().tolist()
     return sample if all(map(math.isfinite, sample)) else None

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
-from lora import fingerprint
+from lora import fingerprint, sharded
 from lora.adapter import MAGNITUDE, PARAMETERS, Adapter
 from lora.formats.fitted import fitted, renamed
+from lora.init.start import pretrained_weight
 from lora.inject import Plan
 from lora.layer import LoRALayer, join
 from lora.matching import Names, names_of, why_not, without_wrappers
 from lora.registry import adapted_class, kind_for
+from lora.rest import differences, own_tensors
 from lora.swap import check_rank, with_room
-from lora.training import originals
+from lora.tensors import Spans
+from lora.training import has_moved, is_kept, originals
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 _SWITCH = "use_dora"
+# The share of rows that a resized embedding has in common with the one of the same base model, at least.
+_COMMON_ROWS = 0.1
+_TIED = "are one tied tensor in the model"
+_UNTIE = (
+    "Untie them first: give each module a Parameter of its own, as in `model.lm_head.weight = "
+    "torch.nn.Parameter(model.lm_head.weight.detach().clone())`, and set `model.config.tie_word_embeddings = False`."
+)
+
+
+# A module, the name of one of its own tensors, and a value for it.
+Target = tuple[nn.Module, str, Tensor]
 
 
 class Fit:
-    """How an adapter fits a model: the layers that must be made first, and everything that does not fit."""
+    """How an adapter fits a model: the layers that must be made first, and everything that does not fit.
+
+    Attributes:
+        plans: the layers that must be made first.
+        as_before: what the model holds from an adapter before, and this one does not: the values that it had.
+        unchanged: what the file holds of the base model, and the model has as well.
+        problems: everything that does not fit.
+    """
 
     def __init__(self, model: nn.Module, adapter: Adapter, check_base: bool) -> None:
         self.names = names_of(model)
         self.modules = {without_wrappers(name): module for module, known in self.names.items() for name in known}
         self.plans: list[Plan] = []
+        self.as_before: list[Target] = []
+        self.unchanged: list[str] = []
         adapter, clashes = renamed(adapter, self.modules)
         self.adapter, misfits = fitted(adapter, self.modules)
         self.problems = clashes + misfits
@@ -46,7 +71,7 @@ class Fit:
                     self._compare(name, module, settings)
                 else:
                     self._plan(model, name, module, settings)
-                if check_base:
+                if check_base and join(name, "weight") not in adapter.trained_in_full:
                     fingerprint.check(settings["base"], module)
             except (ValueError, TypeError) as error:
                 self.problems.append(f"{name}: {error}")
@@ -55,15 +80,26 @@ class Fit:
                 self.problems.append(f"{self.names[module][0]}: has LoRA in the model, and no adapter in the file.")
         self._find_twins()
         for name in adapter.trained_in_full:
-            self._find_full(name)
-        self.problems += tied(self.names, adapter.trained_in_full if adapter.format == "peft" else ())
+            self._find_full(name, check_base)
+        self._find_ties()
+        if check_base and adapter.rest:
+            self._compare_rest()
         for name in adapter.modules_to_save:
             if name not in self.modules:
                 self.problems.append(f"{name}: there is no such module in the model.")
-        if injected:
-            theirs = {name for name, *_ in trained_in_full(self.names, only_recorded=True)}
-            for name in sorted(theirs - set(adapter.trained_in_full)):
-                self.problems.append(f"{name}: trains in the model, and is not in the file.")
+        # What the model has anyway is neither written nor remembered.
+        self.adapter = adapter = replace(
+            adapter,
+            tensors={name: tensor for name, tensor in adapter.tensors.items() if name not in self.unchanged},
+            trained_in_full=[name for name in adapter.trained_in_full if name not in self.unchanged],
+            kept=[name for name in adapter.kept if name not in self.unchanged],
+        )
+        for name, module, own in trained_in_full(self.names, only_recorded=True):
+            if name not in adapter.trained_in_full:
+                if is_kept(module, own):
+                    self.as_before.append((module, own, originals(module)[own]))
+                else:
+                    self.problems.append(f"{name}: trains in the model, and is not in the file.")
 
     def _find_twins(self) -> None:
         for known in self.names.values():
@@ -110,14 +146,94 @@ class Fit:
             self._like(join(name, parameter), shape, exact)
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 
-    def _find_full(self, name: str) -> None:
+    def _target(self, name: str) -> tuple[nn.Module, str, Tensor | None]:
+        """The module, the own name, and the tensor of the model that a full name stands for."""
         owner, _, own = name.rpartition(".")
-        module = self.modules.get(owner)
-        tensor = None if module is None else {**module._parameters, **module._buffers}.get(own)
+        module = self.modules.get(owner, nn.Module())
+        return module, own, {**module._parameters, **module._buffers}.get(own)
+
+    def _find_full(self, name: str, check_base: bool) -> None:
+        module, own, tensor = self._target(name)
         if tensor is None:
             self.problems.append(f"{name}: there is no such parameter or buffer in the model.")
+            return
+        if name in self.adapter.kept:
+            self._find_kept(name, module, own, tensor, check_base)
         else:
             self._like(name, tensor.shape, tensor.dtype)
+
+    def _find_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor, check_base: bool) -> None:
+        """Fit a part of the base model that did not train: it may be in another dtype, as the base model may."""
+        value = self.adapter.tensors[name]
+        if own == "weight" and tensor.dim() == value.dim() == 2 and tensor.shape != value.shape:
+            self.problems.append(
+                f"{name} has the shape {tuple(tensor.shape)} in the model, and {tuple(value.shape)} in the file: the "
+                "embeddings were resized where the adapter was trained; call "
+                f"`model.resize_token_embeddings({value.shape[0]})` first."
+            )
+        elif tensor.is_floating_point() != value.is_floating_point() or tensor.shape != value.shape:
+            self._like(name, tensor.shape, tensor.dtype)
+        elif own == "weight" and tensor.dim() == 2 and not tensor.is_meta:
+            self._fit_rows(name, module, tensor, check_base)
+        else:
+            self.adapter.tensors[name] = value.to(tensor.dtype)
+
+    def _fit_rows(self, name: str, module: nn.Module, tensor: Tensor, check_base: bool) -> None:
+        """Take from the file only the rows that the model does not have: resizing has added them."""
+        start = module.lora_start if isinstance(module, LoRALayer) else None
+        ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
+        ours = sharded.gathered(module, "weight", ours).detach()
+        theirs = self.adapter.tensors[name].to(ours.device)
+        same = ((ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours)).all(1)
+        self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))
+        if check_base and same.sum() < _COMMON_ROWS * len(same):
+            self.problems.append(
+                f"{name}: only {int(same.sum())} of its {len(same)} rows are those of the file, which were embeddings "
+                "of another base model; `check_base=False` loads them all the same."
+            )
+        elif bool(same.all()) and "weight" not in originals(module):
+            self.unchanged.append(name)
+        elif start is not None:
+            self.problems.append(
+                f"{name}: the file has other rows, and the adapter in the model started from a part of these; load the "
+                "file into the plain base model."
+            )
+
+    def _find_ties(self) -> None:
+        """Tensors of the file that would go into one tensor of the model, or into one that the file leaves alone."""
+        adapter, owners = self.adapter, Spans[str]()
+        for known, _, _, tensor in own_tensors(self.names):
+            owners.add(tensor, known[0])
+        targets = {name: self._target(name)[2] for name in adapter.trained_in_full}
+        wanted = {name: tensor for name, tensor in targets.items() if tensor is not None}
+        seen: set[str] = set()
+        for name, tensor in wanted.items():
+            others = [other for other in owners.sharing(tensor) if other != name]
+            ours = [other for other in others if other in wanted]
+            differ = [other for other in ours if not torch.equal(adapter.tensors[name], adapter.tensors[other])]
+            apart = [other for other in others if other in adapter.rest]
+            if differ and name not in seen:
+                seen.update(differ)
+                self.problems.append(f"{name}, {', '.join(differ)}: {_TIED}, and differ in the file. {_UNTIE}")
+            elif apart:
+                self.problems.append(
+                    f"{name}, {', '.join(apart)}: {_TIED}, and the file changes only the first of them. {_UNTIE}"
+                )
+            elif adapter.format == "peft" and len(ours) < len(others):
+                self.problems += tied(self.names, [name])
+
+    def _compare_rest(self) -> None:
+        adapter = self.adapter
+        held = {id(self._target(name)[2]) for name in adapter.trained_in_full}
+        adapted = {join(name, "weight") for name in adapter.modules}
+        found = list(differences(adapter.rest, self.names, held, adapted))
+        self.problems += found
+        if found:
+            self.problems.append(
+                "The base model differs there from the one that the adapter was trained in. What was made at random "
+                "there belongs into the file: train it with `modules_to_save` or `task_type`. `check_base=False` loads "
+                "the adapter all the same."
+            )
 
     def _like(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor = self.adapter.tensors[name]
@@ -140,7 +256,8 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in adapter or id(tensor) in seen:
                 continue
-            if name in in_full or (tensor.requires_grad and not only_recorded):
+            recorded = name in in_full and has_moved(module, name)
+            if recorded or (tensor.requires_grad and not only_recorded):
                 seen.add(id(tensor))
                 yield join(without_wrappers(known[0]), name), module, name
 

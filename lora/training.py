@@ -128,8 +128,8 @@ def is_bias(name: str) -> bool:
 
 # ---- parameters outside the adapters: what they were before training --------------------------------------------
 #
-# `modules_to_save` and trained biases change the base model itself. Their values from before are kept on the module
-# that owns them, so that `disabled` and `eject` can give the base model back.
+# `modules_to_save`, trained biases and running statistics change the base model itself. Their values from before are
+# kept on the module that owns them, so that `disabled` and `eject` can give the base model back.
 
 
 def train_in_full(module: nn.Module) -> None:
@@ -161,14 +161,49 @@ def originals(module: nn.Module) -> dict[str, Tensor]:
 
 def forget_originals(module: nn.Module) -> None:
     """Treat the module's parameters, as they are now, as the base's."""
-    module.__dict__.pop("lora_in_full", None)
-    module.__dict__.pop("lora_originals", None)
+    for attribute in ("lora_in_full", "lora_originals", "lora_kept"):
+        module.__dict__.pop(attribute, None)
+
+
+def keep(module: nn.Module, name: str) -> None:
+    """Have an adapter hold one of the module's own tensors as it is, though it does not train; remember what it was."""
+    remember(module, name)
+    module.__dict__.setdefault("lora_kept", set()).add(name)
+
+
+def is_kept(module: nn.Module, name: str) -> bool:
+    """Whether an adapter is to hold this tensor of a module, and yet it is nothing that trains."""
+    return not trains_in_full(module) and (name in module._buffers or name in module.__dict__.get("lora_kept", ()))
+
+
+def has_moved(module: nn.Module, name: str) -> bool:
+    """Whether one of the module's own tensors is not what it was; only buffers are looked at, which move by themselves.
+
+    Parameters that train count as moved.
+    """
+    now: Tensor = getattr(module, name)
+    if name not in module._buffers or trains_in_full(module):
+        return True
+    before = originals(module)[name]
+    if now.is_meta:
+        return False
+    if before.shape != now.shape:
+        return True
+    before = before.to(now.device, now.dtype)
+    return not bool(((before == now) | (before.isnan() & now.isnan())).all())
 
 
 def remember_trained(model: nn.Module) -> None:
-    """Keep a copy of what trains outside the adapters; a tensor with several owners once."""
+    """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
     seen: set[int] = set()
     for module in model.modules():
+        for name, buffer in module._buffers.items():
+            # Integers of several elements are codes and positions, which do not move, and may be a model's whole
+            # weight (GPTQ's); one alone counts batches.
+            if buffer is None or buffer.is_meta or name in module._non_persistent_buffers_set:
+                continue
+            if buffer.is_floating_point() or buffer.numel() == 1:
+                remember(module, name)
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:

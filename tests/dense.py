@@ -28,10 +28,17 @@ def block_rank(kind, r):
     return BLOCK_RANK.get(kind, lambda r: r)(r)
 
 
-def adapter_of(kind, r=2, dtype=torch.float64, scaling=None, **arguments):
-    """An adapter of one layer, "0", whose base weight is always the same."""
-    layer = make(kind, r=r, **arguments).to(dtype)
+def constant(layer):
+    """The layer with a base weight, and bias, that are always the same."""
     nn.init.constant_(layer.weight, 0.5)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.constant_(layer.bias, 0.25)
+    return layer
+
+
+def adapter_of(kind, r=2, dtype=torch.float64, scaling=None, **arguments):
+    """An adapter of one layer, "0", whose base weight, and bias, are always the same."""
+    layer = constant(make(kind, r=r, **arguments).to(dtype))
     layer.scaling = layer.scaling if scaling is None else scaling
     model = nn.Sequential(layer)
     lora.mark_only_lora_as_trainable(model)

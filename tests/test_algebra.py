@@ -16,6 +16,7 @@ from dense import (
     assert_unchanged,
     best,
     block_rank,
+    constant,
     content,
     dense,
     terms,
@@ -204,7 +205,7 @@ def test_lists_in_the_settings_of_a_file_are_not_shared():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_result_computes_what_its_dense_update_says(kind, method, tmp_path):
     layer = make(kind, r=0).double()
-    nn.init.constant_(layer.weight, 0.5)
+    constant(layer)
     adapters = terms(kind, (2, 2, 2))
     result = combine(adapters, method)
     lora.write_adapter(result, tmp_path / "adapter.safetensors")

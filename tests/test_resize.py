@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import KINDS, example, make
-from dense import BLOCKS, adapter_of, assert_same, assert_unchanged, best, block_rank, content, dense
+from dense import BLOCKS, adapter_of, assert_same, assert_unchanged, best, block_rank, constant, content, dense
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,7 +116,7 @@ def test_what_trained_in_full_stays(tmp_path):
 @kinds
 def test_a_saved_result_computes_what_its_dense_update_says(kind, tmp_path):
     layer = make(kind, r=0).double()
-    nn.init.constant_(layer.weight, 0.5)
+    constant(layer)
     result = resize(adapter_of(kind, 6), 2).adapter
     lora.write_adapter(result, tmp_path / "adapter.safetensors")
     model, plain, x = nn.Sequential(copy.deepcopy(layer)), copy.deepcopy(layer), example(kind, torch.float64)

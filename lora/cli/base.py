@@ -87,25 +87,28 @@ def other_files(base: Base) -> tuple[list[Path], list[Path]]:
     return copied, left_out
 
 
-def keys_for(names: Iterable[str], base: Base) -> tuple[dict[str, str], list[str]]:
+def keys_for(names: Iterable[str], base: Base, optional: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:
     """The base's key for each name of an adapter's, all with the same prefix more or less; and what is wrong.
 
-    The names as they are, where they fit; else the one change of prefix with which all do.
+    The names as they are, where they fit; else the one change of prefix with which all do. `optional` names are changed
+    alike, and left out where the base has no such key.
     """
     names = list(names)
-    as_they_are, *changed = [{name: rename(name) for name in names} for rename in _renamings()]
-    if all(key in base.files for key in as_they_are.values()):
-        return as_they_are, []
+    ways = [({name: rename(name) for name in names}, rename) for rename in _renamings()]
+    as_they_are, *changed = [keys for keys, _ in ways]
     changed = [keys for keys in changed if len(set(keys.values())) == len(names)]  # each name has a key of its own
     fitting: list[dict[str, str]] = []
-    for keys in changed:
+    for keys in (as_they_are, *changed):
         if keys not in fitting and all(key in base.files for key in keys.values()):
             fitting.append(keys)
-    if len(fitting) == 1:
-        return fitting[0], []
+    if len(fitting) == 1 or as_they_are in fitting:
+        keys = fitting[0]
+        rename = next(rename for found, rename in ways if found == keys)
+        more = {name: rename(name) for name in optional}
+        return keys | {name: key for name, key in more.items() if key in base.files}, []
     if fitting:
-        ways = " or ".join(next(iter(keys.values())) for keys in fitting)
-        return {}, [f"{names[0]} may be {ways} in {base.folder}: several prefixes fit."]
+        either = " or ".join(next(iter(keys.values())) for keys in fitting)
+        return {}, [f"{names[0]} may be {either} in {base.folder}: several prefixes fit."]
     closest = max([as_they_are, *changed], key=lambda keys: sum(key in base.files for key in keys.values()))
     problems = [_missing(name, key, base) for name, key in closest.items() if key not in base.files]
     return {name: key for name, key in closest.items() if key in base.files}, problems

@@ -92,6 +92,8 @@ def examine(adapter: Adapter) -> dict[str, Any]:
             {"name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor)} for name, tensor in full.items()
         ],
         "modules_to_save": adapter.modules_to_save,
+        "kept": adapter.kept,
+        "sampled": len(adapter.rest),
         **_sizes(adapter.tensors),
         "problems": problems,
     }
@@ -103,7 +105,7 @@ def _module(adapter: Adapter, name: str, problems: list[str]) -> dict[str, Any]:
     base = base if isinstance(base, dict) else {}
     keys = [join(name, part) for part in parameters_of(settings)]
     own = {key: adapter.tensors[key] for key in keys if key in adapter.tensors}
-    alone = replace(adapter, modules={name: settings}, tensors=own, trained_in_full=[])
+    alone = replace(adapter, modules={name: settings}, tensors=own, trained_in_full=[], kept=[], rest={})
     measured = []
     if not any(alone.problems()):
         try:
@@ -157,7 +159,10 @@ def _text(found: Mapping[str, Any]) -> str:
     if any(module["relative_norm_estimate"] is not None for module in found["modules"]):
         lines.append("~: the base weight's norm is estimated from 16 of its values.")
     for tensor in found["trained_in_full"]:
-        lines.append(f"trained in full: {tensor['name']} {_shape(tensor['shape'])} {tensor['dtype']}")
+        what = "kept of the base model" if tensor["name"] in found["kept"] else "trained in full"
+        lines.append(f"{what}: {tensor['name']} {_shape(tensor['shape'])} {tensor['dtype']}")
+    if found["sampled"]:
+        lines.append(f"sampled of the base model: {found['sampled']} other tensors")
     lines.append(f"{len(found['modules'])} modules, {found['parameters']:,} parameters, {found['bytes']:,} bytes")
     lines += [f"problem: {problem}" for problem in found["problems"]]
     return "\n".join(lines)

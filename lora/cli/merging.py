@@ -6,7 +6,7 @@ import argparse
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from lora.cli.tied import tied_problems
 from lora.layer import LoRALayer, join
 from lora.merge import rounding_lost
 from lora.report import MergedModule, MergeReport
+from lora.rest import describe_tensor, difference
 from lora.settings import raise_all
 
 _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(report)
     for key in merging.full:
-        print(f"replaced: {key}, which trained in full")
+        print(f"replaced: {key}, which the adapter holds in full")
     for path in left_out:
         print(f"not copied: {path}, which holds other weights than the merged ones")
     print(f"{out}: {len(base.shards)} safetensors and {len(copied)} other files")
@@ -102,7 +103,7 @@ class Merging:
         self.layers: dict[str, tuple[str, LoRALayer]] = {}  # by the base's key: a module's name and its layer
         self._lost: dict[str, MergedModule] = {}
         weights = {join(name, "weight"): name for name in adapter.modules}
-        keys, problems = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), base)
+        keys, problems = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), base, adapter.rest)
         self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
         for weight, name in weights.items():
             if weight in keys:
@@ -111,6 +112,8 @@ class Merging:
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
         problems += (problem for key in self.full for problem in self._full_problems(key))
+        if check_base and not problems:
+            problems += self._rest_problems(keys)
         adapted = [(keys.get(weight) or weight).rpartition(".")[0] for weight in weights]
         problems += tied_problems(base, adapted, self.full)
         raise_all(f"{base.folder} and the adapter are not merged", problems, AdapterError)
@@ -157,9 +160,26 @@ class Merging:
     def _full_problems(self, key: str) -> Iterator[str]:
         theirs, ours = self.full[key], self.base.entry(key)
         if theirs.shape != ours.shape:
-            yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}."
+            yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}." + (
+                " Its rows were resized where the adapter was trained: merge into the resized model."
+                if any(key.endswith(name) for name in self.adapter.kept)
+                else ""
+            )
         if theirs.dtype != ours.dtype and not (theirs.dtype in _MERGED and ours.dtype in _MERGED):
             yield f"{key} must be of dtype {ours.dtype}, got {theirs.dtype}."
+
+    def _rest_problems(self, keys: Mapping[str, str]) -> Iterator[str]:
+        """Where the base differs from the one that the adapter was trained in, beside the weights that are adapted.
+
+        Tied weights stand once in a base's files, so that a name may be missing there.
+        """
+        for name, about in self.adapter.rest.items():
+            if name in keys:
+                entry = self.base.entry(keys[name])
+                tensor = mapped(self.base.folder / self.base.files[keys[name]], entry)
+                how = difference(about, describe_tensor(tensor))
+                if how:
+                    yield f"{keys[name]}: {how}."
 
     def write(self, folder: Path) -> None:
         """Write the base's files with the adapter merged; ValueError if a merged weight would not be finite."""

@@ -27,10 +27,10 @@ _PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
 def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter, list[str]]:
     """The adapter with the model's names, where only prefixes of wrappers differ; and a complaint for each clash."""
     names = {name: _known(name, modules) for name in (*adapter.modules, *adapter.modules_to_save)}
-    names |= {key: join(_known(_owner(key), modules), _own(key)) for key in adapter.tensors}
+    names |= {key: join(_known(_owner(key), modules), _own(key)) for key in (*adapter.tensors, *adapter.rest)}
     problems = [
         f"{', '.join(old for old in group if names[old] == new)}: several names for {new}."
-        for group in (adapter.modules, adapter.tensors)
+        for group in (adapter.modules, [*adapter.tensors, *adapter.rest])
         for new in {names[old] for old in group}
         if sum(names[old] == new for old in group) > 1
     ]
@@ -42,6 +42,8 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter
         tensors={names[key]: tensor for key, tensor in adapter.tensors.items()},
         trained_in_full=[names[key] for key in adapter.trained_in_full],
         modules_to_save=[names[name] for name in adapter.modules_to_save],
+        kept=[names[key] for key in adapter.kept],
+        rest={names[key]: about for key, about in adapter.rest.items()},
     )
     return changed, []
 
@@ -84,7 +86,7 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
     for key, tensor in () if adapter.format == "lora" else tensors.items():
         theirs = modules.get(_owner(key))
         target = None if theirs is None else {**theirs._parameters, **theirs._buffers}.get(_own(key))
-        if target is not None:
+        if target is not None and key not in adapter.kept:
             tensors[key] = _exactly(tensor, target.dtype)
     return replace(adapter, modules=settings, tensors=tensors), problems
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from lora import fingerprint
 from lora.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
 from lora.formats.header import read_object, short
+from lora.formats.native import rest_of
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
 from lora.formats.safe import read_tensors
 from lora.layer import join
 from lora.settings import is_number, raise_all, settings_problems
+from lora.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
 READERS: dict[str, Callable[[Path], Content]] = {
@@ -69,7 +72,8 @@ def read(path: Path) -> Adapter:
     adapter = _adapter(config, pairs, full, problems)
     raise_all(f"{folder} is not loaded", problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
-    return adapter
+    _, rest = rest_of(metadata, file)
+    return replace(adapter, rest=rest)
 
 
 def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -174,20 +178,21 @@ def _adapter(
     if not pairs:
         problems.append("it adapts no module.")
     for name in [name for name in full if _is_base_weight(name, pairs)]:
-        weight, module = full.pop(name), modules.get(name.rpartition(".")[0])
-        if module is not None:  # not to be loaded, and to be compared with the model's
-            module["base"] |= {"shape": list(weight.shape), "sample": fingerprint.sample_of(weight)}
+        module = modules.get(name.rpartition(".")[0])
+        if module is not None:
+            module["base"] |= {"shape": list(full[name].shape), "sample": fingerprint.sample_of(full[name])}
     # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
     before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
     full = {name: tensor for name, tensor in full.items() if name not in before}
     saved = _saved(config.get("modules_to_save") or [], full)
     base_model = config.get("base_model_name_or_path")
     base_model = base_model if isinstance(base_model, str) else None
-    return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft")
+    kept = [name for name in full if name.rpartition(".")[0] not in saved and not is_bias(name.rpartition(".")[2])]
+    return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft", kept)
 
 
 def _is_base_weight(name: str, pairs: Mapping[str, object]) -> bool:
-    # PEFT saves the weight of an adapted embedding beside its adapter: the base's own, which LoRA left as it was.
+    # PEFT saves the weight of an adapted embedding beside its adapter: the base's own, perhaps with rows added to it.
     owner, _, own = name.rpartition(".")
     return owner in pairs and own == "weight"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterError
+from lora.formats.native import rest_as_metadata
 from lora.formats.safe import packed, replace_file
 from lora.formats.single import Form, singles
 from lora.settings import raise_all
@@ -51,7 +52,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
-    content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts)})
+    content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts), **rest_as_metadata(adapter)})
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
     path.mkdir(exist_ok=True)
     for old in (CONFIG, "adapter_model.bin"):  # nothing reads a folder without its config: no mixture of two adapters
@@ -100,7 +101,7 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{saved} trains in full, and PEFT would take {', '.join(taken)} for it as well."
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
-        if owner not in adapter.modules_to_save and not is_bias(own):
+        if owner not in adapter.modules_to_save and not is_bias(own) and name not in adapter.kept:
             yield f"{name} trains in full, alone: PEFT has a place for biases and for whole modules (modules_to_save)."
 
 
@@ -134,7 +135,8 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
     alphas = {name: s["scaling"] * (math.sqrt(s["r"]) if rslora else s["r"]) for name, s in about.items()}
     r, lora_alpha = _most_common(ranks), _most_common(alphas)
     linear = [settings["base"] for settings in about.values() if settings["base"]["kind"] == "linear"]
-    biases = {name.rpartition(".")[0] for name in adapter.trained_in_full} - set(adapter.modules_to_save)
+    alone = {*adapter.trained_in_full} - {*adapter.kept}
+    biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -69,15 +69,21 @@ def portable(adapter: Adapter) -> Adapter:
     """The same adapter with one rank for all modules, and a scaling of 1 that every reader agrees on.
 
     Each scaling is folded into B, and A and B are padded with zeros to the largest rank: r = lora_alpha = that rank.
-    B is float32 at least, so that folding rounds no further than float32 does.
+    B is float32 at least, so that folding rounds no further than float32 does. The base weight that PEFT saves beside
+    an adapted embedding is left out.
 
     Raises:
-        AdapterError: something trains in full, for which the form has no place; or a kind of layer is a user's own.
+        AdapterError: something trains in full, or is a part of the base model that its files lack (rows that were
+            added, buffers that moved), for which the form has no place; or a kind of layer is a user's own.
     """
     what = "the adapter has no portable form"
     dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
-    problems += [f"{name} trains in full." for name in adapter.trained_in_full]
+    beside = {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
+    full = [name for name in adapter.trained_in_full if name not in beside]
+    problems += [
+        f"{name} {'is a part of the base model' if name in adapter.kept else 'trains in full'}." for name in full
+    ]
     raise_all(what, problems, AdapterError)
     forms = singles(adapter, what)
     groups = math.lcm(*(settings["base"].get("groups", 1) for settings, _, _ in forms.values()))
@@ -91,7 +97,7 @@ def portable(adapter: Adapter) -> Adapter:
         B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings["scaling"])
         modules[name] = {**settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
-    made = replace(adapter, modules=modules, tensors=tensors)
+    made = replace(adapter, modules=modules, tensors=tensors, trained_in_full=[], kept=[])
     raise_all(what, made.problems(), AdapterError)  # a scaling may have made an infinity
     return made
 

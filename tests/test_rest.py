@@ -1,0 +1,326 @@
+"""A file knows its whole model: what it does not adapt is sampled, and what nobody else has is in it."""
+
+import copy
+import json
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lora
+from lora.rest import same_sample
+
+HINT = "`check_base=False` loads the adapter all the same."
+
+
+class Net(nn.Module):
+    """A convolution with running statistics, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.up(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+def trained(model, steps=5, **settings):
+    """The model, with LoRA in "up", after some steps of training."""
+    lora.inject(model, **{"target_modules": ["up"], "r": 2, **settings})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    for _ in range(steps):
+        model(torch.randn(4, 3, 6, 6) * 2 + 1).square().mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    return model.eval()
+
+
+def refusal(function):
+    with pytest.raises(lora.AdapterError) as error:
+        function()
+    return str(error.value)
+
+
+# ---- what differs is named ------------------------------------------------------------------------------------------
+
+
+def test_another_head_is_named_and_the_model_stays_as_it_was(path):
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base)), path)
+    other = copy.deepcopy(base)
+    other.head.reset_parameters()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    message = refusal(lambda: lora.load_adapter(other, path))
+    assert "  - head.weight and head.bias: the values are not those that the adapter was trained with." in message
+    assert message.endswith(HINT)
+    assert "up" not in message
+    assert other.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    lora.load_adapter(other, path, check_base=False)
+    assert type(other.up) is lora.Linear
+
+
+def test_a_bias_beside_the_adapted_weight_counts(path):
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base)), path)
+    nn.init.ones_(base.up.bias)
+    assert "up.bias" in refusal(lambda: lora.load_adapter(base, path))
+
+
+def test_tensors_that_only_one_of_both_has_are_named(path):
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base)), path)
+    other = copy.deepcopy(base)
+    other.head = nn.Linear(16, 4, bias=False)
+    other.head.weight = base.head.weight
+    other.more = nn.Linear(2, 2)
+    message = refusal(lambda: lora.load_adapter(other, path))
+    assert "head.bias: missing in the model." in message
+    assert "more.weight and more.bias: not in the model that the adapter was trained in." in message
+    other = copy.deepcopy(base)
+    other.head = nn.Linear(16, 5)
+    assert "head.weight: the shape is (5, 16), and was (4, 16) where the adapter was trained." in refusal(
+        lambda: lora.load_adapter(other, path)
+    )
+
+
+def test_what_is_computed_is_not_compared(path):
+    """Buffers that no state dict holds: rotary frequencies, masks, caches."""
+    base = Net()
+    base.register_buffer("frequencies", torch.rand(3), persistent=False)
+    lora.save_adapter(trained(copy.deepcopy(base)), path)
+    base.frequencies.mul_(2)
+    lora.load_adapter(base, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("back", [False, True])
+def test_the_same_model_in_another_dtype_is_the_same(path, dtype, back):
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base), 0), path)
+    base.to(dtype)
+    lora.load_adapter(base.float() if back else base, path)
+
+
+def test_a_file_from_a_model_in_half_precision_fits_what_it_was_rounded_from(path):
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base).bfloat16().float(), 0), path)
+    lora.load_adapter(base, path)
+
+
+def test_tied_weights_fit_untied_ones_of_the_same_values_and_back(path):
+    class Tied(nn.Module):
+        def __init__(self, tie):
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed, self.up, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            with torch.no_grad():
+                self.head.weight.copy_(self.embed.weight)
+            if tie:
+                self.head.weight = self.embed.weight
+
+    for tie in (True, False):
+        model = Tied(tie)
+        lora.inject(model, target_modules=["up"], r=2)
+        lora.save_adapter(model, path)
+        lora.load_adapter(Tied(not tie), path)
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8), st.sampled_from(["bfloat16", "float16"]))
+def test_rounding_is_told_from_change(values, dtype):
+    exact = torch.tensor(values, dtype=torch.float32)
+    rounded = exact.to(getattr(torch, dtype)).float()
+    assert same_sample(exact.tolist(), rounded.tolist())
+    assert same_sample(rounded.tolist(), exact.tolist())
+    assert same_sample(exact.bfloat16().tolist(), exact.half().tolist())
+    moved = exact * (1 + 2 * torch.finfo(torch.bfloat16).eps)  # some of the values may be bfloat16's by chance
+    if (exact.abs() > 1e-3).any():
+        assert not same_sample(rounded.tolist(), moved.tolist())
+
+
+def test_float32_values_that_differ_in_the_sixth_digit_are_others():
+    theirs = torch.rand(8, generator=torch.Generator().manual_seed(0)).tolist()
+    assert not same_sample(theirs, [value * (1 + 1e-6) for value in theirs])
+
+
+def test_what_is_known_is_small(path):
+    """A line of text for each tensor, whatever its size."""
+    model = nn.Sequential(*(nn.Linear(300, 300) for _ in range(40)))
+    lora.inject(model, target_modules=["0"], r=1)
+    lora.save_adapter(model, path)
+    with safe_open(path, "pt") as file:
+        rest = json.loads(file.metadata()["rest"])["tensors"]
+    assert len(rest) == 2 * 40 - 1
+    assert len(json.dumps(rest)) < 200 * len(rest)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("{", "says under 'rest'"),
+        ('{"kept": [], "tensors": []}', "says under 'rest'"),
+        ('{"kept": [1], "tensors": {}}', "says under 'rest'"),
+        ('{"kept": ["nothing"], "tensors": {}}', "nothing is in `kept`, and must be in `trained_in_full`, too."),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": [2]}}}', "`rest` must say its shape and sample"),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": [-2], "sample": null}}}', "a shape of integers"),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": "x", "sample": null}}}', "a shape of integers"),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": [2], "sample": ["x"]}}}', "finite numbers"),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": [2], "sample": [NaN]}}}', "finite numbers"),
+        ('{"kept": [], "tensors": {"head.weight": {"shape": [2], "sample": [1,1,1,1,1,1,1,1,1]}}}', "at most 8"),
+    ],
+)
+def test_what_strangers_say_of_the_rest_is_checked(path, rest, message):
+    from lora.formats.safe import checksum
+
+    lora.save_adapter(trained(Net()), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    metadata = {**metadata, "rest": rest}
+    save_file(tensors, path, {**metadata, "sha256": checksum(tensors, metadata)})
+    assert message in refusal(lambda: lora.read_adapter(path))
+
+
+# ---- running statistics ---------------------------------------------------------------------------------------------
+
+
+def statistics(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def test_buffers_that_training_moved_are_saved_and_put_back(path):
+    base, x = Net(), torch.randn(4, 3, 6, 6) * 2 + 1
+    base(x)  # its statistics are not those of a new module
+    model = trained(copy.deepcopy(base))
+    moved = statistics(model)
+    assert not torch.equal(moved["norm.running_mean"], base.norm.running_mean)
+    lora.save_adapter(model, path)
+    adapter = lora.read_adapter(path)
+    assert adapter.kept == [f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
+    loaded = copy.deepcopy(base).eval()
+    lora.load_adapter(loaded, path)
+    assert torch.equal(loaded(x), model(x))
+    with lora.disabled(loaded), lora.disabled(model):
+        assert torch.equal(loaded(x), base.eval()(x))
+        assert torch.equal(model(x), base(x))
+    assert all(torch.equal(buffer, moved[name]) for name, buffer in loaded.named_buffers())
+    lora.eject(loaded)
+    assert loaded.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_adapter_from_before_the_move_puts_the_statistics_back(path, tmp_path):
+    base = Net()
+    model = trained(copy.deepcopy(base), 0)
+    lora.save_adapter(model, path)
+    assert lora.read_adapter(path).kept == []
+    for x in torch.randn(3, 4, 3, 6, 6):
+        model.train()(x)
+    lora.save_adapter(model, tmp_path / "later.safetensors")
+    lora.load_adapter(model, path)
+    assert all(torch.equal(buffer, dict(base.named_buffers())[name]) for name, buffer in model.named_buffers())
+    lora.load_adapter(model, tmp_path / "later.safetensors")
+    assert int(model.norm.num_batches_tracked) == 3
+
+
+def test_statistics_that_stay_are_neither_saved_nor_exchanged(path):
+    model = trained(Net(), 0)
+    lora.save_adapter(model, path)
+    assert lora.read_adapter(path).trained_in_full == []
+    mean = model.norm.running_mean
+    with lora.disabled(model):
+        assert model.norm.running_mean is mean
+
+
+def test_moved_statistics_go_with_the_model_into_another_dtype(path):
+    base = Net()
+    model = trained(copy.deepcopy(base))
+    lora.save_adapter(model, path)
+    half = copy.deepcopy(base).bfloat16()
+    lora.load_adapter(half, path)
+    assert half.norm.running_mean.dtype == torch.bfloat16
+    assert torch.equal(half.norm.running_mean, model.norm.running_mean.bfloat16())
+
+
+def test_a_merged_model_keeps_the_statistics_that_it_was_trained_with(path):
+    model = trained(Net())
+    moved = statistics(model)
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    lora.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert all(torch.equal(buffer, moved[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_codebook_of_integers_is_no_statistic():
+    """GPTQ and its kin keep whole weights in integer buffers: no copy of those."""
+    model = Net()
+    model.register_buffer("codes", torch.zeros(4, 4, dtype=torch.int32))
+    lora.inject(model, target_modules=["up"], r=2)
+    assert "codes" not in vars(model).get("lora_originals", {})
+
+
+# ---- arithmetic and the command line --------------------------------------------------------------------------------
+
+
+def test_combining_carries_what_all_agree_on_and_names_what_they_do_not(path):
+    base = Net()
+    one, two = (lora.adapter_of(trained(copy.deepcopy(base), 0)) for _ in range(2))
+    both = lora.combine([(one, 0.5), (two, 0.5)])
+    assert both.rest == one.rest
+    base.head.reset_parameters()
+    three = lora.adapter_of(trained(copy.deepcopy(base), 0))
+    message = refusal(lambda: lora.combine([(one, 1), (three, 1)]))
+    assert "head.weight: adapter 1 was trained in another base model than those before it" in message
+    assert "head.bias: adapter 1" in message
+    lora.combine([(one, 1), (three, 1)], check_base=False)
+
+
+def test_combining_carries_statistics_if_they_are_the_same():
+    base = Net()
+    one, two = (lora.adapter_of(trained(copy.deepcopy(base))) for _ in range(2))
+    assert "norm.running_mean is a part of the base model" in refusal(lambda: lora.combine([(one, 1), (two, 1)]))
+    doubled = lora.combine([(one, 1), (one, 1)])
+    assert doubled.kept == one.kept == doubled.trained_in_full
+    assert torch.equal(doubled.tensors["norm.running_mean"], one.tensors["norm.running_mean"])
+    assert lora.scale(one, 2).kept == one.kept
+
+
+def test_the_portable_form_has_no_place_for_statistics(path):
+    model = trained(Net())
+    message = refusal(lambda: lora.save_adapter(model, path.parent / "portable", format="portable"))
+    assert "norm.running_mean is a part of the base model." in message
+
+
+def test_the_command_line_shows_and_compares_the_rest(path, tmp_path, capsys):
+    from lora.__main__ import main
+
+    base = Net()
+    lora.save_adapter(trained(copy.deepcopy(base)), path)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "kept of the base model: norm.running_mean 8 float32" in shown
+    assert "sampled of the base model: 7 other tensors" in shown
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(base.state_dict(), folder / "model.safetensors")
+    assert main(["merge", str(folder), str(path), str(tmp_path / "merged")]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged["norm.running_mean"], lora.read_adapter(path).tensors["norm.running_mean"])
+    base.head.reset_parameters()
+    save_file(base.state_dict(), folder / "model.safetensors")
+    assert main(["merge", str(folder), str(path), str(tmp_path / "other")]) == 2
+    assert "head.weight: the values are not those" in capsys.readouterr().err
+    assert main(["merge", str(folder), str(path), str(tmp_path / "other"), "--no-check-base"]) == 0
