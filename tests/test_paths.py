@@ -187,7 +187,7 @@ def refused(call, path, error, message):
         call(path)
     assert str(caught.value) == message
     assert type(caught.value) is error
-    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
     assert sorted(pathlib.Path().rglob("*")) == before
     return caught.value
 
