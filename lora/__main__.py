@@ -44,23 +44,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of modules and files may have characters that a terminal lacks
             stream.reconfigure(errors="backslashreplace")
-    chosen = parser().parse_args(arguments)
+    if sys.stdout is None:  # a file that is opened later would get its number
+        return _refuse("stdout is closed, and must be open for what is printed: `>/dev/null` drops it.")
     try:
+        try:
+            chosen = parser().parse_args(arguments)
+        except SystemExit:
+            sys.stdout.flush()  # of the help
+            raise
         code: int = chosen.run(chosen)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain as it ends
+        _drop_output()
         return 141
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {in_options(str(error))}", file=sys.stderr)
-        return 2
+        return _refuse("interrupted", 130)
+    except OSError as error:
+        if error.strerror is None:  # a sentence of lora's own
+            return _refuse(in_options(str(error)))
+        if error.filename is not None:
+            return _refuse(_line(error))
+        _drop_output()
+        return _refuse(f"what is printed is not written to stdout: {error.strerror}.")
+    except ValueError as error:
+        return _refuse(in_options(str(error)))
     except (OverflowError, MemoryError, RuntimeError) as error:  # torch's allocator raises the last
-        print(f"error: {_line(error)}", file=sys.stderr)
-        return 2
+        return _refuse(_line(error))
+
+
+def _refuse(message: str, code: int = 2) -> int:
+    """Say on stderr what is wrong; the exit code."""
+    if sys.stderr is not None:  # print would take None for stdout
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _drop_output() -> None:
+    """Let what is left to print go nowhere, or Python would complain as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from lora import fingerprint, rest, sharded
 from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.fitting import Fit, Target, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
+from lora.formats.files import as_path
 from lora.init.learnt import difference
 from lora.init.start import pretrained_weight
 from lora.inject import adapt, all_or_nothing
@@ -42,13 +43,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     Args:
         model: a model with LoRA layers.
-        path: the file, `.safetensors` by custom; a folder for PEFT's formats.
+        path: the file, `.safetensors` by custom, or a folder that exists, in which the file is adapter.safetensors; a
+            folder for PEFT's formats.
         format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
             converter and others read alike (`lora.write_adapter`). Default: "lora".
 
     Raises:
-        ValueError: there is no LoRA layer in the model, or no such format.
-        FileNotFoundError, FileExistsError: there is no folder to write to, or a file where a folder belongs.
+        TypeError: `path` is no path.
+        ValueError: there is no LoRA layer in the model, no such format, or `path` is empty.
+        OSError: there is no folder to write to (FileNotFoundError); a file where a folder belongs, or another adapter
+            which could be taken for this one (FileExistsError); or it cannot be written (PermissionError, …).
         AdapterError: a tensor is empty, or holds NaN or infinity, or the format has no place for something; all are
             listed, and nothing is written.
 
@@ -109,8 +113,9 @@ def load_adapter(
             another dtype are). Default: True.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: `lora_alpha` is given for a format that says it.
+        OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
+        TypeError: `source` is neither a path nor an adapter, or `lora_alpha` is given for a format that says it.
+        ValueError: `source` is empty.
         AdapterError: the file is not an adapter; a tensor is missing, unexpected, empty, of the wrong shape or dtype,
             or holds NaN or infinity; there is no scaling; the base is another; a model without LoRA layers is wrapped
             in DistributedDataParallel already. One error lists everything, and the model is as it was.
@@ -145,7 +150,8 @@ def load_adapter(
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
     """An adapter with nothing wrong in it, and what to call it; ready to be sent to other processes if need be."""
     if not isinstance(source, Adapter):
-        return read_adapter(source, lora_alpha=lora_alpha), str(source)
+        path = as_path(source, "source", " or a lora.Adapter")
+        return read_adapter(path, lora_alpha=lora_alpha), str(path)
     if lora_alpha is not None:
         raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
     what = "the adapter"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -222,6 +223,33 @@ def test_a_reader_that_leaves_early(path):
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert done.stderr == b""
     assert done.returncode == 141
+
+
+def shell(arguments, **environment):
+    """The command in a shell's words."""
+    command = f"{shlex.quote(sys.executable)} -m lora {arguments}"
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), [("inspect {}", ""), ("inspect {}", "1"), ("--help", "")])
+def test_a_stdout_that_is_full(path, command, unbuffered):
+    done = shell(f"{command.format(shlex.quote(str(path)))} >/dev/full", PYTHONUNBUFFERED=unbuffered)
+    said = "error: what is printed is not written to stdout: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_stdout_or_a_stderr_that_is_closed(path, tmp_path):
+    out = tmp_path / "out"
+    command = f"convert {{}} {out} --format lora"
+    done = shell(f"{command.format(shlex.quote(str(path)))} >&-")
+    said = "error: stdout is closed, and must be open for what is printed: `>/dev/null` drops it.\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert not out.exists()
+    done = shell(f"{command.format('nothing')} 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+    done = shell(f"{command.format(shlex.quote(str(path)))} 2>&-")
+    assert (done.returncode, done.stdout.startswith(f"{out}: ")) == (0, True)
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,7 @@
 """`merge` refuses what does not fit, all in one error, and leaves nothing behind."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -252,6 +253,29 @@ def test_square_weights_that_may_be_transposed(tmp_path, capsys, fan_in_fan_out)
     assert "c_proj: cannot know which way its square weight is stored" in lines[0]
     assert "lora.merge" in lines[0]
     assert "c_fc: its base weight must have the shape (6, 4) or (4, 6), got (6, 5)" in lines[1]
+
+
+FAULTY = {
+    "a FIFO": (os.mkfifo, "{} is not read: it is a FIFO, and must be a file."),
+    "a circle": (lambda file: os.symlink(file.name, file), "{} is not read: its links lead in a circle."),
+    "a dangling link": (
+        lambda file: os.symlink("gone", file),
+        "there is no file {}: it is a link to gone, which is not there.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("what", FAULTY)
+def test_a_file_of_the_base_that_cannot_be_read(path, tmp_path, capsys, what, name):
+    _, state, _ = trained(path)
+    base = base_folder(tmp_path / "base", state)
+    (base / name).unlink(missing_ok=True)
+    make, message = FAULTY[what]
+    make(base / name)
+    if (what, name) == ("a dangling link", "model.safetensors"):
+        message = f"{base} has neither model.safetensors nor model.safetensors.index.json: other formats are not read."
+    assert refused(capsys, tmp_path, base, path) == f"error: {message.format(base / name)}\n"
 
 
 def test_killed_in_the_middle(path, tmp_path, capsys, monkeypatch):

@@ -295,7 +295,7 @@ def test_a_model_that_is_the_adapted_layer_itself_has_no_name_in_pefts_format(tm
 def test_folders_that_are_not_there_or_are_files(tmp_path):
     adapter = alone(lora.Linear(4, 4, r=2))
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="is a file; PEFT's format is a folder"):
+    with pytest.raises(FileExistsError, match="it is a file, and must be a folder"):
         lora.write_adapter(adapter, tmp_path / "file", "peft")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -322,7 +322,7 @@ def test_another_file_in_a_folder_of_pefts_is_itself(tmp_path):
     lora.write_adapter(alone(lora.Linear(4, 4, r=2)), tmp_path / "a", "peft")
     lora.write_adapter(alone(lora.Linear(4, 4, r=3)), tmp_path / "a" / "mine.safetensors")
     assert lora.read_adapter(tmp_path / "a" / "mine.safetensors").modules["0"]["r"] == 3
-    with pytest.raises(FileNotFoundError, match="there is no adapter file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         lora.read_adapter(tmp_path / "a" / "other.safetensors")
 
 

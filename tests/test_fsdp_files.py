@@ -241,7 +241,7 @@ def test_an_error_in_saving_is_raised_by_all_ranks_and_leaves_no_file(ranks, tmp
 def _load_refused(folder):
     model, one = twins()
     shard(model)
-    with refused(model, FileNotFoundError, "there is no adapter file"):
+    with refused(model, FileNotFoundError, "there is no file"):
         lora.load_adapter(model, folder / "nothing")
     with refused(model, TypeError, "`lora_alpha` is for loralib's files"):
         lora.load_adapter(model, lora.adapter_of(one), lora_alpha=2)

@@ -230,10 +230,12 @@ def test_dtypes_that_have_no_place_are_refused_together(path):
 
 @pytest.mark.parametrize("read", [safe.read_header, safe.read_tensors, read_torch])
 def test_a_file_that_is_not_there_is_named(tmp_path, read):
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(FileNotFoundError) as caught:
-            read(path)
-        assert str(caught.value) == f"there is no adapter file {path}."
+    with pytest.raises(FileNotFoundError) as caught:
+        read(tmp_path / "nothing")
+    assert str(caught.value) == f"there is no file {tmp_path / 'nothing'}."
+    with pytest.raises(IsADirectoryError) as caught:
+        read(tmp_path)
+    assert str(caught.value) == f"{tmp_path} is not read: it is a folder, and must be a file."
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(path, monkeypatch):

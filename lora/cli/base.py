@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora.formats.files import kind, reading
 from lora.formats.header import Entry, read_object
 from lora.formats.safe import read_header
 from lora.settings import raise_all
@@ -48,20 +49,20 @@ def open_base(folder: Path) -> Base:
         OSError: there is no such folder, or no safetensors file in it.
         ValueError: an index, or a file that it names, is not what it should be; one error lists all.
     """
-    if not folder.is_dir():
+    if kind(folder) != "folder":
         raise NotADirectoryError(f"{folder} must be the folder of a model.")
-    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if (folder / SINGLE).is_file():  # the one that transformers takes, where there is an index as well
+    config = read_object(folder / "config.json") if kind(folder / "config.json") else {}
+    if kind(folder / SINGLE):  # the one that transformers takes, where there is an index as well
         shards = {SINGLE: read_header(folder / SINGLE).tensors}
         return Base(folder, shards, dict.fromkeys(shards[SINGLE], SINGLE), config)
-    if not (folder / INDEX).is_file():
+    if not kind(folder / INDEX):
         raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: other formats are not read.")
     files = read_object(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{folder / INDEX} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))
     odd = [f"{name!r} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)]
-    odd += [f"{name} is missing." for name in names if _is_plain(name) and not (folder / name).is_file()]
+    odd += [f"{name} is missing." for name in names if _is_plain(name) and not kind(folder / name)]
     raise_all(f"{folder / INDEX} is of no use", odd)
     shards = {name: read_header(folder / name).tensors for name in names}
     absent = (f"{key} is not in {file}." for key, file in files.items() if key not in shards[file])
@@ -76,7 +77,7 @@ def other_files(base: Base) -> tuple[list[Path], list[Path]]:
     """
     copied: list[Path] = []
     left_out: list[Path] = []
-    for parent, folders, files in os.walk(base.folder):
+    for parent, folders, files in os.walk(base.folder, onerror=_unlisted):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
             path = Path(parent, file).relative_to(base.folder)
@@ -85,6 +86,11 @@ def other_files(base: Base) -> tuple[list[Path], list[Path]]:
             is_index = str(path) == INDEX and SINGLE not in base.shards
             (left_out if file.endswith(_LEFT_OUT) and not is_index else copied).append(path)
     return copied, left_out
+
+
+def _unlisted(error: OSError) -> None:
+    with reading(Path(error.filename)):
+        raise error
 
 
 def keys_for(names: Iterable[str], base: Base, optional: Iterable[str] = ()) -> tuple[dict[str, str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from lora.cli.options import (
     add_command,
     add_format,
     add_overwrite,
-    check_output,
     number,
+    output,
+    path_argument,
     read,
     write,
 )
 from lora.cli.progress import progress
+from lora.formats.files import as_path
 from lora.report import table
 from lora.resize import resize
 
@@ -36,8 +39,8 @@ def add(commands: Subparsers) -> None:
 def _add_convert(commands: Subparsers) -> None:
     about = "write an adapter in another format"
     parser = add_command(commands, run_convert, "convert", about, "convert adapter.safetensors folder --format peft")
-    parser.add_argument("file", type=Path, metavar="IN", help="an adapter in any format")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    parser.add_argument("file", type=path_argument, metavar="IN", help="an adapter in any format")
+    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
     add_format(parser, required=True)
     add_overwrite(parser)
 
@@ -46,7 +49,7 @@ def _add_combine(commands: Subparsers) -> None:
     about = "add up adapters, each with a weight"
     example = "combine both.safetensors one.safetensors=0.7 two.safetensors=0.3 --method svd --r 16"
     parser = add_command(commands, run_combine, "combine", about, example)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter and its weight, or 1")
     parser.add_argument("--method", choices=METHODS, default="cat", help="docs at lora.algebra.combine (default: cat)")
     parser.add_argument("--r", type=int, metavar="R", help="rank of the result, for svd, ties and dare")
@@ -62,8 +65,8 @@ def _add_combine(commands: Subparsers) -> None:
 def _add_resize(commands: Subparsers) -> None:
     about = "bring an adapter to another rank, at the best approximation of it"
     parser = add_command(commands, run_resize, "resize", about, "resize adapter.safetensors small.safetensors --r 8")
-    parser.add_argument("file", type=Path, metavar="IN", help="an adapter in any format")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a file for lora, a folder for the others")
+    parser.add_argument("file", type=path_argument, metavar="IN", help="an adapter in any format")
+    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
     rank = parser.add_mutually_exclusive_group(required=True)
     rank.add_argument("--r", type=int, metavar="R", help="the rank of every module")
     rank.add_argument(
@@ -75,27 +78,27 @@ def _add_resize(commands: Subparsers) -> None:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Write an adapter in another format."""
-    check_output(arguments.out, arguments.overwrite, [arguments.file])
-    print(write(read(arguments.file), arguments))
+    out = output(arguments, [arguments.file])
+    print(write(read(arguments.file), out, arguments.format))
     return 0
 
 
 def run_combine(arguments: argparse.Namespace) -> int:
     """Write the weighted sum of adapters."""
     weighted = [_weighted(text) for text in arguments.adapters]
-    check_output(arguments.out, arguments.overwrite, [path for path, _ in weighted])
+    out = output(arguments, [path for path, _ in weighted])
     adapters = [(read(path), weight) for path, weight in progress(weighted, "reading")]
     how = {key: getattr(arguments, key) for key in ("r", "density", "seed", "check_base")}
-    print(write(combine(adapters, arguments.method, **how), arguments))
+    print(write(combine(adapters, arguments.method, **how), out, arguments.format))
     return 0
 
 
 def run_resize(arguments: argparse.Namespace) -> int:
     """Write an adapter at another rank, and say what it keeps."""
-    check_output(arguments.out, arguments.overwrite, [arguments.file])
+    out = output(arguments, [arguments.file])
     before = read(arguments.file)
     after, kept = resize(before, arguments.r, energy=arguments.energy)
-    written = write(after, arguments)
+    written = write(after, out, arguments.format)
     print(table(("module", "r", "new r", "energy kept"), _rows(before, after, kept)))
     print(written)
     return 0
@@ -109,9 +112,10 @@ def _rows(before: Adapter, after: Adapter, kept: dict[str, float]) -> Sequence[S
 def _weighted(text: str) -> tuple[Path, float]:
     """`ADAPTER=WEIGHT` taken apart; a path may hold an equals sign itself."""
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return Path(text), 1.0
+    if not equals or os.path.exists(text):
+        return as_path(text, "ADAPTER"), 1.0
+    adapter = as_path(path, "ADAPTER")
     try:
-        return Path(path), number(weight)
+        return adapter, number(weight)
     except ValueError:
         raise ValueError(f"the weight of {path} must be a finite number, got {weight!r}.") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lora.adapter import Adapter, parameters_of
 from lora.cli.measures import blocks, distance, relative
-from lora.cli.options import Subparsers, add_command, add_json, finite, number, print_json, read
+from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
 from lora.cli.progress import progress
 from lora.layer import join
 from lora.report import table
@@ -35,8 +34,8 @@ def add(commands: Subparsers) -> None:
     """Enter the command."""
     about = "say how far apart two adapters are, with exit code 0 if they are the same function and 1 if not"
     parser = add_command(commands, run, "diff", about, "diff before.safetensors after.safetensors")
-    parser.add_argument("a", type=Path, metavar="A", help="an adapter in any format")
-    parser.add_argument("b", type=Path, metavar="B", help="another")
+    parser.add_argument("a", type=path_argument, metavar="A", help="an adapter in any format")
+    parser.add_argument("b", type=path_argument, metavar="B", help="another")
     parser.add_argument(
         "--tolerance",
         type=number,

@@ -21,6 +21,7 @@ from lora.cli.options import (
     check_output,
     finite,
     number,
+    path_argument,
     print_json,
 )
 from lora.cli.plot import heat_map
@@ -48,8 +49,10 @@ def add(commands: Subparsers) -> None:
     """Enter the command."""
     about = "say what an adapter trained, how large its updates are, and whether anything is wrong with it"
     parser = add_command(commands, run, "inspect", about, "inspect adapter.safetensors --plot norms.png")
-    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter in any format")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the updates' norms, layers x projections")
+    parser.add_argument("file", type=path_argument, metavar="FILE", help="an adapter in any format")
+    parser.add_argument(
+        "--plot", type=path_argument, metavar="OUT.png", help="draw the updates' norms, layers x projections"
+    )
     parser.add_argument(
         "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
     )
@@ -71,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if found["problems"] else 0
 
 
-def _read(path: Path, lora_alpha: float | None) -> Adapter:
+def _read(file: Path, lora_alpha: float | None) -> Adapter:
     """An adapter that need not be sound; a `lora_alpha` that does not belong there is a mistake of the user's."""
     try:
-        return read_adapter(path, lora_alpha=lora_alpha, check=False)
+        return read_adapter(file, lora_alpha=lora_alpha, check=False)
     except TypeError as error:
         raise ValueError(str(error)) from None
 

@@ -25,11 +25,13 @@ from lora.cli.options import (
     add_json,
     add_overwrite,
     check_output,
+    path_argument,
     print_json,
     read,
 )
 from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
+from lora.formats.files import kind, open_file, writing
 from lora.layer import LoRALayer, join
 from lora.merge import rounding_lost
 from lora.report import MergedModule, MergeReport
@@ -44,9 +46,11 @@ def add(commands: Subparsers) -> None:
     """Enter the command."""
     about = "write an adapter into a model's safetensors files, with a few tensors in memory at a time"
     parser = add_command(commands, run, "merge", about, "merge Phi-3-mini-4k-instruct adapter.safetensors merged")
-    parser.add_argument("base", type=Path, metavar="BASE", help="a folder with model.safetensors, or with shards")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter in any format")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "base", type=path_argument, metavar="BASE", help="a folder with model.safetensors, or with shards"
+    )
+    parser.add_argument("adapter", type=path_argument, metavar="ADAPTER", help="an adapter in any format")
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write")
     add_check_base(parser)
     add_json(parser)
     add_overwrite(parser)
@@ -55,13 +59,15 @@ def add(commands: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write a model folder with the adapter merged."""
     base, out = open_base(arguments.base), arguments.out
-    check_output(out, arguments.overwrite, [arguments.base, arguments.adapter])
-    if arguments.base.resolve() in out.resolve().parents:
+    check_output(out, arguments.overwrite, [arguments.base, arguments.adapter], "folder")
+    if Path(os.path.realpath(arguments.base)) in Path(os.path.realpath(out)).parents:
         raise ValueError(f"{out} must not be in {arguments.base}.")
     _check_replaced(out)
     adapter = read(arguments.adapter)
     merging = Merging(base, adapter, arguments.check_base)
     copied, left_out = other_files(base)
+    for path in copied:  # before anything is written
+        open_file(base.folder / path).close()
     with whole_folder(out) as folder:
         merging.write(folder)
         for path in copied:
@@ -83,10 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_replaced(out: Path) -> None:
-    """FileExistsError if what is at `out` is neither a model's folder nor an empty one."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; a merged model is a folder.")
-    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    """FileExistsError if the folder at `out` is neither a model's nor empty."""
+    with writing(out):
+        found = sorted(path.name for path in out.iterdir()) if kind(out) else []
     if found and "config.json" not in found and not any(name.endswith(".safetensors") for name in found):
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise FileExistsError(
@@ -210,20 +215,24 @@ class Merging:
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
-    out = out.resolve()
-    beside, old = (out.with_name(f".{out.name[:64]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
-    beside.mkdir()
-    try:
-        yield beside
-        if not out.exists():
-            os.replace(beside, out)
-            return
-        os.replace(out, old)
+    real = Path(os.path.realpath(out))
+    beside, old = (real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
+    with writing(out):
+        beside.mkdir()
         try:
-            os.replace(beside, out)
-        except BaseException:
-            os.replace(old, out)
-            raise
-        shutil.rmtree(old)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            yield beside
+            if not real.exists():
+                os.replace(beside, real)
+                return
+            os.replace(real, old)
+            try:
+                os.replace(beside, real)
+            except BaseException:
+                os.replace(old, real)
+                raise
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                raise OSError(f"{out} is written; what it held is in {old}, not removed: {error.strerror}.") from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.adapter import Adapter, AdapterError
-from lora.formats import read_adapter, write_adapter
+from lora.formats import FILES, place_of, read_adapter, write_adapter
+from lora.formats.files import as_path, check_place, kind
 
 if TYPE_CHECKING:  # generic for type checkers only
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -64,6 +66,14 @@ def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument("--format", choices=FORMATS, help=about, **options)
 
 
+def path_argument(text: str) -> Path:
+    """A path; ArgumentTypeError if it is empty, as unset variables of a shell are."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("`path` ", "")) from None
+
+
 def number(text: str) -> float:
     """A finite number; ValueError otherwise.
 
@@ -102,22 +112,29 @@ def in_options(message: str) -> str:
     return message
 
 
-def write(adapter: Adapter, arguments: argparse.Namespace) -> str:
-    """Write to `arguments.out` in `arguments.format`; what was written, in a line."""
-    write_adapter(adapter, arguments.out, arguments.format)
+def output(arguments: argparse.Namespace, inputs: Sequence[Path]) -> Path:
+    """Where `arguments.out` is written in `arguments.format`, checked by `check_output`."""
+    out = place_of(arguments.out, arguments.format)
+    check_output(out, arguments.overwrite, inputs, "file" if arguments.format == "lora" else "folder")
+    return out
+
+
+def write(adapter: Adapter, out: Path, format: str) -> str:
+    """Write to `out`, and say what was written, in a line."""
+    write_adapter(adapter, out, format)
     ranks = sorted({settings["r"] for settings in adapter.modules.values()})
-    return f"{arguments.out}: {len(adapter.modules)} modules, r = {', '.join(map(str, ranks))}"
+    return f"{out}: {len(adapter.modules)} modules, r = {', '.join(map(str, ranks))}"
 
 
-def check_output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """OSError or ValueError if writing `out` would replace something that is not to be replaced."""
-    whole = out.resolve()
-    for path in inputs:
-        if whole == path.resolve() or whole in path.resolve().parents:
-            raise ValueError(f"{out} must not be an input, or hold one: {path}.")
-    if not whole.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {whole.parent} to write {out.name} to.")
-    if whole.exists() and not overwrite:
+def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str = "file") -> None:
+    """OSError or ValueError if the file or folder `out` cannot be written, or would replace what is not to be."""
+    whole = Path(os.path.realpath(out))
+    for given in inputs:
+        real = Path(os.path.realpath(given))
+        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in FILES)):
+            raise ValueError(f"{out} must not be an input, or hold one, or be in one: {given}.")
+    check_place(out, wanted)
+    if kind(out) and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it.")
 
 

@@ -6,10 +6,9 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
-from lora.cli.options import Subparsers, add_command, add_json, print_json
+from lora.cli.options import Subparsers, add_command, add_json, path_argument, print_json
 from lora.planning import ENGINES, TERMS, Decoder, Plan, Rank, Training, plan, read_decoder
 from lora.planning.decoder import ARCHITECTURES
 from lora.planning.engines import TITLES
@@ -31,7 +30,7 @@ def add(commands: Subparsers) -> None:
     parser = add_command(commands, run, "plan", about, "plan config.json --ranks 8 --tp 8 --memory 24GiB")
     parser.epilog = f"{parser.epilog}\n\n{_formulas()}"
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help=f"config.json of a {', '.join(ARCHITECTURES)} model"
+        "config", type=path_argument, metavar="CONFIG", help=f"config.json of a {', '.join(ARCHITECTURES)} model"
     )
     _add_adapter(parser)
     _add_training(parser)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from lora.formats.files import replace_file
 
 
 def heat_map(norms: Mapping[str, float | None], path: Path) -> None:
@@ -30,7 +33,9 @@ def heat_map(norms: Mapping[str, float | None], path: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_facecolor("lightgrey")
     figure.colorbar(image, ax=axes, label="norm of the update")
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:] or "png")
+    replace_file(path, drawn.getvalue())
 
 
 def grid(norms: Mapping[str, float | None]) -> tuple[list[str], list[str], list[list[float]]]:

@@ -16,7 +16,7 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
     >>> list(progress([1, 2], "counting"))
     [1, 2]
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield from items
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.cli.progress import progress
+from lora.formats.files import open_file, reading
 from lora.formats.header import Entry
 
 _CHUNK = 2**20
@@ -36,14 +38,13 @@ def rewrite(
     buffer = memoryview(
         bytearray(max((entry.stop - entry.start for entry in map(entries.__getitem__, names)), default=0))
     )
-    with open(source, "rb") as old, open(target, "xb") as new:
-        _copy(old, new, min((entry.start for entry in entries.values()), default=source.stat().st_size))
+    with open_file(source) as old, open(target, "xb") as new:
+        size = os.fstat(old.fileno()).st_size
+        _copy(old, new, min((entry.start for entry in entries.values()), default=size))
         in_turn = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
         for name, entry in progress(in_turn, f"writing {target.name}"):
             if name in names and entry.stop > entry.start:
-                content = buffer[: entry.stop - entry.start]
-                if old.readinto(content) < len(content):
-                    raise _cut_short(old)
+                content = _filled(buffer[: entry.stop - entry.start], old)
                 change(name, torch.frombuffer(content, dtype=entry.dtype).view(entry.shape))
                 new.write(content)
             else:
@@ -54,18 +55,19 @@ def rewrite(
 
 def mapped(path: Path, entry: Entry) -> Tensor:
     """A tensor of a file whose values are read as they are looked at; changes do not reach the file."""
-    content = np.memmap(path, np.uint8, "c", offset=entry.start, shape=(entry.stop - entry.start,))
+    with reading(path):
+        content = np.memmap(path, np.uint8, "c", offset=entry.start, shape=(entry.stop - entry.start,))
     return torch.from_numpy(content).view(entry.dtype).view(entry.shape)
 
 
-def _copy(old: BinaryIO, new: BinaryIO, size: int) -> None:
-    while size > 0:
-        content = old.read(min(size, _CHUNK))
-        if not content:
-            raise _cut_short(old)
-        new.write(content)
-        size -= len(content)
+def _copy(old: io.BufferedReader, new: BinaryIO, size: int) -> None:
+    buffer = memoryview(bytearray(min(size, _CHUNK)))
+    for start in range(0, size, _CHUNK):
+        new.write(_filled(buffer[: size - start], old))
 
 
-def _cut_short(file: BinaryIO) -> OSError:
-    return OSError(f"{file.name} has changed while it was read.")
+def _filled(buffer: memoryview, old: io.BufferedReader) -> memoryview:
+    with reading(Path(old.name)):
+        if old.readinto(buffer) < len(buffer):
+            raise OSError(f"{old.name} has changed while it was read.")
+    return buffer

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.formats import flat, from_peft, native, peft
+from lora.formats.files import as_path, kind, open_file, reading
 from lora.formats.pickled import read_torch
 from lora.formats.safe import read_header, read_tensors
 from lora.formats.single import portable
@@ -18,22 +19,25 @@ _WRITERS: dict[str, Callable[[Adapter, Path, Iterable[str]], None]] = {
     "peft": peft.write,
     "portable": lambda adapter, path, names: peft.write(portable(adapter), path, names),
 }
+_PEFTS = (peft.CONFIG, *from_peft.READERS)
+FILES = (native.FILE, *_PEFTS)  # that an adapter's folder is read by
 
 
 def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = None, check: bool = True) -> Adapter:
     """Read an adapter without its model, in whatever format it is.
 
     Args:
-        path: a file of `lora.save_adapter`'s; a folder of PEFT's, or one of its files; or a state dict of loralib's,
-            saved by torch or as safetensors.
+        path: a file of `lora.save_adapter`'s, or a folder with its adapter.safetensors; a folder of PEFT's, or one of
+            its files; or a state dict of loralib's, saved by torch or as safetensors.
         lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
         check: raise if the adapter is not sound. Default: True.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        TypeError: `lora_alpha` is given for a format that says it.
-        ValueError: `lora_alpha` is no finite number.
-        AdapterError: the file is no adapter, or not sound; one error lists everything.
+        OSError: there is no such file or folder (FileNotFoundError), it cannot be read (PermissionError, …), or it is
+            a FIFO or a device.
+        TypeError: `path` is no path, or `lora_alpha` is given for a format that says it.
+        ValueError: `path` is empty, or `lora_alpha` is no finite number.
+        AdapterError: the file is no adapter, or not sound; the folder holds two; one error lists everything.
 
     >>> import os, tempfile, torch, lora
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
@@ -43,7 +47,7 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     """
     if lora_alpha is not None and not is_number(lora_alpha):
         raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
-    adapter = _read(Path(path), lora_alpha)
+    adapter = _read(as_path(path), lora_alpha)
     if lora_alpha is not None and adapter.format != "loralib":
         raise TypeError(
             f"`lora_alpha` is for loralib's files; {path} is in the format {adapter.format!r}, which says it."
@@ -54,12 +58,13 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
 
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:
-    named = path.name in (peft.CONFIG, *from_peft.READERS)
-    if path.is_dir() or (named and (path.parent / peft.CONFIG).is_file()):
+    if kind(path) == "folder":
+        if not kind(path / native.FILE):
+            return from_peft.read(path)
+        path = _only_ours(path)
+    elif _is_pefts(path):
         return from_peft.read(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}.")
-    with open(path, "rb") as file:
+    with reading(path), open_file(path) as file:
         start = file.read(9)
     old_pickle = start[:1] == b"\x80" and start[8:] != b"{"  # by torch before 1.6; at this place headers begin
     if start[:4] == b"PK\x03\x04" or old_pickle:
@@ -70,6 +75,46 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
     return native.read(path, header.metadata)
 
 
+def _only_ours(folder: Path) -> Path:
+    """The file of lora's in a folder that has one; AdapterError if there are files of PEFT's as well."""
+    theirs = [name for name in _PEFTS if kind(folder / name)]
+    if theirs:
+        raise AdapterError(
+            f"{folder} may hold two adapters, lora's in {native.FILE} and PEFT's in {', '.join(theirs)}: name the file "
+            f"that is meant, {folder / native.FILE} or {folder / theirs[0]}."
+        )
+    return folder / native.FILE
+
+
+def _is_pefts(path: Path) -> bool:
+    """Whether a file is read as one of a folder of PEFT's."""
+    return path.name in _PEFTS and kind(path.parent / peft.CONFIG) is not None
+
+
+def place_of(path: str | os.PathLike[str], format: str) -> Path:
+    """What `write_adapter` writes in a format: the folder, or the file; of a folder, for "lora", the one in it.
+
+    Raises:
+        TypeError, ValueError: `path` is no path, or is empty.
+        FileExistsError: what would be written there could not be read again by this path.
+    """
+    place = as_path(path)
+    there = kind(place, to_write=True)
+    folder = format != "lora" or there == "folder" or os.fspath(path).endswith(("/", os.sep))
+    others = _PEFTS if format == "lora" else (native.FILE,)
+    beside = [name for name in others if kind(place / name)] if folder else []
+    if beside:
+        raise FileExistsError(
+            f"{place} has {', '.join(beside)} of another adapter; with one beside it in the format {format!r}, nobody "
+            "could tell which is meant: remove what is there, or choose another folder."
+        )
+    if not folder and (place.name == peft.CONFIG or _is_pefts(place)):
+        raise FileExistsError(
+            f"{place} is the name of a file of PEFT's format, as which it would be read: choose another."
+        )
+    return place / native.FILE if folder and format == "lora" else place
+
+
 def write_adapter(
     adapter: Adapter, path: str | os.PathLike[str], format: str = "lora", *, module_names: Iterable[str] = ()
 ) -> None:
@@ -77,14 +122,17 @@ def write_adapter(
 
     Args:
         adapter: what to write.
-        path: a file for "lora", a folder for the others; what is there is replaced.
+        path: for "lora" a file, or a folder that exists, in which it is adapter.safetensors; for the others a folder.
+            What is there is replaced.
         format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
             converter and others read alike. Default: "lora".
         module_names: of the whole model, where they are known, for PEFT's target_modules to be unmistakable.
 
     Raises:
-        ValueError: there is no such format.
-        FileNotFoundError, FileExistsError: there is no folder to write to, or a file where a folder belongs.
+        ValueError: there is no such format, or `path` is empty.
+        TypeError: `path` is no path.
+        OSError: there is no folder to write to (FileNotFoundError); a file where a folder belongs, or another adapter
+            which could be taken for this one (FileExistsError); or it cannot be written (PermissionError, …).
         AdapterError: the adapter is not sound, or the format has no place for something in it; one error lists all.
 
     >>> import os, tempfile, torch, lora
@@ -97,10 +145,11 @@ def write_adapter(
     """
     if format not in _WRITERS:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, _WRITERS))}, got {format!r}.")
+    place = place_of(path, format)
     raise_all(f"{path} is not written", adapter.problems(), AdapterError)
     if adapter.format == "loralib":
         raise AdapterError(
             f"{path} is not written: what kind of layers a file of loralib's is for, only its model knows. Load it "
             "into the model with `lora.load_adapter(model, file, lora_alpha=…)`, and save that."
         )
-    _WRITERS[format](adapter, Path(path), module_names)
+    _WRITERS[format](adapter, place, module_names)

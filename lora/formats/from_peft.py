@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lora import fingerprint
 from lora.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
+from lora.formats.files import kind
 from lora.formats.header import read_object, short
-from lora.formats.native import rest_of
+from lora.formats.native import FILE, rest_of
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
@@ -60,10 +61,12 @@ _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
-    folder = path if path.is_dir() else path.parent
-    names = [path.name] if path.name in READERS else READERS
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    whole = kind(path) == "folder"
+    folder = path if whole else path.parent
+    names = [path.name] if path.name in READERS and not whole else [*READERS]
+    file = next((folder / name for name in names if kind(folder / name)), None)
     if file is None:
+        names += [FILE] if whole else []  # which would have been read, and not as PEFT's
         raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
     raise_all(f"{folder} is not loaded", _config_problems(config), AdapterError)
@@ -97,7 +100,7 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if kind(path) is None:
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}, without which PEFT's tensors mean nothing.")
     return read_object(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lora.adapter import AdapterError
+from lora.formats.files import open_file, reading
 from lora.settings import raise_all
 
 HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
@@ -65,13 +65,6 @@ class Header:
     metadata: dict[str, str]
 
 
-def open_file(path: Path) -> io.BufferedReader:
-    """Open a file to read; FileNotFoundError that names it, if it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}.")
-    return open(path, "rb")
-
-
 def name_problem(name: str) -> str | None:
     """Why a string may not name a tensor, if so. Names become parts of paths, and lines on a screen, elsewhere."""
     if not 0 < len(name) <= _LONGEST_NAME:
@@ -91,10 +84,14 @@ def short(said: object) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; AdapterError if it is too long, or something else."""
-    if path.stat().st_size > _LONGEST_JSON:
-        raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {path.stat().st_size}.")
+    with reading(path), open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > _LONGEST_JSON:
+            raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {size}.")
+        file.seek(0)
+        text = file.read(size)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from lora.adapter import Adapter, AdapterError
 from lora.formats import safe
 
 VERSION = 2
+FILE = "adapter.safetensors"  # in a folder
 _ABOUT = ("modules", "trained_in_full", "modules_to_save", "base_model")
 # An entry of its own, which readers of version 2 that do not know it pass over: what of the base model is in the file
 # though it did not train, and what is known of the rest.

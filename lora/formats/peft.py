@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterError
+from lora.formats.files import check_place, kind, replace_file, writing
 from lora.formats.native import rest_as_metadata
-from lora.formats.safe import packed, replace_file
+from lora.formats.safe import packed
 from lora.formats.single import Form, singles
 from lora.settings import raise_all
 from lora.training import is_bias
@@ -37,10 +38,9 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     what = f"{path} is not written"
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; PEFT's format is a folder.")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.absolute().parent} to make {path.name} in.")
+    check_place(path, "folder")
+    for name in (WEIGHTS, CONFIG) if kind(path) else ():  # before anything is removed
+        check_place(path / name)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     for name, (settings, A, B) in forms.items():
         embedding = settings["base"]["kind"] == "embedding"
@@ -54,9 +54,11 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
     content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts), **rest_as_metadata(adapter)})
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
-    path.mkdir(exist_ok=True)
+    with writing(path):
+        path.mkdir(exist_ok=True)
     for old in (CONFIG, "adapter_model.bin"):  # nothing reads a folder without its config: no mixture of two adapters
-        (path / old).unlink(missing_ok=True)
+        with writing(path / old):
+            (path / old).unlink(missing_ok=True)
     replace_file(path / WEIGHTS, content)
     replace_file(path / CONFIG, config.encode("utf-8"))
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.formats.header import DTYPES, MOST_DIMENSIONS, name_problem, open_file, refuse, short
+from lora.formats.files import open_file, reading
+from lora.formats.header import DTYPES, MOST_DIMENSIONS, name_problem, refuse, short
 
 _LONGEST_PICKLE = 16 * 2**20
 _LONGEST_DIRECTORY = 16 * 2**20
@@ -43,10 +44,10 @@ def read_torch(path: Path) -> dict[str, Tensor]:
     is one tensor.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not of that kind, is damaged, or holds anything but dense tensors.
     """
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if file.read(4) != b"PK\3\4":

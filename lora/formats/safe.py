@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lora.adapter import AdapterError
-from lora.formats.header import DTYPES, HEADER_LIMIT, Entry, Header, open_file, parse_header
+from lora.formats.files import open_file, reading, replace_file
+from lora.formats.header import DTYPES, HEADER_LIMIT, Entry, Header, parse_header
 from lora.settings import raise_all
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -33,10 +32,10 @@ def read_header(path: Path, limit: int = HEADER_LIMIT) -> Header:
             a small file never costs much. Default: 8 MiB.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not a safetensors file; lists what is wrong.
     """
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         return parse_header(file, path, limit)
 
 
@@ -44,10 +43,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors, which own their memory, and its metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not a safetensors file, or it has a checksum and was changed after that was written.
     """
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         header = parse_header(file, path, HEADER_LIMIT)
         try:
             tensors = {name: _tensor(file, entry) for name, entry in header.tensors.items()}
@@ -64,11 +63,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file with a checksum: the old file or the new one is there, whenever this is killed.
 
     Raises:
-        FileNotFoundError: there is no folder to write it to.
+        OSError: there is no folder to write it to, or it cannot be written.
         AdapterError: `read_tensors` could not read such a file; nothing is written.
     """
-    if not Path(os.path.realpath(path)).parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to.")
     replace_file(path, packed(path, tensors, metadata))
 
 
@@ -87,20 +84,6 @@ def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     content: bytes = safetensors.torch.save(ready, {**said, "sha256": checksum(ready, said)})
     parse_header(io.BytesIO(content), path, HEADER_LIMIT)
     return content
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file: the old content or the new one is there, whenever this is killed."""
-    path = Path(os.path.realpath(path))  # a link stays one
-    beside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora.formats.files import open_file, reading
 from lora.settings import raise_all
 
 
@@ -92,7 +93,8 @@ class Decoder:
 def read_decoder(path: Path) -> Decoder:
     """The decoder that transformers would make from a config.json; ValueError where it is none that is known."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path), open_file(path) as file:
+            config = json.loads(file.read().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a model's config.json: {error}.") from None
     if not isinstance(config, dict):
