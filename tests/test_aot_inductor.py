@@ -6,7 +6,7 @@ from test_export import BATCH_AND_LENGTH, IDS, OTHERS, small
 
 pytestmark = [  # torch's own, of what it unpickles and of a module that its compiler imports
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),
 ]
 
 

@@ -16,7 +16,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 each_mode = pytest.mark.parametrize("mode", ["train", "eval", "served"])
 a_few_kinds = pytest.mark.parametrize("kind", ["MergedLinear", "Embedding", "Conv2d"])
 # torch's own compiler imports what torch deprecates.
-of_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+of_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 with_and_without_dora = pytest.mark.parametrize("use_dora", [False, True])
 
 
@@ -106,7 +106,9 @@ def test_with_dropout_other_lengths_compile_nothing_again(kind):
 @each_kind
 @pytest.mark.parametrize(("mode", "use_dora"), [("train", True), ("eval", False), ("served", False)])
 def test_swapping_scaling_and_disabling_compile_nothing_again(kind, mode, use_dora):
-    model, x = model_of(kind, use_dora=use_dora).train(mode == "train"), sized(kind, 11, 17)
+    # In float64: where terms cancel, the rounding of float32 is larger than what is let pass, on some CPUs.
+    wide = {"dtype": torch.float64}
+    model, x = model_of(kind, use_dora=use_dora, **wide).train(mode == "train"), sized(kind, 11, 17, **wide)
     base = copy.deepcopy(model)
     lora.eject(base)
     lora.prepare_for_swap(model, 6)
@@ -114,7 +116,7 @@ def test_swapping_scaling_and_disabling_compile_nothing_again(kind, mode, use_do
     with without_gradients(mode):
         torch.testing.assert_close(compiled(x), model(x))
         for r in (6, 2, 4):
-            other = model_of(kind, r=r, lora_alpha=r + 1, use_dora=use_dora, use_rslora=r == 4)
+            other = model_of(kind, r=r, lora_alpha=r + 1, use_dora=use_dora, use_rslora=r == 4, **wide)
             lora.load_adapter(model, lora.adapter_of(other), check_base=False)
             torch.testing.assert_close(compiled(x), model(x))
             with lora.disabled(model):

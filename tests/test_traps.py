@@ -59,7 +59,8 @@ def test_a_wrapped_layers_merged_state_dict_has_the_keys_of_the_plain_model():
     torch.testing.assert_close(plain(X), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+# torch deprecates what is tested here, and its tracer tells what it cannot see.
+@pytest.mark.filterwarnings("ignore:`?torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_traced_model_computes_the_same(training):
     model = injected(merge_weights=True).train(training).requires_grad_(False)

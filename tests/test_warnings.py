@@ -1,0 +1,83 @@
+"""A warning of our own code fails the test that meets it; one of a dependency does not fail anybody's run."""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "lora").rglob("*.py"))]
+for folder in ("tests", "examples"):  # these folders are on the path, so their names are not part of a module's
+    files = sorted((ROOT / folder).rglob("*.py"))
+    OURS += [".".join(path.relative_to(ROOT / folder).with_suffix("").parts) for path in files]
+OURS = [*(name.removesuffix(".__init__") for name in OURS), "readme", "page"]  # and the code on our pages
+THEIRS = ["torch.jit._script", "torch.utils.data", "transformers.modeling_utils", "peft", "numpy", "loralib.layers"]
+
+TESTS = """
+import pytest
+
+def run_in(module, code):
+    exec(code, {"__name__": module, "__file__": __file__})
+
+@pytest.mark.parametrize("module", MODULES)
+def test_something_is_wrong(module):
+    run_in(module, "import warnings; warnings.warn('this is wrong')")
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("category", ["DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"])
+def test_something_is_deprecated(module, category):
+    run_in(module, f"import warnings; warnings.warn('this goes away', {category})")
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_is_left_open(module):
+    run_in(module, "file = open(__file__); del file")
+"""
+
+
+def failed_of(tmp_path: Path, modules: list[str], *options: str) -> dict[str, set[str]]:
+    """For each of the tests above: the modules for which it fails by the rules in pyproject.toml."""
+    (tmp_path / "test_them.py").write_text(TESTS.replace("MODULES", repr(modules)))
+    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rA", *settings, *options, "test_them.py"]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTHONWARNINGS")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    pattern = r"^(PASSED|FAILED) test_them\.py::(\w+)\[(?:\w+Warning-)?([\w.]+)\]"
+    outcomes = re.findall(pattern, done.stdout, re.MULTILINE)
+    assert len(outcomes) == 5 * len(modules), done.stdout + done.stderr
+    failed = {test: set() for _, test, _ in outcomes}
+    for outcome, test, module in outcomes:
+        failed[test] |= {module} if outcome == "FAILED" else set()
+    return failed
+
+
+def test_a_warning_fails_a_test_if_it_is_blamed_on_our_code(tmp_path):
+    failed = failed_of(tmp_path, OURS + THEIRS)
+    for test in ("test_something_is_wrong", "test_a_file_is_left_open"):
+        assert sorted(failed[test] ^ set(OURS)) == []  # if a module is missed: it is to be named in pyproject.toml
+    assert failed["test_something_is_deprecated"] == set()  # by a newer release, which blames the line that calls it
+
+
+def test_every_warning_fails_a_test_where_versions_are_pinned(tmp_path):
+    """As CI runs the tests."""
+    modules = ["lora.layer", "torch.jit._script"]
+    failed = failed_of(tmp_path, modules, "-W", "error")
+    assert failed == {test: set(modules) for test in failed}
+
+
+def warn():
+    warnings.warn("of ours", stacklevel=1)
+    return "went on"
+
+
+def test_a_warning_in_another_rank_fails_the_test(ranks):
+    with pytest.raises(AssertionError, match="UserWarning: of ours"):
+        ranks.run(warn)
+
+
+@pytest.mark.filterwarnings("ignore:of ours")
+def test_a_rank_ignores_what_the_test_ignores(ranks):
+    assert ranks.run(warn) == ["went on"] * 2
