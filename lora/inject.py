@@ -79,7 +79,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     lora_layers(model, "inject", none=True)
     names = names_of(model)
     targets, problems = find_targets(model, names, config)
-    saved, saved_problems = find_saved(names, config, targets)
+    saved, saved_problems = find_saved(model, names, config, targets)
     problems += saved_problems
     plans = []
     for module in targets:
