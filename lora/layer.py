@@ -24,7 +24,7 @@ from lora.merging import Merging
 from lora.registry import enter, new
 from lora.replicas import check_in_step
 from lora.settings import settings_problems
-from lora.tensors import same_values
+from lora.tensors import same_values, sparing
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -280,6 +280,10 @@ class LoRALayer(Merging, nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         self._in_step = None
+        if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
+            own = self._parameters.items()
+            trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
+            fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         switch.refresh(self)
         return self

@@ -193,8 +193,8 @@ def test_a_model_without_such_a_head_is_refused_with_what_was_looked_for():
     model = bart()
     before = snapshot(model)
     message = (
-        "`task_type` 'SEQ_CLS' trains the head, and no module with parameters of this "
-        "BartForSequenceClassification has a name that ends in 'classifier' or 'score'; name the head in `modules_to_save` (beside the body it has "
+        "`task_type` 'SEQ_CLS' trains the head, and no module with parameters of this BartForSequenceClassification "
+        "has a name that ends in 'classifier' or 'score'; name the head in `modules_to_save` (beside the body it has "
         "'classification_head')."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
