@@ -61,10 +61,10 @@ class LoraConfig:
         enable_lora: which splits to adapt, by pattern; all where nothing is said. Default: {}.
         factored: the factored form for convolutions (see `lora.Conv2d`). Default: True.
         merge_weights: serve `eval()` from merged weights, at the cost of a copy of each. Default: False.
-        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower. A model that is
-            cast later takes them along, but for dtypes of less than 16 bits (float8), which weights are stored in: what
-            trains in a LoRA layer, biases too, stays as it is. Modules that train in full (`modules_to_save`) and
-            biases of other layers are plain torch, and are cast like every other.
+        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower. A model
+            that is cast later takes them along, but for dtypes of less than 16 bits (float8), which weights are stored
+            in: what trains in a LoRA layer, biases too, stays as it is. Modules that train in full (`modules_to_save`)
+            and biases of other layers are plain torch, and are cast like every other.
 
     Raises:
         ValueError: a value is out of range; all of them are named.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch.nn as nn
 
+from lora import places
 from lora.bypassed import bypass_of
 from lora.config import HEADS, LoraConfig, did_you_mean, name_matches, pattern_matches
 from lora.layer import LoRALayer
@@ -43,9 +44,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
-    """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
+def lora_layers(
+    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+) -> list[LoRALayer]:
+    """The model's LoRA layers, each once.
+
+    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
+    layer, unless that is allowed.
+    """
     settle(model)
+    if not replaced:
+        places.check(model, what)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
