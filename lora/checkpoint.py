@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import fingerprint, rest, sharded
+from lora import fingerprint, places, rest, sharded
 from lora.adapter import PARAMETERS, Adapter, AdapterError
 from lora.fitting import Fit, Target, tied, trained_in_full
 from lora.formats import read_adapter, write_adapter
@@ -139,7 +139,7 @@ def load_adapter(
     problems = sharded.from_all(mesh, fit.problems + (wrappers if fit.plans else []))
     raise_all(f"{what} is not loaded", problems, AdapterError)
     with all_or_nothing(model):
-        adapt(fit.plans)
+        places.remember(fit.names, adapt(fit.plans))
         if fit.plans:
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])

@@ -16,6 +16,16 @@ from lora.training import BIAS_CHOICES
 
 T = TypeVar("T")
 
+#: PEFT's task types, each with the names of the heads that it trains in full: ends of names, as PEFT goes by them.
+HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "CAUSAL_LM": (),
+    "SEQ_2_SEQ_LM": (),
+    "FEATURE_EXTRACTION": (),
+}
+
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "splits", "enable_lora")
 
 
@@ -43,12 +53,18 @@ class LoraConfig:
             Default: False.
         init_lora_weights: how A and B start: a bool, a name, or a function of a layer (`lora.initialize`). Some ways
             write the base weights, so that the sum is what it was. Default: True.
-        task_type: kept for other tools; has no effect here. Default: None.
+        task_type: one of PEFT's: "SEQ_CLS" and "TOKEN_CLS" train and save, as `modules_to_save` does, the modules whose
+            names end in "classifier" or "score" (DistilBert's "pre_classifier", too), and "QUESTION_ANS" those in
+            "qa_outputs": heads that no pretrained file holds. "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION"
+            train nothing more. Default: None.
         splits: for fused projections, the sizes of the parts by pattern: {"qkv_proj": (576, 192, 192)}. Default: {}.
         enable_lora: which splits to adapt, by pattern; all where nothing is said. Default: {}.
         factored: the factored form for convolutions (see `lora.Conv2d`). Default: True.
         merge_weights: serve `eval()` from merged weights, at the cost of a copy of each. Default: False.
-        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower.
+        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower. A model
+            that is cast later takes them along, but for dtypes of less than 16 bits (float8), which weights are stored
+            in: what trains in a LoRA layer, biases too, stays as it is. Modules that train in full (`modules_to_save`)
+            and biases of other layers are plain torch, and are cast like every other.
 
     Raises:
         ValueError: a value is out of range; all of them are named.
@@ -92,6 +108,8 @@ class LoraConfig:
             problems.append("`r` must be at least 1 to adapt a module; leave it out of `target_modules` instead.")
         if not self.target_modules:
             problems.append("`target_modules` must name the modules to adapt, or be 'all-linear'.")
+        if self.task_type is not None:
+            self.task_type = next(name for name in HEADS if name == self.task_type)  # of PEFT's enum, the plain string
         if self.bias not in BIAS_CHOICES:
             problems.append(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}.")
         for expression in self.expressions():
@@ -114,6 +132,8 @@ class LoraConfig:
         for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
             if not isinstance(getattr(self, option), bool):
                 problems.append(f"`{option}` must be True or False, got {getattr(self, option)!r}.")
+        if self.task_type is not None and self.task_type not in (*HEADS,):
+            problems.append(f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {self.task_type!r}.")
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             problems.append(f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}.")

@@ -16,7 +16,7 @@ from lora.init import Init
 from lora.kind import Shape
 from lora.layer import LoRALayer
 from lora.registry import register
-from lora.tensors import autocasts
+from lora.tensors import autocasts, refuse_storage
 
 
 class ConvLoRA(LoRALayer):
@@ -127,6 +127,8 @@ class ConvLoRA(LoRALayer):
             return lora_conv(input, self.weight, self.bias, *adapter, geometry, dropout)
         # In lower precision the sum of both weights would lose much of the update.
         precise = self.weight.dtype in (torch.float32, torch.float64)
+        if self.dense and not precise:
+            refuse_storage(self.weight.dtype)
         one_convolution = precise and not autocasts(input.device)
         if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input, *args, **kwargs)

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora import vocabulary
 from lora.functional import Lookup, lora_embedding
 from lora.init import Init
 from lora.kind import Shape
@@ -70,6 +71,12 @@ class EmbeddingLoRA(LoRALayer):
     def base_weight(self) -> Tensor:
         weight = super().base_weight()
         return weight if self.max_norm is None else self._renormed(weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "num_embeddings" and self.r > 0:
+            vocabulary.follow(self, "lora_A", 1, value, rows=self.weight)
+            self.lora_resizing = True
+        super().__setattr__(name, value)
 
     @classmethod
     def magnitudes(cls, base: Any, shape_B: Shape) -> int:

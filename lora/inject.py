@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from lora import quantized, switch
+from lora import places, quantized, switch
 from lora.config import LoraConfig, for_module
 from lora.init.initialize import begin, problems_of_start
 from lora.init.start import give_back
@@ -49,6 +49,14 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     The same module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay; the
     model computes what it did before until it is trained.
 
+    Resize a vocabulary first, by transformers' `resize_token_embeddings`, if at all. Called after this, an adapted
+    embedding, or a head that is tied to one, follows: new ids have no update, and those of ids that are gone go; the
+    Parameter objects stay, gradients are dropped, and an optimizer, whose state has the old shapes, is to be made anew.
+    DoRA's magnitudes of an embedding follow only when ids come. An output head that is not tied is made anew, bias and
+    all, and loses its LoRA: whatever asks for the adapter then (saving, merging, `lora.disabled`) raises and names it.
+    So does every other layer that is replaced by one without LoRA, but for children of `nn.Sequential` and
+    `nn.ModuleList`.
+
     Args:
         model: any module; its layers of a kind that is known are nn.Linear, nn.Embedding, nn.Conv1d, 2d and 3d,
             transformers' Conv1D, their subclasses, and what `lora.register` added.
@@ -76,10 +84,10 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     if not isinstance(config, (LoraConfig, type(None))):
         raise TypeError(f"`config` must be a lora.LoraConfig, got a {type(config).__module__}.{type(config).__name__}.")
     config = config or LoraConfig(**settings)
-    lora_layers(model, "inject", none=True)
+    lora_layers(model, "inject", none=True, replaced=True)
     names = names_of(model)
     targets, problems = find_targets(model, names, config)
-    saved, saved_problems = find_saved(names, config, targets)
+    saved, saved_problems = find_saved(model, names, config, targets)
     problems += saved_problems
     plans = []
     for module in targets:
@@ -91,6 +99,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     raise_all("inject: nothing was changed", problems)
     with all_or_nothing(model):
         layers = adapt(plans)
+        places.remember(names, layers)
         raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
@@ -120,7 +129,7 @@ def eject(model: nn.Module) -> None:
       (0): Linear(in_features=8, out_features=2, bias=True)
     )
     """
-    layers = lora_layers(model, "eject")
+    layers = lora_layers(model, "eject", replaced=True)
     instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
     names = names_of(model)
     problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names)]
@@ -132,6 +141,7 @@ def eject(model: nn.Module) -> None:
             for name, value in originals(module).items():
                 getattr(module, name).copy_(value)
             forget_originals(module)
+            places.forget(module)
             quantized.set_up(module, False)
     restored: set[int] = set()
     for layer in layers:

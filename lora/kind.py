@@ -16,6 +16,7 @@ from lora.init import Init
 
 if TYPE_CHECKING:
     from lora.layer import LoRALayer
+    from lora.places import Place
     from lora.replicas import InStep
 
 Shape = tuple[int, ...]
@@ -38,6 +39,10 @@ class LayerKind:
     base_written: bool = True
     awaits: str | None = None
     injected: bool = False
+    #: What the parents of an injected layer know of it (`lora.places`).
+    lora_place: Place | None = None
+    #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.vocabulary`).
+    lora_resizing: bool = False
     #: Whether there is room for other adapters (`lora.prepare_for_swap`); then rank and lora_alpha of the one in it.
     has_room: bool = False
     padded_from: tuple[int, float] | None = None

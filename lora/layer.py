@@ -24,7 +24,7 @@ from lora.merging import Merging
 from lora.registry import enter, new
 from lora.replicas import check_in_step
 from lora.settings import settings_problems
-from lora.tensors import same_values
+from lora.tensors import same_values, sparing
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -113,7 +113,9 @@ class LoRALayer(Merging, nn.Module):
 
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
-        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step")
+        if self.lora_place is not None:
+            self.lora_place.adapted = False
+        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step", "lora_place", "lora_resizing")
         switch.remove(self)
         made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
         divided = ("lora_parallel", "has_room", "padded_from")
@@ -273,13 +275,25 @@ class LoRALayer(Merging, nn.Module):
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
         super().train(mode)
+        self.__dict__.pop("lora_resizing", None)
         if mode:
             self._merged = None
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> LoRALayer:
+        """Set what trains of the layer; but not when a vocabulary was resized: then only the weight's is meant."""
+        if self.__dict__.pop("lora_resizing", False) and requires_grad == self.weight.requires_grad:
+            return self
+        super().requires_grad_(requires_grad)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         self._in_step = None
+        if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
+            own = self._parameters.items()
+            trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
+            fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         switch.refresh(self)
         return self

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora import vocabulary
 from lora.functional import Adapted, lora_linear
 from lora.functional.linear import add_up_, spread
 from lora.init import Init
@@ -30,6 +31,16 @@ class LinearLoRA(LoRALayer):
     fan_in_fan_out: bool = False
     #: The kind to use when the layer's output is several fused ones (`lora.merged_linear`).
     merged_kind: ClassVar[type[LinearLoRA]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "out_features" and self.r > 0:
+            self.resize_outputs(value)
+            self.lora_resizing = True
+        super().__setattr__(name, value)
+
+    def resize_outputs(self, size: int) -> None:
+        """Follow a head's weight, tied to embeddings, that has been given more rows or fewer."""
+        vocabulary.follow(self, "lora_B", 0, size, rows=self.stored(self.weight))
 
     @classmethod
     def features(cls, base: nn.Module) -> tuple[int, int]:

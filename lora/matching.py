@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch.nn as nn
 
+from lora import places
 from lora.bypassed import bypass_of
-from lora.config import LoraConfig, did_you_mean, name_matches, pattern_matches
+from lora.config import HEADS, LoraConfig, did_you_mean, name_matches, pattern_matches
 from lora.layer import LoRALayer
 from lora.linear import LinearLoRA
 from lora.registry import kind_for
@@ -43,9 +44,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def lora_layers(model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False) -> list[LoRALayer]:
-    """The model's LoRA layers, each once; ValueError if there are none, or the model is disabled, unless allowed."""
+def lora_layers(
+    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+) -> list[LoRALayer]:
+    """The model's LoRA layers, each once.
+
+    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
+    layer, unless that is allowed.
+    """
     settle(model)
+    if not replaced:
+        places.check(model, what)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
@@ -104,7 +113,7 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[li
         targets = _all_linear(model, names)
         if not targets:
             problems.append("`target_modules` 'all-linear' matches no module: there is no linear layer.")
-        saved = _select("modules_to_save", config.modules_to_save or (), names, [])
+        saved = _to_save(model, names, config, [])
         in_full = {part for module in saved for part in module.modules()}
         targets = [module for module in targets if module not in in_full]
     else:
@@ -131,10 +140,13 @@ def _shadowed(option: str, patterns: Iterable[str], adapted: Names) -> Iterator[
         left = {module: known for module, known in left.items() if module not in matching}
 
 
-def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tuple[list[nn.Module], list[str]]:
+def find_saved(
+    model: nn.Module, names: Names, config: LoraConfig, targets: list[nn.Module]
+) -> tuple[list[nn.Module], list[str]]:
     """The modules to train in full, and a complaint for each that cannot be."""
     problems: list[str] = []
-    saved = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    saved = _to_save(model, names, config, problems)
+    asked, task = set(_select("modules_to_save", config.modules_to_save or (), names, [])), config.task_type
     adapted = Spans[nn.Module]()
     for module in targets:
         if module._parameters.get("weight") is not None and not is_lazy(module):
@@ -150,8 +162,32 @@ def find_saved(names: Names, config: LoraConfig, targets: list[nn.Module]) -> tu
         for hold, found in wrong.items():
             if found:
                 listed = ", ".join(names[part][0] for part in names if part in found)
-                problems.append(f"{name}: a module of `modules_to_save` trains in full and cannot {hold}: {listed}.")
+                whose = "a module of `modules_to_save`" if module in asked else f"the head of `task_type` {task!r}"
+                problems.append(f"{name}: {whose} trains in full and cannot {hold}: {listed}.")
     return saved, problems
+
+
+def _to_save(model: nn.Module, names: Names, config: LoraConfig, problems: list[str]) -> list[nn.Module]:
+    """The modules that are asked for by name or by the task; a name or a task that finds none is a problem."""
+    asked = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    ends = HEADS.get(config.task_type or "", ())
+    # As PEFT does, by how names end, whole components or not: "pre_classifier" is as new as "classifier" after it.
+    named = [module for module, known in names.items() if any(name.endswith(ends) for name in known)]
+    heads = [module for module in named if [*module.parameters()]]
+    if ends and not heads and not asked:
+        problems.append(_no_head(unwrapped(model), config.task_type, ends))
+    return [module for module in names if module in {*asked, *heads}]
+
+
+def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:
+    body = getattr(model, "base_model", None)  # transformers' word; beside it are a model's heads
+    beside = [repr(name) for name, child in model.named_children() if child is not body and [*child.parameters()]]
+    hint = f" (beside the body it has {', '.join(beside)})" if beside else ""
+    looked_for = " or ".join(map(repr, ends))
+    return (
+        f"`task_type` {task!r} trains the head, and no module with parameters of this {type(model).__name__} has a "
+        f"name that ends in {looked_for}; name the head in `modules_to_save`{hint}."
+    )
 
 
 def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import quantized
+from lora import places, quantized
 from lora.layer import LoRALayer, join
 from lora.matching import (
     Names,
@@ -73,6 +73,7 @@ def merge(model: nn.Module) -> MergeReport:
         layer.detach()
     for module in model.modules():
         forget_originals(module)
+        places.forget(module)
         quantized.set_up(module, False)
     return MergeReport(tuple(rows))
 

@@ -35,6 +35,10 @@ class MergedLinearLoRA(LinearLoRA):
             raise ValueError(f"`enable_lora` (={enable_lora}) must have one entry for each of the splits {splits}.")
         return (r * sum(enable_lora), in_features), (sum(compress(splits, enable_lora)), r)
 
+    def resize_outputs(self, size: int) -> None:
+        if size != sum(self.splits):
+            raise ValueError(f"`out_features` (={size}) must be the sum of `splits` (={self.splits}): none can follow.")
+
     def slices(self) -> list[tuple[int, int]]:
         stops = accumulate(self.splits)
         return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]

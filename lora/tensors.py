@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
@@ -112,6 +112,34 @@ def twin_gradients(
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(gradients) if needed else None for _, needed in zip(inputs, needs, strict=True)]
+
+
+def is_storage(dtype: torch.dtype) -> bool:
+    """Whether numbers are only stored in this dtype, and nothing is trained in it: float8's and float4's kinds."""
+    return dtype.is_floating_point and dtype.itemsize < 2
+
+
+def refuse_storage(dtype: torch.dtype) -> None:
+    """TypeError for a weight that is only stored in its dtype, and meets inputs as if it could be computed with."""
+    if is_storage(dtype):
+        raise TypeError(
+            f"the base weight is stored in {dtype}, which nothing is computed in; before each forward the layer must "
+            "be cast to the dtype of its input, as hooks for layerwise casting do, or the model once, by `model.to`."
+        )
+
+
+def sparing(fn: Callable[[Tensor], Tensor], spared: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as `nn.Module._apply` takes it, that makes no `spared` tensor one of a dtype to store in; others, yes.
+
+    Such a tensor goes to the device and keeps its values and its dtype.
+    """
+    kept = {id(tensor): tensor for tensor in spared if not is_storage(tensor.dtype)}
+
+    def spare(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return tensor.to(new.device) if id(tensor) in kept and is_storage(new.dtype) else new
+
+    return spare
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import quantized
+from lora import places, quantized
 from lora.layer import LoRALayer, join
 from lora.partitioned import partitioned_problems
 from lora.rows import in_model_order
@@ -87,6 +87,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     ['0.bias', '0.lora_A', '0.lora_B']
     """
     settle(model)
+    places.check(model, "lora_state_dict")
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for module in model.modules():
         if trains_in_full(module):

@@ -201,9 +201,12 @@ def _is_base_weight(name: str, pairs: Mapping[str, object]) -> bool:
 
 
 def _saved(patterns: list[str], full: Iterable[str]) -> list[str]:
-    """The modules that own tensors which trained in full, and whose names, or a parent's, end as one of `patterns`."""
+    """The modules that own tensors which trained in full, and whose names, or a parent's, end as one of `patterns`.
+
+    Whole components or not, as PEFT goes by them: "classifier" is for DistilBert's "pre_classifier" as well.
+    """
     owners = dict.fromkeys(name.rpartition(".")[0] for name in full)
-    return [owner for owner in owners if any(f".{pattern}." in f".{owner}." for pattern in patterns)]
+    return [owner for owner in owners if any(f"{pattern}." in f"{owner}." for pattern in patterns)]
 
 
 def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> dict[str, Any]:

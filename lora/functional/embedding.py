@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.tensors import is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.tensors import is_plain, needs_plain_backward, refuse_storage, twin_gradients, without_autocast
 
 
 class Lookup(NamedTuple):
@@ -44,6 +44,7 @@ def lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float,
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     how = how or Lookup()
+    refuse_storage(y.dtype)
     if y.requires_grad or ids.is_meta or not is_plain(y, A, B):
         return plain_lora_embedding(ids, y, A, B, scaling, how)
     with without_autocast(y.device):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.functional.noise import Noise
-from lora.tensors import is_plain
+from lora.tensors import is_plain, refuse_storage
 
 
 class How(NamedTuple):
@@ -32,6 +32,7 @@ def choose(
         return None
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     if weight.dtype != x.dtype and not autocast:
+        refuse_storage(weight.dtype)
         return None  # the plain operations raise what torch's own layer raises
     noise = Noise.draw(dropout, x) if dropout else None
     if dropout and noise is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.tensors import is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
 
 _CACHED = 2**18  # values of a product that stay in a processor's cache until they are summed
 
@@ -82,7 +82,8 @@ class _Magnify(torch.autograd.Function):
                 db = -excess * total if needs_bias else None
             if needs_excess:
                 de = _products(y, dz, dim).to(excess.dtype)
-                de = de if bias is None else de - bias * total
+                # Layerwise casting has put the bias in a dtype to store it in meanwhile.
+                de = de if bias is None else de - cast(bias, total.dtype) * total
         return dy, de, db, None
 
 
