@@ -272,7 +272,8 @@ def run(flags: argparse.Namespace, engine: loop.Alone = loop.ALONE) -> None:
     engine.shard(model, training["seed"])
 
     def answers() -> list[str]:
-        return [replies.reply(model, tokenizer, p, general["max_new_tokens"]) for p in data.prompts]
+        length, batch_size = general["max_new_tokens"], training["per_device_eval_batch_size"]
+        return replies.replies(model, tokenizer, data.prompts, length, batch_size)
 
     # Nothing is trained or resumed yet, but an adapter may have begun from something. What trains in full has not, and
     # where it is sharded, it could not be swapped.
