@@ -81,7 +81,7 @@ def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
     for known in names.values():
         if len(known) > 1 and without_wrappers(known[0]) in adapter.modules:
             yield f"{', '.join(known)}: is one module, of which PEFT would adapt the first name alone."
-    yield from tied(names, adapter.trained_in_full)
+    yield from tied(names, {*adapter.trained_in_full} - {*adapter.kept})
 
 
 @in_normal_mode
