@@ -184,15 +184,16 @@ class Fit:
         ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
         ours = sharded.gathered(module, "weight", ours).detach()
         theirs = self.adapter.tensors[name].to(ours.device)
-        # Rows are the same to the rounding of a cast, and to what giving a start back loses in float32.
-        precision = max(*(torch.finfo(rows.dtype).eps for rows in (ours, theirs)), 16 * torch.finfo(torch.float32).eps)
-        difference = (ours.double() - theirs.double()).norm(dim=1)
-        same = difference <= precision * theirs.double().norm(dim=1)
+        # A row is the model's own if a cast is all that differs, or what float32 loses when a start is given back.
+        size, distance = theirs.double().norm(dim=1), (ours.double() - theirs.double()).norm(dim=1)
+        cast_alone = ((ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours)).all(1)
+        same = cast_alone | (distance <= 16 * torch.finfo(torch.float32).eps * size)
         self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))
-        if check_base and same.sum() < _COMMON_ROWS * len(same):
+        near = int((distance <= max(torch.finfo(rows.dtype).eps for rows in (ours, theirs)) * size).sum())
+        if check_base and near < _COMMON_ROWS * len(same):
             self.problems.append(
-                f"{name}: only {int(same.sum())} of its {len(same)} rows are those of the file, which were embeddings "
-                "of another base model; `check_base=False` loads them all the same."
+                f"{name}: only {near} of its {len(same)} rows are those of the file, which were embeddings of another "
+                "base model; `check_base=False` loads them all the same."
             )
         elif bool(same.all()) and "weight" not in originals(module):
             self.unchanged.append(name)
