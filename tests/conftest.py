@@ -1,6 +1,9 @@
 """What all tests share: the hypothesis profile, a fixed seed, one layer of each kind, and an oracle from numpy."""
 
 import math
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: the tests run side by side
 
 import hypothesis
 import numpy as np
@@ -13,6 +16,7 @@ import lora
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ci")
+torch.set_num_threads(1)
 
 # One layer of each kind and form: (class, arguments, shape of an input). Embeddings take ids.
 KINDS = {
@@ -35,6 +39,20 @@ KINDS |= {
 }
 WITH_DROPOUT = [name for name in KINDS if name != "Embedding"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is asked which tests to leave out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is marked `sampled(n)`, n cases are run by default, evenly spread: all others are slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for found in cases.values():
+        (n,) = found[0].get_closest_marker("sampled").args
+        for i, item in enumerate(found):
+            if i * n % len(found) >= n:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

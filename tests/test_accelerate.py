@@ -94,6 +94,7 @@ def test_two_processes_train_as_one_with_the_whole_batches(ranks, tmp_path):
         torch.testing.assert_close(got, expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_two_processes_train_in_mixed_precision(ranks, tmp_path):
     (first, expected), (second, _) = ranks.run(two_train, str(tmp_path), torch.float32, {"mixed_precision": "bf16"})
     torch.testing.assert_close(first, second, rtol=0, atol=0)

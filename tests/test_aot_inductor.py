@@ -10,6 +10,7 @@ pytestmark = [  # torch's own, of what it unpickles and of a module that its com
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["unmerged", "merged"])
 def test_a_compiled_package_is_the_model_for_any_batch_and_length(how, tmp_path):
     model = small(how, torch.float32)

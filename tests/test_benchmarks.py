@@ -36,6 +36,7 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
     harness, module = importlib.import_module("harness"), importlib.import_module(script)

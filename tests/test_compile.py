@@ -61,6 +61,7 @@ def without_gradients(mode):
 # ---- other sizes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(7)
 @each_kind
 @each_mode
 def test_other_batches_and_lengths_compile_nothing_again(kind, mode):
@@ -73,6 +74,7 @@ def test_other_batches_and_lengths_compile_nothing_again(kind, mode):
     assert compiled.times == 1
 
 
+@pytest.mark.sampled(3)
 @a_few_kinds
 @pytest.mark.parametrize("mode", ["train", "served"])
 def test_by_default_each_size_that_changes_compiles_once_more(kind, mode):
@@ -87,6 +89,7 @@ def test_by_default_each_size_that_changes_compiles_once_more(kind, mode):
     assert times == [1, 2, 2, 3, 3]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["Linear", "MergedLinear", "Conv2d factored"])
 def test_with_dropout_other_lengths_compile_nothing_again(kind):
     model = model_of(kind, lora_dropout=0.5)
@@ -103,6 +106,7 @@ def test_with_dropout_other_lengths_compile_nothing_again(kind):
 # ---- other adapters ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(7)
 @each_kind
 @pytest.mark.parametrize(("mode", "use_dora"), [("train", True), ("eval", False), ("served", False)])
 def test_swapping_scaling_and_disabling_compile_nothing_again(kind, mode, use_dora):
@@ -145,6 +149,7 @@ def test_what_is_not_prepared_is_right_and_compiles_again(change):
     assert compiled.times == 2
 
 
+@pytest.mark.sampled(3)
 @a_few_kinds
 @with_and_without_dora
 def test_training_and_evaluating_in_turns_compiles_each_once(kind, use_dora):
@@ -176,6 +181,7 @@ def test_disabled_it_is_the_base_whatever_the_adapter_holds(use_dora):
     assert compiled.times == 1
 
 
+@pytest.mark.sampled(4)
 @each_kind
 @pytest.mark.parametrize("use_dora", [True])
 def test_gradients_are_those_of_eager_after_every_change(kind, use_dora):
@@ -248,6 +254,7 @@ def test_an_adapter_that_waits_for_data_says_so_in_a_prepared_model_too():
         Compiled(model)(x)
 
 
+@pytest.mark.sampled(4)
 @a_few_kinds
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.float64, True)])
 def test_dtypes_are_eagers(kind, dtype, autocast):

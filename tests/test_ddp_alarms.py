@@ -173,6 +173,7 @@ FINE = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("scene", FINE, ids=lambda scene: scene.__name__)
 def test_there_is_no_false_alarm(ranks, scene):
     ranks.run(scene)

@@ -135,6 +135,7 @@ def test_the_norm_takes_three_small_products():
 # ---- compilation, transforms, autocast, checkpoints --------------------------------------------------------------
 
 
+@pytest.mark.sampled(7)
 @each_kind
 @pytest.mark.parametrize("mode", ["train", "eval", "served"])
 def test_it_compiles_without_a_graph_break_once(kind, mode):
@@ -150,6 +151,7 @@ def test_it_compiles_without_a_graph_break_once(kind, mode):
     assert counter.frame_count == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Linear", "MergedLinear", "Embedding", "Conv2d factored"])
 def test_compiled_gradients_are_the_formulas(kind):
     torch._dynamo.reset()
@@ -250,6 +252,7 @@ def test_activation_checkpoints_change_nothing(kind, reentrant):
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.sampled(4)
 @each_kind
 def test_it_exports(kind):
     layer, x = dora(kind, dtype=torch.float64).eval(), input_of(kind, torch.float64)

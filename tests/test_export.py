@@ -33,6 +33,7 @@ def saved_and_loaded(program):
 # ---- layers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(13)
 @each_kind
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("mode", ["train", "eval", "served", "disabled"])
@@ -47,6 +48,7 @@ def test_a_layer_exports_in_every_mode(kind, strict, mode):
     assert_same(program.module()(x), expected)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", WITH_DROPOUT)
 @pytest.mark.parametrize("strict", [True, False])
 def test_dropout_is_exported_as_torchs_own_and_only_in_training(kind, strict):
@@ -61,6 +63,7 @@ def test_dropout_is_exported_as_torchs_own_and_only_in_training(kind, strict):
     assert_same(torch.export.export(layer.eval(), (x,), strict=strict).module()(x), twin(x))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("form", [*KINDS, "Embedding with max_norm"])
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 def test_a_layer_with_magnitudes_that_was_exported_with_gradients_on_can_be_loaded(form, mode):
@@ -73,6 +76,7 @@ def test_a_layer_with_magnitudes_that_was_exported_with_gradients_on_can_be_load
     assert_same(saved_and_loaded(program).module()(x), formula(layer, x, leaves(layer)))
 
 
+@pytest.mark.sampled(7)
 @each_kind
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_gradients_through_what_was_exported_are_the_layers(kind, use_dora):
@@ -119,6 +123,7 @@ def small(how, dtype=torch.float64):
 IDS, OTHERS = torch.tensor([[1, 2, 3, 9], [0, 0, 4, 5]]), torch.tensor([[3, 9, 8, 1, 0, 2, 2], [5, 5, 4, 0, 1, 7, 6]])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("how", ["unmerged", "merged", "served", "dora"])
 def test_a_model_exports_for_any_batch_and_length(how, strict):
@@ -136,6 +141,7 @@ def test_a_model_exports_for_any_batch_and_length(how, strict):
     assert_same(saved_and_loaded(program).module()(OTHERS), model(OTHERS))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", ["unmerged", "merged", "dora"])
 def test_an_exported_model_can_be_decomposed(how):
     model = small(how)

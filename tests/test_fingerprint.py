@@ -90,7 +90,7 @@ def test_the_name_of_a_transformers_model_is_remembered(tmp_path):
     lora.load_adapter(base, tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", [None, "", 3, object()], ids=repr)
+@pytest.mark.parametrize("name", [None, "", 3, object()], ids=["None", "empty", "3", "object"])
 def test_a_model_whose_name_is_none_has_none(tmp_path, name):
     base = Model()
     base.config = type("Config", (), {"_name_or_path": name})

@@ -181,9 +181,9 @@ def test_patterns_that_take_forever_end_at_once(tmp_path, pattern, option):
     name = "a" * 450 + "!"  # as long as names in files may be
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(3, 2)}
     write_peft(tmp_path / "a", tensors, **{option: {pattern: 2}})
-    start = time.perf_counter()
+    start = time.thread_time()  # what else runs does not count
     refused(lambda: lora.read_adapter(tmp_path / "a"), "is too intricate to be matched safely")
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
 
 
 USUAL = {

@@ -49,6 +49,7 @@ def _a_layer(kind, use_dora, itself):
     assert_trains_as_one(shard(model), one, batch)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("itself", [True, False], ids=["itself", "in a block"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_layer_trains_as_one_process(ranks, kind, itself):
@@ -65,6 +66,7 @@ def _a_model(fields, options):
     assert_trains_as_one(shard(model, **options), one, IDS)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize(
     "fields",

@@ -59,6 +59,7 @@ def _save(folder, fields):
         assert type(getattr(model.embed, name)) is DTensor
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fields", PARTS.values(), ids=PARTS)
 def test_two_ranks_write_the_file_that_one_process_writes(ranks, tmp_path, fields):
     ranks.run(_save, tmp_path, fields)
@@ -137,6 +138,7 @@ def base():
     return Model().double()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("fields", PARTS.values(), ids=PARTS)
 def test_what_the_first_rank_reads_is_loaded_by_all(ranks, tmp_path, fields, reshard):

@@ -99,24 +99,28 @@ def _resident(kind, how, mode, use_dora, dropout, merge_weights):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", HOW)
 def test_no_weight_is_kept_for_backward(ranks, how, kind):
     ranks.run(_resident, kind, how, "train", False, 0.0, False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", HOW)
 def test_no_weight_is_kept_where_a_layer_drops(ranks, how):
     for kind in ("Linear", "MergedLinear", "Conv1d"):
         ranks.run(_resident, kind, how, "train", False, 0.5, False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_weight_is_kept_where_a_layer_has_magnitudes(ranks, kind):
     for how in ("a bfloat16 base", "autocast"):
         ranks.run(_resident, kind, how, "train", True, 0.0, False)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_merged_weight_is_kept_in_serving(ranks, kind, use_dora):

@@ -58,6 +58,7 @@ def _fresh(how, use_dora):
     assert torch.equal(model(IDS), one(IDS))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 def test_new_adapters_on_a_model_that_was_never_whole_start_as_in_one_process(ranks, how, use_dora):

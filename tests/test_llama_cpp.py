@@ -119,12 +119,14 @@ def smollm2(tmp_path_factory) -> Case:
     return Case(folder, model, prompts, adapted, plain, serve(folder / "base.gguf", folder / "adapter.gguf"))
 
 
+@pytest.mark.slow
 def test_the_adapter_changes_every_reply(smollm2):
     for adapted, plain in zip(smollm2.adapted, smollm2.pretrained, strict=True):
         assert adapted.tokens != plain.tokens
         assert len(adapted.tokens) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_the_same_replies_with_the_adapter_and_without(smollm2, number):
     prompt = smollm2.prompts[number]
@@ -133,6 +135,7 @@ def test_the_same_replies_with_the_adapter_and_without(smollm2, number):
     assert_same(there(smollm2.server, prompt, 1.0), smollm2.adapted[number])
 
 
+@pytest.mark.slow
 def test_a_wrong_alpha_would_be_seen(smollm2, tmp_path):
     wrong = Path(shutil.copy(smollm2.folder / "adapter.gguf", tmp_path))
     alpha = gguf.GGUFReader(wrong, "r+").fields["adapter.lora.alpha"].parts[-1]
@@ -187,6 +190,7 @@ def test_the_example_shows_both_replies(smollm2, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.gguf", adapter.name, "base.gguf"]
 
 
+@pytest.mark.slow
 def test_the_example_asks_until_there_is_an_empty_line(smollm2, monkeypatch, capsys):
     lines = iter([PROMPTS[1], ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -204,6 +208,7 @@ def error_of(argv: list[str], capfd) -> str:
     return said.partition("error: ")[2] if said.startswith("error: ") else said
 
 
+@pytest.mark.slow
 def test_the_example_refuses_what_it_cannot_do(smollm2, tmp_path, capfd, monkeypatch):
     base = ["--base", str(smollm2.folder / "base.gguf")]
     assert "cannot read an adapter" in error_of([str(tmp_path / "none")], capfd)
@@ -218,6 +223,7 @@ def test_the_example_refuses_what_it_cannot_do(smollm2, tmp_path, capfd, monkeyp
     assert "pip install xllamacpp" in error_of([str(smollm2.folder)], capfd)
 
 
+@pytest.mark.slow
 def test_the_example_refuses_an_adapter_of_another_model(smollm2, tmp_path, capfd):
     with torch.no_grad():
         layer = smollm2.model.model.layers[3].mlp.down_proj

@@ -99,6 +99,7 @@ def same(start):
     )
 
 
+@pytest.mark.sampled(101)
 @pytest.mark.parametrize(("kind", "fields", "bias", "start"), INJECTED)
 def test_injected(kind, fields, bias, start, tmp_path):
     base, x = pretrained(kind, bias), example(kind, torch.float64)
@@ -137,6 +138,7 @@ def test_injected(kind, fields, bias, start, tmp_path):
         same(start)(model.state_dict()[name], tensor)
 
 
+@pytest.mark.sampled(31)
 @pytest.mark.parametrize(("kind", "fields", "bias", "start"), CONSTRUCTED)
 def test_constructed(kind, fields, bias, start):
     base, x = pretrained(kind, bias), example(kind, torch.float64)
@@ -160,6 +162,7 @@ def test_constructed(kind, fields, bias, start):
         same(start)(model.state_dict()[name], tensor)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("kind", "fields", "bias", "start"), COMPILED)
 def test_no_graph_breaks(kind, fields, bias, start):
     torch._dynamo.reset()

@@ -29,6 +29,7 @@ def assert_same(got, expected):
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * expected.abs().max().item())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Linear", "Linear transposed", "MergedLinear", "Embedding", "Conv2d factored"])
 def test_a_layer_is_the_same_in_onnx(kind):
     layer, x = make(kind).eval(), example(kind)

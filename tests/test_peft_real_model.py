@@ -57,6 +57,7 @@ def inject(model, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("format", ["peft", "portable"])
@@ -70,6 +71,7 @@ def test_peft_runs_our_adapters(base, format, use_rslora, tmp_path):
     assert_says_the_same(logits(theirs, ids), ours, before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("split", [False, True])
 def test_we_run_pefts_adapters(base, split, tmp_path):

@@ -112,6 +112,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("way", "more"), WAYS)
 def test_two_processes_are_one(ranks, flags, alone, tmp_path, way, more):
     expected = alone(flags, more, tmp_path / "alone")
@@ -123,6 +124,7 @@ def test_two_processes_are_one(ranks, flags, alone, tmp_path, way, more):
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["--lora-dropout 0.3", "--lora-dropout 0.3 --ddp", "--tp 2"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(ranks, flags, tmp_path, way):
     flags, out, straight = [*flags, *way.split()], tmp_path / "out", tmp_path / "straight"
@@ -135,11 +137,13 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(ranks, flags, tmp_path, way):
     torch.testing.assert_close(final[0], final[1], rtol=0, atol=0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["", "--tp 2", "--ddp"])
 def test_a_checkpoint_is_for_any_number_of_processes(ranks, flags, alone, tmp_path, way):
     there_and_back(ranks, flags, way, alone(flags, "", tmp_path / "alone"), tmp_path)
 
 
+@pytest.mark.slow
 def test_four_processes_by_fsdp2_and_tensor_parallelism(flags, alone, tmp_path):
     four = Ranks(4)
     try:
@@ -181,6 +185,7 @@ def test_shares_are_all_rows_once_and_as_many_for_each(rows, ranks):
     assert sorted(map(repr, labelled)) == sorted(map(repr, made))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["", "--tp 2"])
 def test_exports_of_a_sharded_model(ranks, flags, tmp_path, way):
     run_well(ranks, [*flags, *way.split(), "--export", "peft", "merged"])
@@ -193,6 +198,7 @@ def test_exports_of_a_sharded_model(ranks, flags, tmp_path, way):
 # ---- what goes wrong -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -261,6 +267,7 @@ def test_outside_torchrun_it_says_how_to_start_it(capsys, monkeypatch):
     assert "start this with torchrun" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_model_in_two_processes(toy, tmp_path):  # noqa: F811
     small = "--max-steps 2 --eval-steps 2 --eval-conversations 2 --max-seq-length 128 --per-device-train-batch-size 2"
     flags = [*small.split(), "--lora-dropout", "0", "--sample-replies", "0", "--data", str(toy / "chats.jsonl")]
@@ -289,6 +296,7 @@ sys.exit(phi3_distributed.main())
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_goes_on(ranks, flags, tmp_path):
     """Killed in step 4: step 3, which was done after the last checkpoint, is done again, to the same loss."""
     flags, out, straight = [*flags, "--lora-dropout", "0.3"], tmp_path / "out", tmp_path / "straight"

@@ -34,6 +34,7 @@ def test_only_replies_and_their_ends_are_learnt():
     assert learnt(stretch, tiny.tokenizer()) == ["Hello, friend! 你好<|end|>", "Bye<|end|>"]
 
 
+@pytest.mark.slow
 def test_the_same_with_smollm2s_tokenizer():
     folder = pretrained.smollm2_as_phi3(fetch.default_cache_dir())
     tokenizer = pretrained.AutoTokenizer.from_pretrained(folder)

@@ -47,6 +47,7 @@ def held_out_loss(flags, adapter) -> float:
     return loop.held_out_loss(model, held_out)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_run_learns_what_a_plain_base_can_load(flags, tmp_path, method):
     flags = [*flags, *method.split()]
@@ -64,6 +65,7 @@ def test_a_run_learns_what_a_plain_base_can_load(flags, tmp_path, method):
     assert {m["r"] for m in modules} == {2 * r if written else r}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_two_steps_and_two_resumed_are_four(flags, tmp_path, method):
     flags, out, straight = [*flags, *method.split()], tmp_path / "out", tmp_path / "straight"

@@ -58,6 +58,7 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(llama):
         assert getattr(config, field) == getattr(llama.config, field), field
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_as_phi3_has_the_llamas_logits(llama, smollm2):
     phi3, tokenizer = smollm2
@@ -67,6 +68,7 @@ def test_smollm2_as_phi3_has_the_llamas_logits(llama, smollm2):
         torch.testing.assert_close(phi3(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_smollm2_as_phi3_says_what_the_llama_says(llama, smollm2):
     phi3, tokenizer = smollm2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
@@ -76,6 +78,7 @@ def test_smollm2_as_phi3_says_what_the_llama_says(llama, smollm2):
     assert "Paris" in tokenizer.decode(said[1][0])
 
 
+@pytest.mark.slow
 def test_smollm2s_tokenizer_and_settings_survive(llama, smollm2):
     phi3, tokenizer = smollm2
     gguf = fetch.fetch(fetch.SMOLLM2, fetch.default_cache_dir())

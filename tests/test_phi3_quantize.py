@@ -41,6 +41,7 @@ def peft(**changed):
     return phi3_chat.peft_config | changed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("precision", [[], ["--bf16"]])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_of_a_quantised_run_loads_onto_the_plain_model(flags, tmp_path, capsys, way, precision):
@@ -52,6 +53,7 @@ def test_the_adapter_of_a_quantised_run_loads_onto_the_plain_model(flags, tmp_pa
     assert plain == pytest.approx(last, rel=0.03)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
 def test_quantises_all_linear_layers_but_the_output(flags, way, dtype, capsys):
@@ -106,6 +108,7 @@ def test_the_merged_folder_is_dense_and_says_the_same(flags, tmp_path, way):
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_resumes_to_the_same_losses_and_not_with_other_weights(flags, tmp_path, capsys, way):
     ours = [*flags, "--save-steps", "2", "--quantize", way]

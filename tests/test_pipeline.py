@@ -118,6 +118,7 @@ def is_trained(schedule, per_rank, use_dora, folder):
     return losses, first, {name: p for part in parts for name, p in trained(part).items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(
     ("schedule", "per_rank"),

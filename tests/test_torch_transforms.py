@@ -17,6 +17,7 @@ LINEAR = ["Linear", "Linear transposed", "MergedLinear"]
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 
 
+@pytest.mark.sampled(7)
 @each_kind
 @pytest.mark.parametrize("mode", ["train", "eval", "served"])
 def test_it_compiles_without_a_graph_break(kind, mode):

@@ -62,6 +62,7 @@ def losses(folder: Path) -> list[float]:
     return json.loads((folder / f"step-{elastic.STEPS}" / "losses.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_nodes_are_one_process(tmp_path, killed, engine):
     alone = elastic.train(tmp_path, "alone")
@@ -69,6 +70,7 @@ def test_two_nodes_are_one_process(tmp_path, killed, engine):
     assert losses(killed[0] / engine) == pytest.approx(alone, rel=1e-10)  # float64; the order of sums differs
 
 
+@pytest.mark.slow
 def test_a_killed_rank_goes_on_from_the_last_checkpoint(tmp_path, ranks, killed):
     """Step 5 was done twice, and all is as if nobody had been killed."""
     folder, printed = killed
