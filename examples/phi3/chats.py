@@ -43,6 +43,8 @@ def prepare(
         f"Training on {len(to_train)} conversations in {len(rows)} rows of {length} tokens "
         f"({order.steps_per_epoch} steps to an epoch); {len(to_hold)} others are held out."
     )
+    # The longest first: a batch's rows are padded to its longest, and their order changes no sum.
+    held_rows.sort(key=lambda row: sum(len(stretch.input_ids) for stretch in row), reverse=True)
     held_rows = packing.share(held_rows, rank, ranks)
     held_out = packing.batches(held_rows, training["per_device_eval_batch_size"], pad)
     prompts = replies.prompts(to_hold, run["sample_replies"])
