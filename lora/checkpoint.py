@@ -34,8 +34,11 @@ from lora.training import is_kept, keep, mark_only_lora_as_trainable, remember, 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
     """Save what LoRA trained in a model: one safetensors file, with ranks, scaling and splits inside.
 
-    Holds each adapter, and every other parameter that trains (biases, `modules_to_save`). Written beside `path` and
-    then renamed: killed at any moment, the old file or the new one is there, never half of one.
+    Holds each adapter, every other parameter that trains (biases, `modules_to_save`), and what of the base model nobody
+    else has: embeddings that were resized since `from_pretrained`, and buffers that training moved, such as running
+    statistics. Of all other parameters and buffers it holds a sample, so that loading into a model that differs
+    anywhere says where. Written beside `path` and then renamed: killed at any moment, the old file or the new one is
+    there, never half of one.
 
     Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone writes the file, the one
     that a single process would write; the others return when it is there, or raise what the first does. Of replicas
@@ -100,6 +103,9 @@ def load_adapter(
     a fused projection becomes an A for each of its splits. In names, prefixes of wrappers (`module.`, `_orig_mod.`,
     `base_model.model.`) do not count.
 
+    What the file holds of the base model (rows that were added to embeddings, running statistics) is written into it,
+    and does not train; `lora.disabled` and `lora.eject` put back what was there.
+
     Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone reads the file, which need
     not be there for the others, and all of them load it, or raise the same error. A model gets its LoRA layers before
     it is sharded: by `lora.inject`, or by this from a file.
@@ -109,16 +115,18 @@ def load_adapter(
         source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read; of a sharded
             model what the first rank says counts.
         lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
-        check_base: raise if the base weights are not those that the adapter was trained on (the same weights in
-            another dtype are). Default: True.
+        check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
+            is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
     Raises:
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
         TypeError: `source` is neither a path nor an adapter, or `lora_alpha` is given for a format that says it.
         ValueError: `source` is empty.
         AdapterError: the file is not an adapter; a tensor is missing, unexpected, empty, of the wrong shape or dtype,
-            or holds NaN or infinity; there is no scaling; the base is another; a model without LoRA layers is wrapped
-            in DistributedDataParallel already. One error lists everything, and the model is as it was.
+            or holds NaN or infinity; there is no scaling; the base model is another, or has another head, rows or
+            statistics; two tensors of the file differ that are one tied tensor in the model; a model without LoRA
+            layers is wrapped in DistributedDataParallel already. One error lists everything, and the model is as it
+            was.
 
     >>> import os, tempfile, torch, lora
     >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))

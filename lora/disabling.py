@@ -13,7 +13,7 @@ from lora.layer import LoRALayer, join
 from lora.matching import lora_layers
 from lora.settings import raise_all
 from lora.sharded import is_sharded
-from lora.training import has_moved, originals
+from lora.training import has_moved, originals, resized_problems
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         model: a model with LoRA layers, or a part of one.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, or what trains in full is sharded.
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded, or was resized since.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -40,7 +40,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     lora_layers(model, "disabled", inside_disabled=True)
     modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
-    raise_all("disabled: nothing was changed", _unswappable(model))
+    raise_all("disabled: nothing was changed", [*_unswappable(model), *resized_problems(model)])
     entered: list[nn.Module] = []
     try:
         for module in modules:

@@ -31,7 +31,7 @@ from lora.replicas import wrapped
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
 from lora.tensors import Spans
-from lora.training import forget_originals, mark_only_lora_as_trainable, originals, train_in_full
+from lora.training import forget_originals, mark_only_lora_as_trainable, originals, resized_problems, train_in_full
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,16 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
 def eject(model: nn.Module) -> None:
     """Take LoRA out of a model, in place: the base model is back, in plain torch layers.
 
-    Parameters that trained in full (`modules_to_save`, biases) get the values that they had when LoRA was put in.
+    Parameters that trained in full (`modules_to_save`, biases) and buffers get the values that they had when LoRA was
+    put in.
     What `requires_grad` says of the others stays as it is.
 
     Args:
         model: a model with LoRA layers, injected or constructed.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, it is sharded, or a layer has a forward of its instance.
+        ValueError: there is no LoRA layer in the model, it is sharded, a layer has a forward of its instance, or what
+            trained in full was resized since. Nothing has changed then.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -132,14 +134,18 @@ def eject(model: nn.Module) -> None:
     layers = lora_layers(model, "eject", replaced=True)
     instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
     names = names_of(model)
-    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names)]
+    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names), *resized_problems(model)]
     raise_all("eject: nothing was changed", problems)
     for layer in layers:
         give_back(layer)
     with torch.no_grad():
         for module in model.modules():
             for name, value in originals(module).items():
-                getattr(module, name).copy_(value)
+                now: torch.Tensor = getattr(module, name)
+                if now.shape == value.shape:
+                    now.copy_(value)
+                else:  # a buffer that has grown
+                    module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             places.forget(module)
             quantized.set_up(module, False)

@@ -194,6 +194,18 @@ def has_moved(module: nn.Module, name: str) -> bool:
     return not bool(((before == now) | (before.isnan() & now.isnan())).all())
 
 
+def resized_problems(model: nn.Module) -> Iterator[str]:
+    """A complaint for each parameter whose value from before training would not fit into its place any more."""
+    for prefix, module in model.named_modules():
+        for name, before in originals(module).items():
+            now = module._parameters.get(name)
+            if now is not None and now.shape != before.shape:
+                yield (
+                    f"{join(prefix, name)}: has the shape {tuple(now.shape)}, and had {tuple(before.shape)} when LoRA "
+                    "was put in; resize it back first."
+                )
+
+
 def remember_trained(model: nn.Module) -> None:
     """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
     seen: set[int] = set()

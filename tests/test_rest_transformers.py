@@ -42,8 +42,12 @@ def train(model, steps=3):
 
 
 def logits(model):
+    return logits_of(model, ROWS + ADDED)
+
+
+def logits_of(model, rows):
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        return model.eval()(input_ids=IDS[:, :rows]).logits
 
 
 # ---- rows that resize_token_embeddings added ------------------------------------------------------------------------
@@ -150,6 +154,21 @@ def test_only_what_is_on_this_machine_is_asked(tmp_path):
     wrapped = nn.ModuleDict({"policy": resized(folder, seed=1)})
     assert next(resized_embeddings(wrapped)) is wrapped["policy"].model.embed_tokens
     assert list(resized_embeddings(nn.Linear(2, 2))) == []
+
+
+def test_what_trains_in_full_and_was_resized_since_is_named(tmp_path):
+    model = LlamaForCausalLM.from_pretrained(checkpoint(tmp_path / "base", tie=False))
+    lora.inject(model, target_modules=["q_proj"], r=2, modules_to_save=["embed_tokens"])
+    before = logits_of(model, ROWS)
+    model.resize_token_embeddings(ROWS + ADDED)
+    named = r"model\.embed_tokens\.weight: has the shape \(37, 16\), and had \(32, 16\) when LoRA was put in"
+    with pytest.raises(ValueError, match=named):
+        lora.eject(model)
+    with pytest.raises(ValueError, match=named), lora.disabled(model):
+        pass
+    model.resize_token_embeddings(ROWS)
+    lora.eject(model)
+    assert torch.equal(logits_of(model, ROWS), before)
 
 
 # ---- PEFT -----------------------------------------------------------------------------------------------------------
