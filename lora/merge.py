@@ -24,7 +24,7 @@ from lora.partitioned import partitioned_problems
 from lora.registry import plain_base
 from lora.report import MergedModule, MergeReport
 from lora.settings import raise_all
-from lora.tensors import is_plain
+from lora.tensors import is_plain, is_storage
 from lora.training import forget_originals
 
 
@@ -184,6 +184,11 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
         elif not _packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
             what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
             problems.append(f"{names[layer][0]}: {what} is neither dense nor packed in a known way.")
+        elif is_storage(layer.weight.dtype):
+            problems.append(
+                f"{names[layer][0]}: its weight is stored in {layer.weight.dtype}, which would lose the update; cast "
+                "the model to the dtype that it computes in first."
+            )
         elif not _surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
             problems.append(f"{names[layer][0]}: the merged weight would not be finite in {merged.dtype}.")
     return problems

@@ -18,6 +18,7 @@ from lora.fingerprint import values_of
 from lora.layer import LoRALayer, join
 from lora.matching import Names, without_wrappers
 from lora.settings import is_number
+from lora.tensors import is_storage
 from lora.training import originals
 
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
@@ -68,8 +69,8 @@ def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = 
     part: Tensor = tensor.to_local() if sharded.is_sharded(tensor) else tensor
     if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
         return {"shape": None, "sample": None}
-    # float8 is a form of storage, which no two tools round to alike.
-    known = not (part.is_complex() or part.is_quantized or (part.is_floating_point() and part.itemsize == 1))
+    # What is only stored in its dtype, float8 say, no two tools round alike.
+    known = not (part.is_complex() or part.is_quantized or is_storage(part.dtype))
     sample = values_of(module, own, tensor, _VALUES) if known and not part.is_meta else None
     rounded = sample and [float(f"{value:.{_DIGITS}g}") for value in sample]
     return {"shape": list(tensor.shape), "sample": rounded}

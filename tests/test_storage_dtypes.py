@@ -155,3 +155,15 @@ def test_computing_with_a_stored_weight_says_what_must_hold(kind, grad):
         layer(example(kind))
     assert snapshot(layer) == before
     layer.float()(example(kind))
+
+
+@pytest.mark.parametrize("fold", [lora.merge, lora.merged_state_dict])
+def test_nothing_is_merged_into_a_stored_weight(fold):
+    model = model_with_gradients()
+    model.to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ValueError, match=r"0: its weight is stored in torch\.float8_e4m3fn, which would lose the update"
+    ):
+        fold(model)
+    model.to(torch.float32)
+    fold(model)
