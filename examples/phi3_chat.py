@@ -61,7 +61,7 @@ training_config: Settings = {
     "lr_ratio": None,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 3,
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "max_seq_length": 256,
