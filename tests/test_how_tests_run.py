@@ -1,4 +1,4 @@
-"""A warning of our own code fails the test that meets it; one of a dependency does not fail anybody's run."""
+"""How the tests are run: which warnings fail a test, and which cases are left out by default."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "lora").rglob("*.py"))]
@@ -36,6 +37,9 @@ def test_something_is_deprecated(module, category):
 def test_a_file_is_left_open(module):
     run_in(module, "file = open(__file__); del file")
 """
+
+
+# ---- warnings: those of our own code fail a test, those of a dependency do not ----------------------------------
 
 
 def failed_of(tmp_path: Path, modules: list[str], *options: str) -> dict[str, set[str]]:
@@ -81,3 +85,27 @@ def test_a_warning_in_another_rank_fails_the_test(ranks):
 @pytest.mark.filterwarnings("ignore:of ours")
 def test_a_rank_ignores_what_the_test_ignores(ranks):
     assert ranks.run(warn) == ["went on"] * 2
+
+
+# ---- cases that are left out ------------------------------------------------------------------------------------
+
+
+class Case:
+    """What the hook asks of an item."""
+
+    def __init__(self, nodeid, *sampled):
+        self.nodeid, self.marks = nodeid, [pytest.mark.sampled(n) for n in sampled]
+
+    def get_closest_marker(self, name):
+        return next((mark.mark for mark in self.marks if mark.name == name), None)
+
+    def add_marker(self, mark):
+        self.marks.append(mark)
+
+
+def test_of_the_cases_of_a_sampled_test_those_that_are_run_are_evenly_spread():
+    cases = [Case(f"test_a.py::test_one[{i}]", 3) for i in range(10)]
+    cases += [Case("test_a.py::test_two[x[y]]", 4), Case("test_b.py::test_one[0]"), Case("test_b.py::test_three[9]", 1)]
+    pytest_collection_modifyitems(cases)
+    run = [case.nodeid for case in cases if not case.get_closest_marker("slow")]
+    assert run == [f"test_a.py::test_one[{i}]" for i in (0, 4, 7)] + [case.nodeid for case in cases[10:]]
