@@ -29,6 +29,7 @@ _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 _SWITCH = "use_dora"
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
 _COMMON_ROWS = 0.1
+_ROWS = 4096  # that are compared at once
 _TIED = "are one tied tensor in the model"
 _UNTIE = (
     "Untie them first: give each module a Parameter of its own, as in `model.lm_head.weight = "
@@ -165,7 +166,8 @@ class Fit:
     def _find_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor, check_base: bool) -> None:
         """Fit a part of the base model that did not train: it may be in another dtype, as the base model may."""
         value = self.adapter.tensors[name]
-        if own == "weight" and tensor.dim() == value.dim() == 2 and tensor.shape != value.shape:
+        embeds = own == "weight" and tensor.dim() == value.dim() == 2 and tensor.shape[1] == value.shape[1]
+        if embeds and tensor.shape != value.shape:
             self.problems.append(
                 f"{name} has the shape {tuple(tensor.shape)} in the model, and {tuple(value.shape)} in the file: the "
                 "embeddings were resized where the adapter was trained; call "
@@ -173,7 +175,7 @@ class Fit:
             )
         elif tensor.is_floating_point() != value.is_floating_point() or tensor.shape != value.shape:
             self._like(name, tensor.shape, tensor.dtype)
-        elif own == "weight" and tensor.dim() == 2 and not tensor.is_meta:
+        elif embeds and not tensor.is_meta:
             self._fit_rows(name, module, tensor, check_base)
         else:
             self.adapter.tensors[name] = value.to(tensor.dtype)
@@ -184,30 +186,27 @@ class Fit:
         ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
         ours = sharded.gathered(module, "weight", ours).detach()
         theirs = self.adapter.tensors[name].to(ours.device)
-        # A row is the model's own if a cast is all that differs, or what float32 loses when a start is given back.
-        size, distance = theirs.double().norm(dim=1), (ours.double() - theirs.double()).norm(dim=1)
-        cast_alone = ((ours.to(theirs.dtype) == theirs) | (theirs.to(ours.dtype) == ours)).all(1)
-        same = cast_alone | (distance <= 16 * torch.finfo(torch.float32).eps * size)
+        same, near = _common_rows(ours, theirs)
         self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))
-        near = int((distance <= max(torch.finfo(rows.dtype).eps for rows in (ours, theirs)) * size).sum())
         if check_base and near < _COMMON_ROWS * len(same):
             self.problems.append(
-                f"{name}: only {near} of its {len(same)} rows are those of the file, which were embeddings of another "
-                "base model; `check_base=False` loads them all the same."
+                f"{name}: only {near} of its {len(same)} rows are those of the file, which is for another base model; "
+                "`check_base=False` loads it all the same."
             )
         elif bool(same.all()) and "weight" not in originals(module):
             self.unchanged.append(name)
         elif start is not None:
             self.problems.append(
-                f"{name}: the file has other rows, and the adapter in the model started from a part of these; load the "
-                "file into the plain base model."
+                f"{name}: the file has other rows, and the adapter in the model started from a part of the model's "
+                "own; load the file into the plain base model."
             )
 
     def _find_ties(self) -> None:
-        """Tensors of the file that would go into one tensor of the model, or into one that the file leaves alone."""
+        """Complain of tied tensors in the model for which the file has several values, or one of several."""
         adapter, owners = self.adapter, Spans[str]()
         for known, _, _, tensor in own_tensors(self.names):
-            owners.add(tensor, known[0])
+            for name in known:  # of a module that stands in several places, too
+                owners.add(tensor, name)
         targets = {name: self._target(name)[2] for name in adapter.trained_in_full}
         wanted = {name: tensor for name, tensor in targets.items() if tensor is not None}
         seen: set[str] = set()
@@ -235,9 +234,9 @@ class Fit:
         self.problems += found
         if found:
             self.problems.append(
-                "The base model differs there from the one that the adapter was trained in. What was made at random "
-                "there belongs into the file: train it with `modules_to_save` or `task_type`. `check_base=False` loads "
-                "the adapter all the same."
+                "The base model differs there from the one that the adapter was trained in. What was made at random, "
+                "as a new head is, belongs in the adapter's file: train it with `modules_to_save` or `task_type`. "
+                "`check_base=False` loads the adapter all the same."
             )
 
     def _like(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -279,6 +278,20 @@ def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
         ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
         if ours and others:
             yield f"{', '.join(ours)}: is one tensor with {', '.join(others)} in the model, and a copy of it in PEFT."
+
+
+def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:
+    """Which rows are the model's own, and how many are near it: in the precision of the coarser of both dtypes."""
+    nearest = max(torch.finfo(rows.dtype).eps for rows in (ours, theirs))
+    same, near = [], 0
+    for start in range(0, len(ours), _ROWS):  # float64 copies of a part alone
+        a, b = ours[start : start + _ROWS], theirs[start : start + _ROWS]
+        # A row is the model's own if a cast is all that differs, or what float32 loses when a start is given back.
+        size, distance = b.double().norm(dim=1), (a.double() - b.double()).norm(dim=1)
+        cast_alone = ((a.to(b.dtype) == b) | (b.to(a.dtype) == a)).all(1)
+        same.append(cast_alone | (distance <= 16 * torch.finfo(torch.float32).eps * size))
+        near += int((distance <= nearest * size).sum())
+    return torch.cat(same), near
 
 
 def _plain(value: Any) -> Any:

@@ -112,8 +112,7 @@ def eject(model: nn.Module) -> None:
     """Take LoRA out of a model, in place: the base model is back, in plain torch layers.
 
     Parameters that trained in full (`modules_to_save`, biases) and buffers get the values that they had when LoRA was
-    put in.
-    What `requires_grad` says of the others stays as it is.
+    put in. What `requires_grad` says of the others stays as it is.
 
     Args:
         model: a model with LoRA layers, injected or constructed.

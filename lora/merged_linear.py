@@ -37,7 +37,9 @@ class MergedLinearLoRA(LinearLoRA):
 
     def resize_outputs(self, size: int) -> None:
         if size != sum(self.splits):
-            raise ValueError(f"`out_features` (={size}) must be the sum of `splits` (={self.splits}): none can follow.")
+            raise ValueError(
+                f"`out_features` (={size}) must be the sum of `splits` (={self.splits}); they cannot follow."
+            )
 
     def slices(self) -> list[tuple[int, int]]:
         stops = accumulate(self.splits)

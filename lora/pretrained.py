@@ -33,10 +33,13 @@ def _vocabulary_before(model: Any) -> int | None:
     """The size of the vocabulary in the checkpoint's own configuration, if that is on this machine."""
     try:
         return _vocabulary(type(model.config).from_pretrained(name_of(model), local_files_only=True))
-    except (OSError, ValueError, TypeError, AttributeError):  # no such folder; not a configuration of transformers
+    except (OSError, ValueError, TypeError, AttributeError):  # no such folder; no configuration of transformers'
         return None
 
 
 def _vocabulary(config: Any) -> int | None:
-    size = getattr(config.get_text_config(), "vocab_size", None)
+    try:
+        size = config.get_text_config().vocab_size
+    except (ValueError, AttributeError):  # several texts, each with a vocabulary; none; no configuration of theirs
+        return None
     return size if isinstance(size, int) else None

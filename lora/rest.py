@@ -23,12 +23,13 @@ from lora.training import originals
 
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
+_NOT_THERE = "there was no such tensor in the model that the adapter was trained in"
 # The dtypes that models are cast to. A sample is compared to the precision of the narrowest that holds its values.
 _NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Own(NamedTuple):
-    """One of a module's own parameters or buffers, with all names that it has by that module's names."""
+    """One of a module's own parameters or buffers, under each of that module's names."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -37,7 +38,7 @@ class Own(NamedTuple):
 
 
 def own_tensors(names: Names) -> Iterator[Own]:
-    """Every parameter and persistent buffer of a model's modules that belongs to no adapter; tied ones once each."""
+    """Every parameter and persistent buffer that belongs to no adapter; a tied one once for each module that has it."""
     for module, known in names.items():
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         unsaved = {*adapter, *module._non_persistent_buffers_set}
@@ -79,7 +80,7 @@ def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = 
 def differences(
     rest: Mapping[str, Mapping[str, Any]], names: Names, held: Container[int], adapted: Container[str]
 ) -> Iterator[str]:
-    """A complaint for each module of which a tensor is not the one that an adapter was trained beside.
+    """A complaint for each module with tensors that are not those which an adapter was trained beside.
 
     Args:
         rest: what `describe` said of the model that the adapter was trained in.
@@ -95,13 +96,13 @@ def differences(
         if any(name in adapted for name in known) or (name is None and id(tensor) in held):
             continue
         ours = describe_tensor(originals(module).get(own, tensor), module, own)
-        what = "not in the model that the adapter was trained in" if name is None else difference(rest[name], ours)
+        what = _NOT_THERE if name is None else difference(rest[name], ours)
         if what:
             found.setdefault(known[0].rpartition(".")[0], {}).setdefault(what, []).append(own)
     for name in rest:
         if name not in seen:
             owner, _, own = name.rpartition(".")
-            found.setdefault(owner, {}).setdefault("missing in the model", []).append(own)
+            found.setdefault(owner, {}).setdefault("there is no such tensor in the model", []).append(own)
     for owner, parts in found.items():
         for what, owns in parts.items():
             yield f"{' and '.join(join(owner, own) for own in owns)}: {what}."
@@ -133,9 +134,8 @@ def same_sample(theirs: list[float], ours: list[float]) -> bool:
     a, b = (torch.tensor(sample, dtype=torch.float32) for sample in (theirs, ours))
     of_a, of_b = _precision(a), _precision(b)
     tolerance = 0.0 if of_a == of_b else (of_a + of_b) / 2  # rounding moves a value by half of its precision
-    smallest = (
-        2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
-    )  # half of float16's smallest step
+    # Half of float16's smallest step, by which it moves what is below its normal numbers.
+    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
     return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest).all())
 
 

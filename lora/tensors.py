@@ -129,9 +129,9 @@ def refuse_storage(dtype: torch.dtype) -> None:
 
 
 def sparing(fn: Callable[[Tensor], Tensor], spared: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn`, as `nn.Module._apply` takes it, that makes no `spared` tensor one of a dtype to store in; others, yes.
+    """`fn`, for `nn.Module._apply`, but `spared` tensors are not cast to dtypes that weights are only stored in.
 
-    Such a tensor goes to the device and keeps its values and its dtype.
+    Where `fn` would do that, they go to its device alone, and keep their values and their dtype.
     """
     kept = {id(tensor): tensor for tensor in spared if not is_storage(tensor.dtype)}
 

@@ -150,8 +150,9 @@ def trains_in_full(module: nn.Module) -> bool:
 @torch.inference_mode(False)
 def remember(module: nn.Module, name: str) -> None:
     """Keep a copy of one of the module's own parameters or buffers, unless there is one already."""
-    tensor: Tensor = getattr(module, name)
-    module.__dict__.setdefault("lora_originals", {}).setdefault(name, tensor.detach().clone())
+    known = module.__dict__.setdefault("lora_originals", {})
+    if name not in known:
+        known[name] = getattr(module, name).detach().clone()
 
 
 def originals(module: nn.Module) -> dict[str, Tensor]:
@@ -195,11 +196,16 @@ def has_moved(module: nn.Module, name: str) -> bool:
 
 
 def resized_problems(model: nn.Module) -> Iterator[str]:
-    """A complaint for each parameter whose value from before training would not fit into its place any more."""
+    """A complaint for each tensor whose value from before training would not fit into its place any more.
+
+    A buffer may have grown: it is exchanged whole.
+    """
     for prefix, module in model.named_modules():
         for name, before in originals(module).items():
-            now = module._parameters.get(name)
-            if now is not None and now.shape != before.shape:
+            now = {**module._parameters, **module._buffers}.get(name)
+            if now is None:
+                yield f"{join(prefix, name)}: is not there any more; give it a value again first."
+            elif name in module._parameters and now.shape != before.shape:
                 yield (
                     f"{join(prefix, name)}: has the shape {tuple(now.shape)}, and had {tuple(before.shape)} when LoRA "
                     "was put in; resize it back first."

@@ -87,8 +87,10 @@ def test_tensors_that_only_one_of_both_has_are_named(path):
     other.head.weight = base.head.weight
     other.more = nn.Linear(2, 2)
     message = refusal(lambda: lora.load_adapter(other, path))
-    assert "head.bias: missing in the model." in message
-    assert "more.weight and more.bias: not in the model that the adapter was trained in." in message
+    assert "head.bias: there is no such tensor in the model." in message
+    assert (
+        "more.weight and more.bias: there was no such tensor in the model that the adapter was trained in." in message
+    )
     other = copy.deepcopy(base)
     other.head = nn.Linear(16, 5)
     assert "head.weight: the shape is (5, 16), and was (4, 16) where the adapter was trained." in refusal(
@@ -136,6 +138,29 @@ def test_tied_weights_fit_untied_ones_of_the_same_values_and_back(path):
         lora.inject(model, target_modules=["up"], r=2)
         lora.save_adapter(model, path)
         lora.load_adapter(Tied(not tie), path)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_two_modules_of_a_file_that_are_one_in_the_model_must_hold_the_same(same):
+    class Twins(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.up, self.one = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two = self.one if shared else nn.Linear(4, 4)
+
+    apart, shared = Twins(False), Twins(True)
+    shared.up.load_state_dict(apart.up.state_dict())
+    if same:
+        apart.two.load_state_dict(apart.one.state_dict())
+    lora.inject(apart, target_modules=["up"], r=2, modules_to_save=["one", "two"])
+    adapter, before = lora.adapter_of(apart), shared.one.weight.detach().clone()
+    if same:
+        lora.load_adapter(shared, adapter)
+        assert torch.equal(shared.two.weight, apart.two.weight)
+    else:
+        message = refusal(lambda: lora.load_adapter(shared, adapter))
+        assert "one.weight, two.weight: are one tied tensor in the model, and differ in the file." in message
+        assert torch.equal(shared.one.weight, before)
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8), st.sampled_from(["bfloat16", "float16"]))
@@ -264,6 +289,15 @@ def test_a_merged_model_keeps_the_statistics_that_it_was_trained_with(path):
     assert all(torch.equal(buffer, moved[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("use", [lora.eject, lambda model: lora.disabled(model).__enter__()], ids=["eject", "disabled"])
+def test_a_statistic_that_was_taken_away_is_named(use):
+    model = trained(Net())
+    model.norm.running_mean = None
+    with pytest.raises(ValueError, match=r"norm\.running_mean: is not there any more; give it a value again first"):
+        use(model)
+    assert type(model.up) is lora.Linear
+
+
 def test_a_codebook_of_integers_is_no_statistic():
     """GPTQ and its kin keep whole weights in integer buffers: no copy of those."""
     model = Net()
@@ -301,7 +335,7 @@ def test_combining_carries_statistics_if_they_are_the_same():
 def test_the_portable_form_has_no_place_for_statistics(path):
     model = trained(Net())
     message = refusal(lambda: lora.save_adapter(model, path.parent / "portable", format="portable"))
-    assert "norm.running_mean is a part of the base model." in message
+    assert "norm.running_mean is a part of the base model, and has no place there." in message
 
 
 def test_the_command_line_shows_and_compares_the_rest(path, tmp_path, capsys):
@@ -322,5 +356,9 @@ def test_the_command_line_shows_and_compares_the_rest(path, tmp_path, capsys):
     base.head.reset_parameters()
     save_file(base.state_dict(), folder / "model.safetensors")
     assert main(["merge", str(folder), str(path), str(tmp_path / "other")]) == 2
-    assert "head.weight: the values are not those" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert (
+        "head.weight: the values are not those that the adapter was trained with; `--no-check-base` merges it"
+        in refused
+    )
     assert main(["merge", str(folder), str(path), str(tmp_path / "other"), "--no-check-base"]) == 0

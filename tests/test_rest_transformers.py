@@ -129,6 +129,35 @@ def test_rows_of_another_base_model_are_refused(tmp_path):
         lora.load_adapter(other, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("format", ["lora", "peft"])
+def test_the_portable_form_has_no_place_for_added_rows(tmp_path, format):
+    """Left out, they would be other rows in the next run: PEFT's form tells nothing of adapted weights."""
+    model = resized(checkpoint(tmp_path / "base", tie=True), seed=1)
+    lora.inject(model, target_modules=["embed_tokens"], r=2)
+    lora.save_adapter(model, tmp_path / "adapter", format=format)
+    adapter = lora.read_adapter(tmp_path / "adapter")
+    message = r"model\.embed_tokens\.weight is a part of the base model, and has no place there\."
+    with pytest.raises(lora.AdapterError, match=message):
+        lora.write_adapter(adapter, tmp_path / "portable", format="portable")
+
+
+def test_rows_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
+    """The same rows are known, whatever the part."""
+    monkeypatch.setattr("lora.fitting._ROWS", 7)
+    test_added_rows_come_back_in_the_next_run(tmp_path, False, ["q_proj", "embed_tokens"], "lora")
+
+
+def test_an_embedding_of_another_width_is_not_taken_for_a_resized_one(tmp_path):
+    model = resized(checkpoint(tmp_path / "base", tie=False), seed=1)
+    lora.inject(model, target_modules=["q_proj"], r=2)
+    adapter = lora.adapter_of(model)
+    adapter.tensors["lm_head.weight"] = torch.randn(ROWS, 8)
+    with pytest.raises(lora.AdapterError) as error:
+        lora.load_adapter(resized(tmp_path / "base", seed=1), adapter)
+    assert "lm_head.weight must have the shape (37, 16), got (32, 8)." in str(error.value)
+    assert "resize_token_embeddings" not in str(error.value)
+
+
 def test_a_started_embedding_is_saved_as_it_was_pretrained(tmp_path):
     """PiSSA takes a part out of the base weight; what the file holds is the whole."""
     folder = checkpoint(tmp_path / "base", tie=False)
@@ -154,6 +183,27 @@ def test_only_what_is_on_this_machine_is_asked(tmp_path):
     wrapped = nn.ModuleDict({"policy": resized(folder, seed=1)})
     assert next(resized_embeddings(wrapped)) is wrapped["policy"].model.embed_tokens
     assert list(resized_embeddings(nn.Linear(2, 2))) == []
+
+
+class Texts:
+    """A configuration with several texts, as MusicGen's, of which transformers names none."""
+
+    _name_or_path = "somewhere"
+
+    def get_text_config(self):
+        raise ValueError("ambiguous")
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        return cls()
+
+
+@pytest.mark.parametrize("config", [Texts(), type("Other", (), {"_name_or_path": "somewhere"})()])
+def test_a_model_whose_vocabulary_nothing_tells_is_saved(tmp_path, config):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.config, model.get_input_embeddings = config, lambda: None
+    lora.inject(model, target_modules=["0"], r=1)
+    lora.save_adapter(model, tmp_path / "adapter.safetensors")
 
 
 def test_what_trains_in_full_and_was_resized_since_is_named(tmp_path):

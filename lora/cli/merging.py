@@ -184,7 +184,7 @@ class Merging:
                 tensor = mapped(self.base.folder / self.base.files[keys[name]], entry)
                 how = difference(about, describe_tensor(tensor))
                 if how:
-                    yield f"{keys[name]}: {how}."
+                    yield f"{keys[name]}: {how}; `check_base=False` merges it all the same."
 
     def write(self, folder: Path) -> None:
         """Write the base's files with the adapter merged; ValueError if a merged weight would not be finite."""

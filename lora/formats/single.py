@@ -70,7 +70,7 @@ def portable(adapter: Adapter) -> Adapter:
 
     Each scaling is folded into B, and A and B are padded with zeros to the largest rank: r = lora_alpha = that rank.
     B is float32 at least, so that folding rounds no further than float32 does. The base weight that PEFT saves beside
-    an adapted embedding is left out.
+    every adapted embedding is left out.
 
     Raises:
         AdapterError: something trains in full, or is a part of the base model that its files lack (rows that were
@@ -79,11 +79,11 @@ def portable(adapter: Adapter) -> Adapter:
     what = "the adapter has no portable form"
     dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
-    beside = {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
+    # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.
+    beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
     full = [name for name in adapter.trained_in_full if name not in beside]
-    problems += [
-        f"{name} {'is a part of the base model' if name in adapter.kept else 'trains in full'}." for name in full
-    ]
+    base_part = "is a part of the base model, and has no place there"
+    problems += [f"{name} {base_part if name in adapter.kept else 'trains in full'}." for name in full]
     raise_all(what, problems, AdapterError)
     forms = singles(adapter, what)
     groups = math.lcm(*(settings["base"].get("groups", 1) for settings, _, _ in forms.values()))
