@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import sharded
+from lora import partitioned, sharded
 from lora.fingerprint import values_of
 from lora.layer import LoRALayer, join
 from lora.matching import Names, without_wrappers
@@ -67,6 +67,9 @@ def describe(names: Names, held: Container[int], adapted: Container[str]) -> dic
 
 def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = "") -> dict[str, Any]:
     """Shape and sample of one tensor; of one that is sharded, or of which rows have moved, its module says more."""
+    if partitioned.is_partitioned(tensor):
+        whole: Any = tensor
+        return {"shape": list(whole.ds_shape), "sample": None}
     part: Tensor = tensor.to_local() if sharded.is_sharded(tensor) else tensor
     if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
         return {"shape": None, "sample": None}
