@@ -1,8 +1,11 @@
 """`inspect --plot`."""
 
+import os
+
 import matplotlib.image
 import pytest
 from cli_model import run, trained
+from test_paths import files_of_at_most
 
 from lora.cli.plot import grid
 
@@ -22,6 +25,18 @@ def test_a_kind_of_file_that_there_is_not(tmp_path, capsys):
     code, _, error = run(capsys, "inspect", tmp_path / "adapter", "--plot", tmp_path / "plot.mine")
     assert code == 2
     assert "mine" in error
+
+
+def test_a_plot_that_does_not_fit_leaves_the_old_one(tmp_path, capsys):
+    trained(tmp_path / "adapter")
+    plot = tmp_path / "plot.png"
+    assert run(capsys, "inspect", tmp_path / "adapter", "--plot", plot)[0] == 0
+    before = plot.read_bytes()
+    with files_of_at_most(1000):
+        code, _, error = run(capsys, "inspect", tmp_path / "adapter", "--plot", plot, "--overwrite")
+    assert (code, error) == (2, f"error: {plot} is not written: file too large.\n")
+    assert plot.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "plot.png"]
 
 
 def test_layers_and_projections():

@@ -468,14 +468,3 @@ def test_a_merged_model_that_does_not_fit_leaves_the_old_one(capsys, what):
         code, _, error = run(capsys, "merge", "base", "in", "out", "--overwrite", "--no-check-base")
     assert (code, error) == (2, "error: out is not written: file too large.\n")
     assert {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()} == before
-
-
-def test_a_plot_that_does_not_fit_leaves_the_old_one(capsys):
-    lora.save_adapter(model(), "in")
-    assert run(capsys, "inspect", "in", "--plot", "plot.png")[0] == 0
-    before = pathlib.Path("plot.png").read_bytes()
-    with files_of_at_most(1000):
-        code, _, error = run(capsys, "inspect", "in", "--plot", "plot.png", "--overwrite")
-    assert (code, error) == (2, "error: plot.png is not written: file too large.\n")
-    assert pathlib.Path("plot.png").read_bytes() == before
-    assert sorted(os.listdir()) == ["in", "plot.png"]

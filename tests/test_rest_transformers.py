@@ -7,12 +7,14 @@ import peft
 import pytest
 import torch
 import torch.nn as nn
+from peft_models import QUIET
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora
 from lora.pretrained import resized_embeddings
 
+pytestmark = QUIET
 ROWS, ADDED = 32, 5
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(ROWS + ADDED).view(1, -1)
@@ -242,6 +244,7 @@ def test_peft_reads_added_rows_from_our_folder_and_we_from_its(tmp_path, targets
     assert not any(p.requires_grad for name, p in loaded.named_parameters() if "lora_" not in name)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's, of what is tested here
 @pytest.mark.parametrize("format", ["lora", "peft"])
 def test_two_tensors_for_one_tied_weight_are_refused_and_the_advice_is_right(tmp_path, format):
     """PEFT unties where `modules_to_save` names both ends; so has the file two tensors that differ."""
