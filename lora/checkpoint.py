@@ -36,8 +36,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     Holds each adapter, every other parameter that trains (biases, `modules_to_save`), and what of the base model nobody
     else has: embeddings that were resized since `from_pretrained`, and buffers that training moved, such as running
-    statistics. Of all other parameters and buffers it holds a sample, so that loading into a model that differs
-    anywhere says where. Written beside `path` and then renamed: killed at any moment, the old file or the new one is
+    statistics. Of all other parameters and buffers it holds a sample, so that loading into another model says
+    where it differs. Written beside `path` and then renamed: killed at any moment, the old file or the new one is
     there, never half of one.
 
     Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone writes the file, the one
