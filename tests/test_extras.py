@@ -64,7 +64,7 @@ def test_every_import_is_declared(folder, extra):
 
 
 def test_the_extras_bring_what_is_imported_by_others():
-    assert "accelerate" in brought_by("test")  # transformers reads a GGUF file with it, beside the example
+    assert "accelerate" in brought_by("examples")  # transformers reads a GGUF file with it
     assert "bitsandbytes" in brought_by("bench")  # methods.py measures QLoRA, through the example
 
 
