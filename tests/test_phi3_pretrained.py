@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from phi3 import fetch, gguf_files, pretrained, tiny
+from phi3 import fetch, pretrained, tiny
 from phi3.errors import UserError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -26,16 +26,15 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_converted_llama_is_the_same_function(tied):
     llama = tiny_llama(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
-    phi3 = pretrained.phi3_from_llama(llama.config, llama.state_dict())
+    phi3 = pretrained.phi3_from_llama(llama)
     ids = torch.randint(99, (2, 40))
     torch.testing.assert_close(phi3(ids).logits, llama(ids).logits)
     assert (phi3.lm_head.weight is phi3.model.embed_tokens.weight) is tied
 
 
 def test_a_llama_with_biases_has_no_place_for_them():
-    llama = tiny_llama(attention_bias=True)
     with pytest.raises(ValueError, match="Phi-3 has no biases"):
-        pretrained.phi3_from_llama(llama.config, llama.state_dict())
+        pretrained.phi3_from_llama(tiny_llama(attention_bias=True))
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +48,6 @@ def smollm2():
     return pretrained.load("smollm2", fetch.default_cache_dir(), dtype=torch.float32)
 
 
-def test_a_gguf_file_is_read_as_transformers_reads_it(llama):
-    config, weights = gguf_files.read_llama(fetch.fetch(fetch.SMOLLM2, fetch.default_cache_dir()))
-    expected = llama.state_dict()
-    assert list(weights.keys() ^ expected.keys()) == []
-    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
-    for field in pretrained._SHARED:  # of which the Phi-3's config is made
-        assert getattr(config, field) == getattr(llama.config, field), field
-
-
-@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_as_phi3_has_the_llamas_logits(llama, smollm2):
     phi3, tokenizer = smollm2

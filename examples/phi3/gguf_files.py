@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp runs: an adapter as its LoRA file, a Phi-3 to put it on, and a Llama that is read."""
+"""GGUF files, which llama.cpp runs: an adapter as its LoRA file, and a Phi-3 to put it on."""
 
 import os
 import re
@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 import lora
 from lora.formats.single import as_single
@@ -27,18 +25,6 @@ _BLOCK_PARTS = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-}
-# The same of a Llama's blocks, whose projections are apart.
-_LLAMA_BLOCK_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
 # How weights can be stored, and the number that says so.
 DTYPES = {
@@ -133,46 +119,6 @@ def tensor_name(module: str) -> str | None:
 
 
 _TOKENS = gguf.Keys.Tokenizer.LIST
-
-
-def read_llama(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """A Llama's config, and its weights in float32 under transformers' names.
-
-    transformers reads the same, but parses the file's 100,000 strings once for the config and once more for the
-    weights, and searches for each tensor's name anew: three times as long. `AutoTokenizer` reads the tokenizer.
-    """
-    reader = gguf.GGUFReader(path)
-    of_llama = {key.removeprefix("llama."): field for key, field in reader.fields.items() if key.startswith("llama.")}
-    tokens = {key: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding")}
-    stored = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
-    config = LlamaConfig(
-        vocab_size=len(reader.fields[_TOKENS].data),
-        hidden_size=of_llama["embedding_length"].contents(),
-        intermediate_size=of_llama["feed_forward_length"].contents(),
-        num_hidden_layers=of_llama["block_count"].contents(),
-        num_attention_heads=of_llama["attention.head_count"].contents(),
-        num_key_value_heads=of_llama["attention.head_count_kv"].contents(),
-        max_position_embeddings=of_llama["context_length"].contents(),
-        rms_norm_eps=of_llama["attention.layer_norm_rms_epsilon"].contents(),
-        rope_parameters={"rope_type": "default", "rope_theta": of_llama["rope.freq_base"].contents()},
-        tie_word_embeddings="output" not in stored,
-        **{f"{key[:3]}_token_id": field and field.contents() for key, field in tokens.items()},
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    names = {theirs: ours for ours, theirs in _PARTS.items()}
-    weights = {}
-    for name, tensor in stored.items():
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        if in_block := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
-            number, part = in_block.groups()
-            if part in heads:  # llama.cpp turns neighbouring rows, transformers the two halves of a head
-                weight = weight.unflatten(0, (heads[part], -1, 2)).transpose(1, 2).flatten(0, 2)
-            weights[f"model.layers.{number}.{_LLAMA_BLOCK_PARTS[part]}.weight"] = weight
-        else:
-            weights[f"{names[name]}.weight"] = weight
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    return config, weights
 
 
 def _pairs(adapter: lora.Adapter) -> dict[str, tuple[float, Tensor, Tensor]]:

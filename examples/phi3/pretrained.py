@@ -13,12 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
+    LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
 
-from phi3 import fetch, gguf_files
+from phi3 import fetch
 from phi3.errors import UserError, first_line
 
 SMOLLM2 = "smollm2"  # the name that stands for the default model
@@ -86,10 +86,11 @@ def smollm2_as_phi3(cache_dir: Path) -> Path:
         return folder
     gguf = fetch.fetch(fetch.SMOLLM2, cache_dir)
     print("Converting SmolLM2-135M-Instruct to Phi-3's layout (once)", flush=True)
+    llama = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     partial = cache_dir / f".{folder.name}-{os.getpid()}"
     try:
-        phi3_from_llama(*gguf_files.read_llama(gguf)).save_pretrained(partial)
+        phi3_from_llama(llama).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.replace(partial, folder)
     except OSError as error:
@@ -100,8 +101,9 @@ def smollm2_as_phi3(cache_dir: Path) -> Path:
     return folder
 
 
-def phi3_from_llama(config: LlamaConfig, weights: dict[str, Tensor]) -> Phi3ForCausalLM:
+def phi3_from_llama(llama: LlamaForCausalLM) -> Phi3ForCausalLM:
     """The same function in Phi-3's class. Phi-3 is a Llama whose q, k, v and gate, up are fused."""
+    config = llama.config
     if config.attention_bias or config.mlp_bias:
         raise ValueError("Phi-3 has no biases; this Llama has")
     shared = {field: getattr(config, field) for field in _SHARED}
@@ -112,9 +114,10 @@ def phi3_from_llama(config: LlamaConfig, weights: dict[str, Tensor]) -> Phi3ForC
             original_max_position_embeddings=config.max_position_embeddings,
             sliding_window=None,
         )
-    ).to(weights["model.embed_tokens.weight"].dtype)
+    ).to(llama.dtype)
     # With tied embeddings `lm_head.weight` is listed too, and is the same tensor in both models.
-    phi3.load_state_dict(fuse(weights), strict=True)
+    phi3.load_state_dict(fuse(llama.state_dict()), strict=True)
+    phi3.generation_config = llama.generation_config
     return phi3.eval()
 
 
