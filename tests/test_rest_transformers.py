@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from peft_models import QUIET
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora
 from lora.pretrained import resized_embeddings
@@ -77,6 +77,34 @@ def test_added_rows_come_back_in_the_next_run(tmp_path, tie, targets, format):
         assert torch.equal(logits(other), before)
     lora.eject(other)
     assert torch.equal(logits(other), before)
+
+
+@pytest.mark.parametrize("format", ["lora", "peft", "theirs"])
+def test_an_output_layers_bias_comes_back_and_does_not_train(tmp_path, format):
+    """Of BERT's it has two names."""
+    torch.manual_seed(3)
+    BertForMaskedLM(BertConfig(vocab_size=ROWS, **SIZES)).save_pretrained(tmp_path / "base")
+
+    def new(seed):
+        model = BertForMaskedLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(ROWS + ADDED)
+        with torch.no_grad():
+            model.cls.predictions.decoder.bias[ROWS:].normal_()
+        return model.eval()
+
+    model = new(1)
+    if format == "theirs":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"])).eval()
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    else:
+        lora.inject(model, target_modules=["query"], r=2)
+        lora.save_adapter(model, tmp_path / "adapter", format=format)
+    other = new(2)
+    assert (logits(other) - logits(model)).abs().max() > 0.1
+    lora.load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for name, p in other.named_parameters() if "lora_" not in name)
 
 
 def test_what_is_held_of_a_resized_model(tmp_path):

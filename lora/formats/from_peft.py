@@ -75,8 +75,8 @@ def read(path: Path) -> Adapter:
     adapter = _adapter(config, pairs, full, problems)
     raise_all(f"{folder} is not loaded", problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
-    _, rest = rest_of(metadata, file)
-    return replace(adapter, rest=rest)
+    kept, rest = rest_of(metadata, file)
+    return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
 
 
 def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -190,7 +190,12 @@ def _adapter(
     saved = _saved(config.get("modules_to_save") or [], full)
     base_model = config.get("base_model_name_or_path")
     base_model = base_model if isinstance(base_model, str) else None
-    kept = [name for name in full if name.rpartition(".")[0] not in saved and not is_bias(name.rpartition(".")[2])]
+    biases_train = config.get("bias", "none") != "none"
+    kept = [
+        name
+        for name in full
+        if name.rpartition(".")[0] not in saved and not (biases_train and is_bias(name.rpartition(".")[2]))
+    ]
     return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft", kept)
 
 
