@@ -56,7 +56,8 @@ def combine(
         r: rank of the result, for "svd", "ties" and "dare". Default: for each module the largest of its ranks.
         density: share of the values that "ties" and "dare" keep. Default: 0.5.
         seed: of the generator that "dare" draws from; the global one is not touched. Default: 0.
-        check_base: raise if sampled values of the base weights differ between adapters. Default: True.
+        check_base: raise if sampled values of the base models differ between adapters, or what these hold of them
+            (rows that were added, running statistics), of which the first adapter's counts otherwise. Default: True.
 
     Returns:
         An adapter of scaling 1 with lora_alpha = r, on the CPU, in the widest dtype of its inputs; sums are taken in
@@ -94,9 +95,9 @@ def combine(
     kept: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     for n, (adapter, _) in enumerate(adapters):
-        problems += _rest_problems(n, adapter, kept, rest, check_base)
-        kept |= {name: adapter.tensors[name] for name in adapter.kept}
-        rest |= adapter.rest
+        problems += _rest_problems(n, adapter, kept, rest) if check_base else ()
+        kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
+        rest = adapter.rest | rest
     raise_all(what, problems, AdapterError)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, dict[str, Any]] = {}
@@ -186,13 +187,16 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
 
 
 def _rest_problems(
-    n: int, adapter: Adapter, kept: Mapping[str, Tensor], rest: Mapping[str, dict[str, Any]], check_base: bool
+    n: int, adapter: Adapter, kept: Mapping[str, Tensor], rest: Mapping[str, dict[str, Any]]
 ) -> Iterator[str]:
     """Where the base model of an adapter differs from that of the ones before, beside the weights that are adapted."""
     for name in adapter.kept:
         if name in kept and not torch.equal(kept[name].cpu(), adapter.tensors[name].cpu()):
-            yield f"{name} is a part of the base model that adapter {n} and one before it hold, and differs in them."
-    for name, about in adapter.rest.items() if check_base else ():
+            yield (
+                f"{name}: adapter {n} and one before it hold this part of the base model, and it differs in them; "
+                "`check_base=False` takes the first."
+            )
+    for name, about in adapter.rest.items():
         if name in rest and difference(rest[name], about):
             yield (
                 f"{name}: adapter {n} was trained in another base model than those before it; `check_base=False` "

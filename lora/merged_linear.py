@@ -38,7 +38,8 @@ class MergedLinearLoRA(LinearLoRA):
     def resize_outputs(self, size: int) -> None:
         if size != sum(self.splits):
             raise ValueError(
-                f"`out_features` (={size}) must be the sum of `splits` (={self.splits}); they cannot follow."
+                f"`out_features` (={size}) must be the sum of `splits` (={self.splits}), which cannot follow; load the "
+                "model again, and resize it before `lora.inject`."
             )
 
     def slices(self) -> list[tuple[int, int]]:

@@ -348,7 +348,7 @@ def test_a_name_as_long_as_names_may_be(capsys):
 @pytest.fixture
 def nobody(monkeypatch):
     """In a folder that others may look into: what it takes to be a user who has no permission to do more."""
-    folder = pathlib.Path(tempfile.mkdtemp())
+    folder = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))  # TMPDIR may be in a folder of root's own
     monkeypatch.chdir(folder)
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
+from lora.formats.safe import checksum
 from lora.rest import same_sample
 
 HINT = "`check_base=False` loads the adapter all the same."
@@ -191,6 +192,24 @@ def test_what_is_known_is_small(path):
     assert len(json.dumps(rest)) < 200 * len(rest)
 
 
+def test_earlier_readers_of_version_2_find_what_they_know(path):
+    """They want exactly these parts under "lora", pass over other entries, and take every tensor that is listed."""
+    model = trained(Net())
+    lora.save_adapter(model, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["lora"])
+    assert about.keys() == {"version", "modules", "trained_in_full", "modules_to_save", "base_model"}
+    assert about["version"] == 2
+    assert {*load_file(path)} == {"up.lora_A", "up.lora_B", *about["trained_in_full"]}
+    del metadata["rest"], metadata["sha256"]
+    tensors = load_file(path)  # and a file as they write it
+    save_file(tensors, path, {**metadata, "sha256": checksum(tensors, metadata)})
+    adapter = lora.read_adapter(path)
+    assert (adapter.kept, adapter.rest) == ([], {})
+    lora.load_adapter(Net(), path, check_base=False)
+
+
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
@@ -207,8 +226,6 @@ def test_what_is_known_is_small(path):
     ],
 )
 def test_what_strangers_say_of_the_rest_is_checked(path, rest, message):
-    from lora.formats.safe import checksum
-
     lora.save_adapter(trained(Net()), path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -325,7 +342,10 @@ def test_combining_carries_what_all_agree_on_and_names_what_they_do_not(path):
 def test_combining_carries_statistics_if_they_are_the_same():
     base = Net()
     one, two = (lora.adapter_of(trained(copy.deepcopy(base))) for _ in range(2))
-    assert "norm.running_mean is a part of the base model" in refusal(lambda: lora.combine([(one, 1), (two, 1)]))
+    message = refusal(lambda: lora.combine([(one, 1), (two, 1)]))
+    assert "norm.running_mean: adapter 1 and one before it hold this part of the base model" in message
+    first = lora.combine([(one, 1), (two, 1)], check_base=False)
+    assert torch.equal(first.tensors["norm.running_mean"], one.tensors["norm.running_mean"])
     doubled = lora.combine([(one, 1), (one, 1)])
     assert doubled.kept == one.kept == doubled.trained_in_full
     assert torch.equal(doubled.tensors["norm.running_mean"], one.tensors["norm.running_mean"])
