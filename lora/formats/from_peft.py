@@ -18,7 +18,7 @@ from lora.formats.files import kind
 from lora.formats.header import read_object, short
 from lora.formats.native import FILE, rest_of
 from lora.formats.patterns import Patterns, pattern_problem
-from lora.formats.peft import CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
+from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
 from lora.formats.safe import read_tensors
 from lora.layer import join
@@ -75,6 +75,7 @@ def read(path: Path) -> Adapter:
     adapter = _adapter(config, pairs, full, problems)
     raise_all(f"{folder} is not loaded", problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
+    _tell_bases(adapter, metadata)
     kept, rest = rest_of(metadata, file)
     return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
 
@@ -84,10 +85,7 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
 
     PEFT's configuration has one flag for all layers, that of the last which it met.
     """
-    try:
-        layouts = json.loads(metadata.get(LAYOUTS, "null"))
-    except (ValueError, RecursionError):
-        layouts = None
+    layouts = _from_json(metadata, LAYOUTS)
     for name, settings in adapter.modules.items():
         if settings["base"]["kind"] != "linear":
             continue
@@ -97,6 +95,23 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
         else:
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             settings["base"]["fan_in_fan_out"] = False if sure else None
+
+
+def _tell_bases(adapter: Adapter, metadata: Mapping[str, str]) -> None:
+    """What lora, where it wrote the folder, has noted of the weights that are adapted."""
+    bases = _from_json(metadata, BASES)
+    for name, settings in adapter.modules.items():
+        known = bases.get(name) if isinstance(bases, dict) else None
+        facts = known if isinstance(known, dict) else {}
+        settings["base"] |= {fact: facts[fact] for fact in ("shape", "sample") if facts.get(fact) is not None}
+
+
+def _from_json(metadata: Mapping[str, str], key: str) -> Any:
+    """What an entry of a file's metadata says; None if it says nothing that can be read."""
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
 LAYOUTS = "fan_in_fan_out"
+# And what is known of the weights that are adapted, of which PEFT's folder says nothing.
+BASES = "base"
 PREFIX = "base_model.model."
 
 
@@ -52,7 +54,9 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
-    content = packed(path / WEIGHTS, tensors, {LAYOUTS: json.dumps(layouts), **rest_as_metadata(adapter)})
+    known = {name: {fact: s["base"].get(fact) for fact in ("shape", "sample")} for name, (s, _, _) in forms.items()}
+    metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
+    content = packed(path / WEIGHTS, tensors, metadata)
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
     with writing(path):
         path.mkdir(exist_ok=True)
