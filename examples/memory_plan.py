@@ -1,4 +1,4 @@
-"""Does fine-tuning with LoRA fit into my GPU? Says so from a model's config.json, before anything is downloaded.
+"""Does fine-tuning with LoRA fit on my GPU? Says so from a model's config.json, before anything is downloaded.
 
     python examples/memory_plan.py config.json --r 16 --seq-len 4096 --gradient-checkpointing --memory 24
 

@@ -255,6 +255,27 @@ def test_quantised_weights_take_what_bitsandbytes_takes(base_dtype):
     assert planned < 0.6 * dense
 
 
+@pytest.mark.parametrize("adapter_dtype", DTYPES)
+@pytest.mark.parametrize("base_dtype", ["nf4", "int8"])
+def test_what_is_kept_over_quantised_weights_is_counted(base_dtype, adapter_dtype):
+    config = config_of("llama", hidden_size=128, intermediate_size=192, num_attention_heads=4)
+    training = Training(r=4, base_dtype=base_dtype, adapter_dtype=adapter_dtype, batch_size=2, seq_len=96)
+    real = built(config, dtype=torch.bfloat16)
+    quantizing.quantize(real, base_dtype, {"modules_to_save": None, "init_lora_weights": True})
+    inject(real, config, training)
+    constants = []
+    for layer in real.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None:
+            constants += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    ids = torch.randint(130, (2, 96))
+    forward = lambda: real(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+    counted = kept_for_backward(forward, ids, *real.parameters(), *real.buffers(), *constants)
+    # Nothing trains before q, k and v of the first block: their inputs need no gradients, and A, cast, is not kept.
+    spare = 3 * 2 * 4 * 128 if adapter_dtype == "float32" else 0
+    assert counted == pytest.approx(planned_to_be_kept(config, training) - spare, abs=SCALARS)
+
+
 # ---- two ranks ---------------------------------------------------------------------------------------------------
 
 PLAN = Training(r=3, use_dora=True, base_dtype="bfloat16", ranks=2, batch_size=2, seq_len=96)
@@ -322,6 +343,12 @@ def test_the_peak_has_the_larger_of_loss_and_a_blocks_backward():
         assert terms["logits and loss"] == 20 * (12 * 200 + 8)
         assert terms["backward of a block"] == 20 * (block * checkpointing + 2 * 4 * 96 + 3 * 4 * 64)
         assert total(terms) == sum(terms.values()) - terms[smaller]
+
+
+def test_of_quantised_weights_the_largest_is_dense_for_a_moment():
+    dense, packed = (plan(decoder_of(LLAMA), Training(base_dtype=d), "one process") for d in ("bfloat16", "nf4"))
+    assert packed["backward of a block"] - dense["backward of a block"] == 2 * 96 * 64
+    assert "base weights" not in plan(decoder_of(LLAMA), Training(base_dtype="nf4", ranks=2), "FSDP2")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -513,5 +540,8 @@ def test_the_benchmark_measures_and_writes_its_results(tmp_path, monkeypatch):
     for result in written["results"].values():
         assert result["measured"]["own"] == result["planned"]["own"]
         assert 0.8 < result["measured"]["tensors"] / result["planned"]["total"] < 1.1
+    at_loss = written["results"]["one, float32"]  # where there are no gradients yet
+    gradients = at_loss["planned"]["terms"]["gradients"]
+    assert at_loss["planned"]["total"] - gradients == pytest.approx(at_loss["measured"]["tensors"], abs=1024)
     assert (tmp_path / "memory.md").read_text(encoding="utf-8").startswith("# memory\n")
     assert str(tmp_path) not in (tmp_path / "memory.md").read_text(encoding="utf-8")
