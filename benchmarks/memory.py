@@ -1,4 +1,4 @@
-"""Does a training step take the memory that `python -m lora plan` says?
+"""Does a training step take the memory that examples/memory_plan.py says?
 
 A step is forward, backward and `AdamW(fused=True)` of the pretrained model of examples/phi3_chat.py (downloaded once),
 with LoRA of r = 16 and float32 in its four projections, on 256 tokens for each rank: in one process, or in two on
@@ -6,8 +6,8 @@ gloo, by DDP or FSDP2. Each engine has processes of its own, with one thread eac
 
     python benchmarks/memory.py [--only WORDS] [--quick]
 
-Planned are the base weights, adapters, gradients, optimizer state, activations and the rest, at the peak. Two things
-are measured after a first step, on the rank that has most:
+Planned are the base weights, adapters, gradients, optimizer state, activations and the rest, at the peak; of FSDP2
+only what a rank holds between steps. Two things are measured after a first step, on the rank that has most:
 
 - tensors: what is there before a step (parameters, optimizer state, buckets), and the most that torch's profiler sees
   allocated on top of that during one. Libraries' own memory is not in it, nor what the allocator keeps or splits.
@@ -45,13 +45,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
-from lora.planning import Rank, Training, plan
-from lora.planning.decoder import decoder_of
-from lora.planning.sharding import Layout
-from lora.planning.terms import kept, kept_by_loss
 from lora.report import table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
+import memory_plan
+from memory_plan import Training
 from phi3 import fetch, pretrained, tiny
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,7 +75,7 @@ class Case:
 
     @property
     def training(self) -> Training:
-        """The same for `lora plan`."""
+        """The same for the plan."""
         rows, tokens = (2, 32) if self.quick else (1, 256)
         return Training(
             base_dtype=self.dtype,
@@ -226,19 +224,20 @@ def most_allocated(step: Any) -> int:
 # ---- the plan, and both in a table -------------------------------------------------------------------------------
 
 
+_TITLES = {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+
+
 def planned(case: Case) -> dict[str, Any]:
-    """What the plan says of a case."""
+    """What the plan says of a case: of FSDP2 only what is there between steps."""
     config = tiny.model(layers=6).config if case.quick else _config()
-    decoder = decoder_of(config.to_dict())
-    made = plan(decoder, case.training, case.engine)
-    rank = Rank(decoder, case.training, Layout())
+    decoder, training = memory_plan.decoder_of(config.to_dict()), case.training
+    terms = memory_plan.plan(decoder, training, _TITLES[case.engine])
     states = ("base weights", "adapters", "optimizer state", "DDP's buckets")
-    return {
-        "total": made.total,
-        "own": sum(made.terms[name] for name in states),
-        "kept": kept(rank) + kept_by_loss(rank),
-        "terms": made.terms,
-    }
+    found = {"own": sum(terms[name] for name in states), "terms": terms}
+    if case.engine != "fsdp2":
+        kept = memory_plan.kept(decoder, training) + memory_plan.kept_by_loss(decoder, training)
+        found |= {"total": memory_plan.total(terms), "kept": kept}
+    return found
 
 
 def _config() -> Any:
@@ -251,9 +250,10 @@ _HEADER = ("case", "planned MiB", "tensors", "measured / planned", "resident", "
 def row(name: str, result: Mapping[str, Any]) -> list[str]:
     """One line of the table."""
     said, found = result["planned"], result["measured"]
-    cells = [name, f"{said['total'] / MIB:.0f}"]
+    total = said.get("total")
+    cells = [name, f"{total / MIB:.0f}" if total else "–"]
     for what in ("tensors", "resident"):
-        cells += [f"{found[what] / MIB:.0f}", f"{found[what] / said['total']:.3f}"]
+        cells += [f"{found[what] / MIB:.0f}", f"{found[what] / total:.3f}" if total else "–"]
     kept = found.get("kept")
     return [*cells, "–" if kept is None else f"{kept / MIB:.1f} of {said['kept'] / MIB:.1f}"]
 

@@ -1,7 +1,6 @@
 """The command line: `python -m lora`, or `lora`.
 
-Exit codes: 0; 1 if `diff` finds a difference, `inspect` something wrong, or `plan` nothing that fits; 2 for mistakes;
-130 if interrupted.
+Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from lora import __version__
-from lora.cli import convert, diff, inspect, merging, plan
+from lora.cli import convert, diff, inspect, merging
 from lora.cli.options import in_options
 
-_COMMANDS = (inspect, convert, merging, diff, plan)
+_COMMANDS = (inspect, convert, merging, diff)
 _LONGEST = 300  # characters of an error of torch's or Python's
 
 
@@ -23,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser, which knows all commands."""
     made = argparse.ArgumentParser(
         prog="lora",
-        description="Look at LoRA adapters, convert, combine, compare and merge them, and plan the memory of training.",
+        description="Look at LoRA adapters; convert, combine, compare and merge them.",
         epilog="example:\n  python -m lora inspect adapter.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -69,6 +70,15 @@ def test_mistakes_of_usage(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_known_is_told_which_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "config.json"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "invalid choice: 'plan'" in said
+    assert set(re.findall(r"\w+", said.split("choose from")[1])) == set(COMMANDS)
 
 
 @pytest.mark.parametrize(
