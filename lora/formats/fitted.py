@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,8 +32,8 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter
     problems = [
         f"{', '.join(old for old in group if names[old] == new)}: several names for {new}."
         for group in (adapter.modules, [*adapter.tensors, *adapter.rest])
-        for new in {names[old] for old in group}
-        if sum(names[old] == new for old in group) > 1
+        for new, count in Counter(names[old] for old in group).items()
+        if count > 1
     ]
     if problems:
         return adapter, sorted(problems)
