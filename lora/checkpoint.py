@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +153,7 @@ def load_adapter(
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
+        places.remember_values(fit.names)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -206,6 +207,7 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
     }
     raise_all("the adapter is not taken", _in_parts(names), AdapterError)
     full, kept = _held(model, names)
+    raise_all("the adapter is not taken", _quantised(full, kept), AdapterError)
     about: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
@@ -234,6 +236,17 @@ def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, st
             kept.append(known[0])
             held.add(id(tensor))
     return full, kept
+
+
+def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -> Iterator[str]:
+    """A complaint for each part of the base model that nobody else has, and that is quantised."""
+    for name in kept:
+        module, own = full[name]
+        if own == "weight" and rest.describe_tensor(getattr(module, own))["shape"] is None:
+            yield (
+                f"{name}: rows were added to it, which only this model has, and it is quantised; leave it out when the "
+                "model is quantised."
+            )
 
 
 def _in_parts(names: Names) -> Iterator[str]:

@@ -41,33 +41,35 @@ def disabled(model: nn.Module) -> Iterator[None]:
     lora_layers(model, "disabled", inside_disabled=True)
     modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
     raise_all("disabled: nothing was changed", [*_unswappable(model), *resized_problems(model)])
-    entered: list[nn.Module] = []
+    _enter(model, modules)
     try:
-        for module in modules:
-            _enter(model, module)
-            entered.append(module)
         yield
     finally:
-        for module in entered:
-            _leave(model, module)
+        _leave(model, modules)
 
 
-def _enter(model: nn.Module, module: nn.Module) -> None:
+def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
     # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
-    count = vars(module).get("lora_disabled", 0)
-    if not count:
-        swapped = list(_originals(module))
-        _swap(model, {id(trained): base for trained, base in swapped})
+    first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
+    bases: dict[int, Tensor] = {}  # of a tensor that several modules share, one
+    for module in first:
+        swapped = [(trained, base) for trained, base in _originals(module) if id(trained) not in bases]
+        bases |= {id(trained): base for trained, base in swapped}
         vars(module)["lora_swapped"] = swapped
+    _swap(model, bases)
+    for module in modules:
+        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
+    for module in first:
         if isinstance(module, LoRALayer):
             switch.turn(module)
-    vars(module)["lora_disabled"] = count + 1
 
 
-def _leave(model: nn.Module, module: nn.Module) -> None:
-    vars(module)["lora_disabled"] -= 1
-    if not vars(module)["lora_disabled"]:
-        _swap(model, {id(base): trained for trained, base in vars(module).pop("lora_swapped")})
+def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module)["lora_disabled"] -= 1
+    last = [module for module in modules if not vars(module)["lora_disabled"]]
+    _swap(model, {id(base): trained for module in last for trained, base in vars(module).pop("lora_swapped")})
+    for module in last:
         del vars(module)["lora_disabled"]
         if isinstance(module, LoRALayer):
             switch.turn(module)

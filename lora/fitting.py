@@ -20,7 +20,7 @@ from lora.matching import Names, names_of, why_not, without_wrappers
 from lora.registry import adapted_class, kind_for
 from lora.rest import differences, own_tensors
 from lora.swap import check_rank, with_room
-from lora.tensors import Spans
+from lora.tensors import Spans, is_writable
 from lora.training import has_moved, is_kept, originals
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
@@ -28,8 +28,9 @@ _FORM = ("splits", "enable_lora", "factored")
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 _SWITCH = "use_dora"
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
-_COMMON_ROWS = 0.1
+_COMMON_ROWS, _NEAR = 0.01, 0.01  # and how near a row is that was rounded
 _ROWS = 4096  # that are compared at once
+_CAST = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # dtypes of models that heads follow
 _TIED = "are one tied tensor in the model"
 _UNTIE = (
     "Untie them first: give each module a Parameter of its own, as in `model.lm_head.weight = "
@@ -158,9 +159,18 @@ class Fit:
         if tensor is None:
             self.problems.append(f"{name}: there is no such parameter or buffer in the model.")
             return
-        if name in self.adapter.kept:
+        if not is_writable(tensor):
+            self.problems.append(
+                f"{name}: the model's tensor cannot be written to, being expanded from a smaller one or made in "
+                "torch.inference_mode; make the model otherwise."
+            )
+        elif name in self.adapter.kept:
             self._find_kept(name, module, own, tensor, check_base)
         else:
+            value = self.adapter.tensors[name]
+            if self.plans and {tensor.dtype, value.dtype} <= _CAST:
+                # A plain model says by its dtype in which one everything is to be, a head that trained as well.
+                self.adapter.tensors[name] = value.to(tensor.dtype)
             self._like(name, tensor.shape, tensor.dtype)
 
     def _find_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor, check_base: bool) -> None:
@@ -203,17 +213,18 @@ class Fit:
 
     def _find_ties(self) -> None:
         """Complain of tied tensors in the model for which the file has several values, or one of several."""
-        adapter, owners = self.adapter, Spans[str]()
+        adapter, owners, shapes = self.adapter, Spans[str](), dict[str, torch.Size]()
         for known, _, _, tensor in own_tensors(self.names):
             for name in known:  # of a module that stands in several places, too
                 owners.add(tensor, name)
+                shapes[name] = tensor.shape
         targets = {name: self._target(name)[2] for name in adapter.trained_in_full}
         wanted = {name: tensor for name, tensor in targets.items() if tensor is not None}
         seen: set[str] = set()
         for name, tensor in wanted.items():
             if name in seen:
                 continue
-            group = owners.sharing(tensor)
+            group = [n for n in owners.sharing(tensor) if shapes[n] == tensor.shape]  # not a part of another
             ours, apart = [n for n in group if n in wanted], [n for n in group if n in adapter.rest]
             seen.update(ours)
             values = [adapter.tensors[n] for n in ours]
@@ -281,8 +292,7 @@ def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
 
 
 def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:
-    """Which rows are the model's own, and how many are near it: in the precision of the coarser of both dtypes."""
-    nearest = max(torch.finfo(rows.dtype).eps for rows in (ours, theirs))
+    """Which rows are the model's own, and how many are near it, whatever they were rounded to in between."""
     same, near = [], 0
     for start in range(0, len(ours), _ROWS):  # float64 copies of a part alone
         a, b = ours[start : start + _ROWS], theirs[start : start + _ROWS]
@@ -290,7 +300,7 @@ def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:
         size, distance = b.double().norm(dim=1), (a.double() - b.double()).norm(dim=1)
         cast_alone = ((a.to(b.dtype) == b) | (b.to(a.dtype) == a)).all(1)
         same.append(cast_alone | (distance <= 16 * torch.finfo(torch.float32).eps * size))
-        near += int((distance <= nearest * size).sum())
+        near += int((distance <= _NEAR * size).sum())
     return torch.cat(same), near
 
 

@@ -30,8 +30,15 @@ from lora.registry import Kind, adapted_class, class_for, kind_for
 from lora.replicas import wrapped
 from lora.report import AdaptedModule, InjectionReport
 from lora.settings import raise_all
-from lora.tensors import Spans
-from lora.training import forget_originals, mark_only_lora_as_trainable, originals, resized_problems, train_in_full
+from lora.tensors import Spans, is_writable
+from lora.training import (
+    forget_originals,
+    has_moved,
+    mark_only_lora_as_trainable,
+    originals,
+    resized_problems,
+    train_in_full,
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
+        places.remember_values(names)
         begin(layers, config.init_lora_weights)
     return _report(model, names, targets, tuple(names[module][0] for module in saved))
 
@@ -141,9 +149,11 @@ def eject(model: nn.Module) -> None:
         for module in model.modules():
             for name, value in originals(module).items():
                 now: torch.Tensor = getattr(module, name)
-                if now.shape == value.shape:
+                if not has_moved(module, name):
+                    continue
+                if now.shape == value.shape and is_writable(now):
                     now.copy_(value)
-                else:  # a buffer that has grown
+                else:  # a buffer that has grown, or is another one now
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             places.forget(module)

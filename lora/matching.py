@@ -53,6 +53,7 @@ def lora_layers(
     layer, unless that is allowed.
     """
     settle(model)
+    places.adopt(model)
     if not replaced:
         places.check(model, what)
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
@@ -121,7 +122,7 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[li
     excluded = _select("exclude_modules", config.exclude_modules or (), names, problems)
     targets = [module for module in targets if module not in excluded]
     if not targets and not problems:
-        problems.append("`exclude_modules` leaves no module to adapt.")
+        problems.append("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted = {module: names[module] for module in targets}
     for option in ("rank_pattern", "alpha_pattern", "splits", "enable_lora"):
         patterns: Mapping[str, object] = getattr(config, option)

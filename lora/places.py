@@ -17,6 +17,8 @@ from lora.registry import kind_for
 from lora.settings import raise_all
 
 _CHILDREN = "lora_children"
+# What a module remembers goes to one that is made anew from it, as `convert_sync_batchnorm` does.
+_REMEMBERED, _ATTRIBUTES = "lora_remembered", ("lora_originals", "lora_in_full", "lora_kept")
 
 
 @dataclass(eq=False)
@@ -39,9 +41,30 @@ def remember(names: Mapping[nn.Module, Sequence[str]], layers: Iterable[LoRALaye
                 vars(modules[parent])[_CHILDREN] = {**known, child: layer.lora_place}
 
 
+def remember_values(names: Mapping[nn.Module, Sequence[str]]) -> None:
+    """Note at the parents what their children remember of the time before training."""
+    modules = {name: module for module, known in names.items() for name in known}
+    for module, known in names.items():
+        told = {attribute: vars(module)[attribute] for attribute in _ATTRIBUTES if attribute in vars(module)}
+        for name in filter(None, known if told else ()):
+            parent, _, child = name.rpartition(".")
+            vars(modules[parent])[_REMEMBERED] = {**vars(modules[parent]).get(_REMEMBERED, {}), child: told}
+
+
+def adopt(model: nn.Module) -> None:
+    """Have modules that were made anew in the place of others remember what those did."""
+    for parent in model.modules():
+        for child, told in vars(parent).get(_REMEMBERED, {}).items():
+            now = parent._modules.get(child)
+            if now is not None and told.get("lora_originals", {}).keys() <= {*now._parameters, *now._buffers}:
+                for attribute in told:
+                    vars(now).setdefault(attribute, told[attribute])
+
+
 def forget(module: nn.Module) -> None:
     """Have a parent know nothing of its children."""
     vars(module).pop(_CHILDREN, None)
+    vars(module).pop(_REMEMBERED, None)
 
 
 def check(model: nn.Module, what: str) -> None:

@@ -6,6 +6,7 @@ statistics computes something else. `fingerprint` samples the weights that are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -76,7 +77,9 @@ def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = 
     # What is only stored in its dtype, float8 say, no two tools round alike.
     known = not (part.is_complex() or part.is_quantized or is_storage(part.dtype))
     sample = values_of(module, own, tensor, _VALUES) if known and not part.is_meta else None
-    rounded = sample and [float(f"{value:.{_DIGITS}g}") for value in sample]
+    values = [] if sample is None else torch.tensor(sample, dtype=torch.float32).tolist()
+    finite = bool(values) and all(map(math.isfinite, values))  # a float64 may be none of float32's
+    rounded = [float(f"{value:.{_DIGITS}g}") for value in values] if finite else None
     return {"shape": list(tensor.shape), "sample": rounded}
 
 
@@ -136,7 +139,8 @@ def same_sample(theirs: list[float], ours: list[float]) -> bool:
         return False
     a, b = (torch.tensor(sample, dtype=torch.float32) for sample in (theirs, ours))
     of_a, of_b = _precision(a), _precision(b)
-    tolerance = 0.0 if of_a == of_b else (of_a + of_b) / 2  # rounding moves a value by half of its precision
+    # Rounding moves a value by half of its precision, and again if it went through another dtype.
+    tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
     # Half of float16's smallest step, by which it moves what is below its normal numbers.
     smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
     return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest).all())

@@ -151,6 +151,14 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 16 * eps * b.norm())
 
 
+def is_writable(tensor: Tensor) -> bool:
+    """Whether values can be copied into a tensor here: not of `torch.inference_mode` outside it, nor expanded."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return True  # others have ways of their own
+    expanded = any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
+
+
 def sample_slice(matrix: Tensor, values: int = 2**17) -> slice:
     """Every so many rows or columns of a matrix: enough for this many values, all of a small one."""
     return slice(None, None, max(1, matrix.numel() // values))

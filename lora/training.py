@@ -15,6 +15,7 @@ from lora.partitioned import partitioned_problems
 from lora.rows import in_model_order
 from lora.settings import raise_all
 from lora.sharded import in_normal_mode, reordered, settle
+from lora.tensors import is_writable
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -189,7 +190,7 @@ def has_moved(module: nn.Module, name: str) -> bool:
     before = originals(module)[name]
     if now.is_meta:
         return False
-    if before.shape != now.shape:
+    if before.shape != now.shape or before.layout != now.layout:
         return True
     before = before.to(now.device, now.dtype)
     return not bool(((before == now) | (before.isnan() & now.isnan())).all())
@@ -212,16 +213,23 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
                 )
 
 
+def _may_move(buffer: Tensor) -> bool:
+    """Whether training may write to a buffer; those that no copy can be written back to are left alone.
+
+    Integers of several elements are codes and positions, which do not move, and may be a model's whole weight (GPTQ's);
+    one alone counts batches.
+    """
+    if type(buffer) is not Tensor or buffer.is_meta or buffer.layout is not torch.strided or not is_writable(buffer):
+        return False
+    return buffer.is_floating_point() or buffer.numel() == 1
+
+
 def remember_trained(model: nn.Module) -> None:
     """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
     seen: set[int] = set()
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            # Integers of several elements are codes and positions, which do not move, and may be a model's whole
-            # weight (GPTQ's); one alone counts batches.
-            if buffer is None or buffer.is_meta or name in module._non_persistent_buffers_set:
-                continue
-            if buffer.is_floating_point() or buffer.numel() == 1:
+            if buffer is not None and name not in module._non_persistent_buffers_set and _may_move(buffer):
                 remember(module, name)
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         for name, parameter in module._parameters.items():

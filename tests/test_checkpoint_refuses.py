@@ -51,7 +51,6 @@ TENSORS = {
     "a scalar": ({B1: torch.tensor(1.0)}, f"{B1} must have the shape (8, 2), got ()."),
     "module of another shape": ({NORM: torch.ones(9)}, f"{NORM} must have the shape (8,), got (9,)."),
     "half": ({B1: torch.ones(8, 2).half()}, f"{B1} must be of dtype torch.float32, got torch.float16."),
-    "module in half": ({NORM: torch.ones(8).half()}, f"{NORM} must be of dtype torch.float32, got torch.float16."),
     "integers": ({B1: torch.ones(8, 2).int()}, f"{B1} must hold floating-point numbers, got torch.int32."),
     "complex": ({B1: torch.ones(8, 2).cfloat()}, f"{B1} must hold floating-point numbers, got torch.complex64."),
     "eight bits": ({B1: torch.ones(8, 2).to(torch.float8_e4m3fn)}, f"{B1} must be of dtype"),
@@ -68,6 +67,16 @@ def test_a_tensor_that_is_wrong_is_refused(file, changes, message, injected):
     tensors = {name: value for name, value in (file.tensors | changes).items() if value is not None}
     file.write(tensors=tensors)
     refuses(file.model(injected), file.path, message)
+
+
+def test_what_trained_in_full_takes_the_dtype_of_a_plain_model_alone(file):
+    """A plain model says by its dtype in which one it is to be used; in one that trains a cast would lose digits."""
+    file.write(tensors={**file.tensors, NORM: torch.full((8,), 0.3).half()})
+    refuses(file.model(True), file.path, f"{NORM} must be of dtype torch.float32, got torch.float16.")
+    plain = file.model(False)
+    lora.load_adapter(plain, file.path)
+    weight = plain.layers[0].norm.weight
+    assert torch.equal(weight, torch.full((8,), 0.3).half().float())
 
 
 @either

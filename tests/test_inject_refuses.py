@@ -42,7 +42,10 @@ NO_MATCH = {
     "a regex of a part": ({"target_modules": "q_proj"}, "`target_modules` 'q_proj' matches no module"),
     "to exclude": ({"exclude_modules": ["x_proj"]}, "`exclude_modules` 'x_proj' matches no module"),
     "a regex to exclude": ({"exclude_modules": "x.*"}, "`exclude_modules` 'x.*' matches no module"),
-    "everything excluded": ({"exclude_modules": ["q_proj"]}, "`exclude_modules` leaves no module to adapt."),
+    "everything excluded": (
+        {"exclude_modules": ["q_proj"]},
+        "`exclude_modules` and what trains in full leave no module",
+    ),
     "ranks": ({"rank_pattern": {"v_proj": 4}}, "`rank_pattern` 'v_proj' matches no adapted module"),
     "alphas": ({"alpha_pattern": {"v_proj": 4}}, "`alpha_pattern` 'v_proj' matches no adapted module"),
     "splits": ({"splits": {"qkv": (4, 4)}}, "`splits` 'qkv' matches no adapted module"),

@@ -323,6 +323,106 @@ def test_a_codebook_of_integers_is_no_statistic():
     assert "codes" not in vars(model).get("lora_originals", {})
 
 
+def test_modules_that_are_made_anew_remember_what_the_old_ones_did(path):
+    base = Net()
+    model = trained(copy.deepcopy(base), 0, modules_to_save=["norm"])
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with torch.no_grad():
+        model.norm.running_mean.add_(1)
+        model.norm.weight.add_(1)
+    lora.save_adapter(model, path)
+    assert "norm.running_mean" in lora.read_adapter(path).trained_in_full
+    with lora.disabled(model):
+        assert torch.equal(model.norm.running_mean, base.norm.running_mean)
+        assert torch.equal(model.norm.weight, base.norm.weight)
+    lora.eject(model)
+    assert torch.equal(model.norm.running_mean, base.norm.running_mean)
+    assert torch.equal(model.norm.weight, base.norm.weight)
+
+
+def odd_buffers():
+    """A buffer that is expanded, a sparse one, a lazy one, and one that several modules share."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module(), nn.Module(), nn.LazyBatchNorm1d())
+    model[1].register_buffer("mask", torch.zeros(1).expand(4, 4))
+    model[1].register_buffer("adjacency", torch.eye(4).to_sparse())
+    model[1].register_buffer("shared", torch.zeros(3))
+    model[2].register_buffer("shared", model[1].shared)
+    model[2].register_buffer("part", model[1].shared[:1])
+    return model
+
+
+def test_odd_buffers_are_left_alone_and_shared_ones_move_together(path):
+    model = odd_buffers()
+    weight = model[0].weight.detach().clone()
+    lora.inject(model, target_modules=["0"], r=2, init_lora_weights="pissa")
+    model[1].shared.add_(1)
+    lora.save_adapter(model, path)
+    loaded = odd_buffers()
+    loaded[0].weight.data.copy_(weight)
+    loaded[0].bias.data.copy_(model[0].bias)
+    lora.load_adapter(loaded, path)
+    assert loaded[2].shared is loaded[1].shared
+    assert torch.equal(loaded[1].shared, torch.ones(3))
+    with lora.disabled(loaded):
+        assert torch.equal(loaded[1].shared, torch.zeros(3))
+        assert loaded[2].shared is loaded[1].shared
+    assert torch.equal(loaded[1].shared, torch.ones(3))
+    lora.eject(model)
+    assert torch.equal(model[1].shared, torch.zeros(3))
+    torch.testing.assert_close(model[0].weight.detach(), weight)
+
+
+def test_a_model_made_in_inference_mode_is_ejected():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    lora.inject(model, target_modules=["0"], r=2)
+    lora.eject(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_buffer_that_cannot_be_written_to_is_named(path):
+    class Moving(nn.Module):
+        def __init__(self, expanded):
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+            self.register_buffer("e", torch.zeros(1).expand(8) if expanded else torch.zeros(8))
+
+    model, plain = Moving(False), Moving(True)
+    plain.up.load_state_dict(model.up.state_dict())
+    lora.inject(model, target_modules=["up"], r=2)
+    model.e.add_(1)
+    lora.save_adapter(model, path)
+    assert "e: the model's tensor cannot be written to" in refusal(lambda: lora.load_adapter(plain, path))
+
+
+def test_switching_off_walks_the_model_a_few_times_however_many_buffers_moved():
+    class Counted(nn.Sequential):
+        walks = 0
+
+        def modules(self):
+            Counted.walks += 1
+            return super().modules()
+
+    counts = []
+    for n in (4, 40):
+        model = Counted(*(part for _ in range(n) for part in (nn.Linear(3, 3), nn.BatchNorm1d(3))))
+        lora.inject(model, target_modules="all-linear", r=1)
+        model.train()(torch.randn(5, 3))
+        Counted.walks = 0
+        with lora.disabled(model):
+            assert not model[1].running_mean.any()
+        counts.append(Counted.walks)
+    assert counts[0] == counts[1]
+
+
+def test_a_wrapper_with_a_tensor_of_its_own_is_no_part_of_the_model(path):
+    base = Net()
+    model = torch.optim.swa_utils.AveragedModel(trained(copy.deepcopy(base), 0))
+    lora.save_adapter(model, path)
+    assert "n_averaged" in lora.read_adapter(path).rest
+    lora.load_adapter(base, path)
+
+
 # ---- arithmetic and the command line --------------------------------------------------------------------------------
 
 

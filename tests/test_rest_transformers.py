@@ -3,6 +3,7 @@
 import copy
 import re
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -186,6 +187,34 @@ def test_an_embedding_of_another_width_is_not_taken_for_a_resized_one(tmp_path):
         lora.load_adapter(resized(tmp_path / "base", seed=1), adapter)
     assert "lm_head.weight must have the shape (37, 16), got (32, 8)." in str(error.value)
     assert "resize_token_embeddings" not in str(error.value)
+
+
+def test_rows_are_known_again_after_casts_and_however_many_came(tmp_path):
+    folder = checkpoint(tmp_path / "base", tie=False)
+    model = resized(folder, seed=1, rows=40 * ROWS).bfloat16().float()
+    lora.inject(model, target_modules=["q_proj"], r=2)
+    lora.save_adapter(model, tmp_path / "adapter")
+    other = resized(folder, seed=2, rows=40 * ROWS)
+    lora.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other.lm_head.weight[ROWS:], model.lm_head.weight[ROWS:])
+
+
+def test_added_rows_of_a_quantised_head_are_refused(tmp_path):
+    model = resized(checkpoint(tmp_path / "base", tie=False), seed=1)
+    packed = bitsandbytes.nn.Linear4bit(16, ROWS + ADDED, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    packed.load_state_dict({"weight": model.lm_head.weight.detach()})
+    model.lm_head = packed.to("cpu")
+    lora.inject(model, target_modules=["q_proj"], r=2)
+    with pytest.raises(lora.AdapterError, match=r"lm_head\.weight: rows were added to it, .* and it is quantised"):
+        lora.save_adapter(model, tmp_path / "adapter.safetensors")
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_configuration_that_its_class_refuses_says_nothing(tmp_path):
+    folder = checkpoint(tmp_path / "base", tie=True)
+    model = resized(folder, seed=1)
+    (folder / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0, "vocab_size": [1]}')
+    assert list(resized_embeddings(model)) == []
 
 
 def test_a_started_embedding_is_saved_as_it_was_pretrained(tmp_path):

@@ -188,7 +188,10 @@ def test_an_optimizers_old_state_is_refused_by_torch_and_a_new_one_trains():
 def test_fused_outputs_cannot_be_resized():
     layer = lora.MergedLinear(4, 6, r=2, enable_lora=[True, False])
     before = snapshot(layer)
-    message = "`out_features` (=8) must be the sum of `splits` (=(3, 3)); they cannot follow."
+    message = (
+        "`out_features` (=8) must be the sum of `splits` (=(3, 3)), which cannot follow; load the model again, and "
+        "resize it before `lora.inject`."
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         layer.out_features = 8
     assert snapshot(layer) == before

@@ -37,6 +37,9 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter
     ]
     if problems:
         return adapter, sorted(problems)
+    known = adapter.rest
+    if adapter.modules and all(names[name] != name for name in adapter.modules):
+        known = {key: about for key, about in known.items() if names[key] != key}  # the rest is the wrapper's own
     changed = replace(
         adapter,
         modules={names[name]: settings for name, settings in adapter.modules.items()},
@@ -44,7 +47,7 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter
         trained_in_full=[names[key] for key in adapter.trained_in_full],
         modules_to_save=[names[name] for name in adapter.modules_to_save],
         kept=[names[key] for key in adapter.kept],
-        rest={names[key]: about for key, about in adapter.rest.items()},
+        rest={names[key]: about for key, about in known.items()},
     )
     return changed, []
 
