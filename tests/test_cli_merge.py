@@ -228,11 +228,11 @@ def many_layers(path, folder, layers, size, dtype=torch.float32):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no measure of this in the standard library")
 def test_memory_of_the_process(path, out, tmp_path):
-    base = many_layers(path, tmp_path / "base", layers=48, size=1024)  # 48 tensors of 4 MiB
+    base = many_layers(path, tmp_path / "base", layers=96, size=1024)  # 96 tensors of 4 MiB
     command = [sys.executable, "-c", PEAK, "merge", base, path, out, "--json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     grown = int(done.stdout.splitlines()[-1])
-    assert grown < (base / "model.safetensors").stat().st_size / 3  # a third is 16 tensors, with torch's own workspaces
+    assert grown < (base / "model.safetensors").stat().st_size / 3  # of 384 MiB; torch's own workspaces take some 60
 
 
 def test_memory_that_python_allocates(path, out, tmp_path, capsys):

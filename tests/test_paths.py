@@ -229,7 +229,7 @@ def test_what_is_no_path(name, what):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect", ""], ["convert", "in", "", "--format", "lora"], ["combine", "out", ""], ["plan", ""]]
+    "arguments", [["inspect", ""], ["convert", "in", "", "--format", "lora"], ["combine", "out", ""]]
 )
 def test_an_empty_argument_is_no_path(capsys, arguments):
     lora.save_adapter(model(), "in")
@@ -245,12 +245,6 @@ def test_a_link_into_a_folder_that_is_not_there(here):
     os.symlink("x/y", "a")
     message = f"there is no folder {os.path.realpath(here)}/x to write to, where the link a leads."
     refused(WRITERS["save_adapter"], "a", FileNotFoundError, message)
-
-
-def test_a_config_json_that_is_not_there(capsys):
-    os.mkfifo("fifo")
-    assert run(capsys, "plan", "a") == (2, "", "error: there is no file a.\n")
-    assert run(capsys, "plan", "fifo")[2] == "error: fifo is not read: it is a FIFO, and must be a file.\n"
 
 
 # ---- a folder in the place of a file -----------------------------------------------------------------------------
