@@ -232,7 +232,7 @@ def test_memory_of_the_process(path, out, tmp_path):
     command = [sys.executable, "-c", PEAK, "merge", base, path, out, "--json"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     grown = int(done.stdout.splitlines()[-1])
-    assert grown < (base / "model.safetensors").stat().st_size / 3  # of 384 MiB; torch's own workspaces take some 60
+    assert grown < (base / "model.safetensors").stat().st_size / 5  # of 384 MiB; torch's own workspaces take some 60
 
 
 def test_memory_that_python_allocates(path, out, tmp_path, capsys):
