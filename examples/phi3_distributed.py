@@ -54,7 +54,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from lora import parallel, sharded
+from lora import parallel
+from lora.parallel import sharded
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for one collective: a process that waits longer ends the run
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from phi3 import checkpoints, fetch, gguf_files, pretrained
 from phi3.errors import UserError
 
 import lora
-from lora import fingerprint
+from lora.adapters import fingerprint
 
 # What answers, and how much of the adapter's update it takes.
 VOICES = {"pretrained": 0.0, "fine-tuned": 1.0}

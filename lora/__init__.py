@@ -3,29 +3,29 @@
 from importlib import import_module
 from typing import Any
 
-from lora.adapter import Adapter, AdapterError
-from lora.algebra import combine, scale, subtract
-from lora.checkpoint import adapter_of, load_adapter, save_adapter
-from lora.config import LoraConfig
-from lora.conv import Conv1d, Conv2d, Conv3d
-from lora.disabling import disabled
-from lora.embedding import Embedding
-from lora.extract import Extracted, extract
-from lora.formats import read_adapter, write_adapter
-from lora.groups import param_groups
-from lora.init.calibrate import calibrate
-from lora.init.initialize import initialize
-from lora.init.loftq import loftq
-from lora.inject import eject, inject
-from lora.layer import LoRALayer
-from lora.linear import Linear
-from lora.merge import merge, merged_state_dict
-from lora.merged_linear import MergedLinear
-from lora.quantized import register_weight
-from lora.registry import register
-from lora.resize import Resized, resize
-from lora.swap import prepare_for_swap
-from lora.training import lora_state_dict, mark_only_lora_as_trainable
+from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
+from lora.adapters.formats import read_adapter, write_adapter
+from lora.arithmetic.algebra import combine, scale, subtract
+from lora.arithmetic.extraction import Extracted, extract
+from lora.arithmetic.resizing import Resized, resize
+from lora.init.calibration import calibrate
+from lora.init.quantization import loftq
+from lora.layers.conv import Conv1d, Conv2d, Conv3d
+from lora.layers.embedding import Embedding
+from lora.layers.layer import LoRALayer
+from lora.layers.linear import Linear
+from lora.layers.merged_linear import MergedLinear
+from lora.layers.quantized import register_weight
+from lora.layers.registry import register
+from lora.models.config import LoraConfig
+from lora.models.disabling import disabled
+from lora.models.groups import param_groups
+from lora.models.initialization import initialize
+from lora.models.injection import eject, inject
+from lora.models.merging import merge, merged_state_dict
+from lora.models.training import lora_state_dict, mark_only_lora_as_trainable
+from lora.swapping.swap import prepare_for_swap
 
 __version__ = "0.1.0"
 

@@ -9,9 +9,9 @@ import torch.nn as nn
 from dense import adapter_of, assert_unchanged, content, dense
 
 import lora
-from lora.algebra import combine, scale, subtract
-from lora.extract import extract
-from lora.resize import resize
+from lora.arithmetic.algebra import combine, scale, subtract
+from lora.arithmetic.extraction import extract
+from lora.arithmetic.resizing import resize
 
 
 def refuses(call, *messages, error=lora.AdapterError):

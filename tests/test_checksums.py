@@ -12,7 +12,7 @@ from tensor_files import entry, raw, refused, same
 from toy_model import AdapterFile, snapshot
 
 import lora
-from lora.formats import safe
+from lora.adapters import safe
 
 
 @pytest.fixture

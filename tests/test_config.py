@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora
-from lora.config import name_matches, pattern_matches
+from lora.models.config import name_matches, pattern_matches
 
 CHOICES = "one of 'none', 'all', 'lora_only'"
 

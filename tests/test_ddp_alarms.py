@@ -201,7 +201,9 @@ def test_a_layer_that_the_wrapped_model_does_not_hold_is_found(ranks):
 
 def looks(count, change):
     wrapped = DDP(adapted())
-    with unittest.mock.patch("lora.replicas._unsynchronised", wraps=lora.replicas._unsynchronised) as looked:
+    with unittest.mock.patch(
+        "lora.parallel.replicas._unsynchronised", wraps=lora.parallel.replicas._unsynchronised
+    ) as looked:
         train(wrapped, batches_of(count), share)
         change(wrapped)
         train(wrapped, batches_of(count), share)
@@ -224,7 +226,7 @@ def test_the_model_is_looked_through_once_for_each_change(ranks, change, expecte
 def compiled_graphs(order, checks):
     torch._dynamo.reset()
     counter = CompileCounter()
-    off = unittest.mock.patch("lora.layer.check_in_step", unchecked)
+    off = unittest.mock.patch("lora.layers.layer.check_in_step", unchecked)
     with nullcontext() if checks else off:
         model = adapted()
         whole = order == "inner"

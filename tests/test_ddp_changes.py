@@ -144,7 +144,7 @@ def is_really_unsynchronised(change):
     for module in wrapped.modules():
         if isinstance(module, lora.LoRALayer):
             nn.init.normal_(module.lora_A), nn.init.normal_(module.lora_B)
-    with unittest.mock.patch("lora.layer.check_in_step", unchecked):
+    with unittest.mock.patch("lora.layers.layer.check_in_step", unchecked):
         apart, _ = unsynchronised(wrapped, batches_of(1)[0])
     assert apart == {problem.partition(":")[0] for problem in expected}
 

@@ -15,7 +15,7 @@ from torch import nn
 from toy_model import Model, snapshot
 
 import lora
-from lora import fingerprint
+from lora.adapters import fingerprint
 
 Q0 = "layers.0.attn.q_proj"
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora.formats.single import as_single, portable
+from lora.adapters.single import as_single, portable
 
 # ---- one A and one B -------------------------------------------------------------------------------------------
 

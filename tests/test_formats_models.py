@@ -26,7 +26,7 @@ from torch import nn
 from toy_model import snapshot
 
 import lora
-from lora.formats.fitted import renamed
+from lora.adapters.fitted import renamed
 
 # ---- into models -----------------------------------------------------------------------------------------------
 

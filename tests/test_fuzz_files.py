@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toy_model import Model, content, snapshot
 
 import lora
-from lora.formats import safe
+from lora.adapters import safe
 from lora.formats.pickled import read_torch
 
 MANY = settings(max_examples=300)

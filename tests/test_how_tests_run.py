@@ -67,7 +67,7 @@ def test_a_warning_fails_a_test_if_it_is_blamed_on_our_code(tmp_path):
 
 def test_every_warning_fails_a_test_where_versions_are_pinned(tmp_path):
     """As CI runs the tests."""
-    modules = ["lora.layer", "torch.jit._script"]
+    modules = ["lora.layers.layer", "torch.jit._script"]
     failed = failed_of(tmp_path, modules, "-W", "error")
     assert failed == {test: set(modules) for test in failed}
 

@@ -9,8 +9,8 @@ from torch.nn.utils import parametrizations, prune
 from toy_model import IDS, Model, adapted, snapshot
 
 import lora
-from lora import registry
-from lora.linear import LinearLoRA
+from lora.layers import registry
+from lora.layers.linear import LinearLoRA
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_the_model_is_as_it_was_when_memory_ends_while_values_are_remembered(mon
     def remember(module, name):
         raise MemoryError
 
-    monkeypatch.setattr("lora.training.remember", remember)
+    monkeypatch.setattr("lora.models.training.remember", remember)
     model = Model()
     before = snapshot(model)
     with pytest.raises(MemoryError):

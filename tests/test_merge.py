@@ -8,8 +8,8 @@ from conftest import DTYPES, KINDS, example, make, randomised, update
 from toy_model import IDS, Model, snapshot
 
 import lora
-from lora import registry
-from lora.linear import LinearLoRA
+from lora.layers import registry
+from lora.layers.linear import LinearLoRA
 
 
 def exact(layer):

@@ -24,7 +24,7 @@ from peft_models import (
 from torch import nn
 
 import lora
-from lora.training import train_in_full
+from lora.models.training import train_in_full
 
 pytestmark = QUIET
 

@@ -10,7 +10,7 @@ from packed import ROWS, R, adapted, assert_dora, assert_equation, assert_merges
 from torch import Tensor, nn
 
 import lora
-from lora import quantized
+from lora.layers import quantized
 
 IN, OUT = 24, 16
 

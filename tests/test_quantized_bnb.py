@@ -21,7 +21,7 @@ from packed import (
 from torch import nn
 
 import lora
-from lora import quantized
+from lora.layers import quantized
 
 IN, OUT = 128, 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,7 +21,7 @@ from torch import nn
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 import lora
-from lora import quantized
+from lora.layers import quantized
 
 IN, OUT = 128, 128
 DTYPES = [torch.float32, torch.bfloat16]

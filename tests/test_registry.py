@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from lora import registry
-from lora.linear import LinearLoRA
+from lora.layers import registry
+from lora.layers.linear import LinearLoRA
 
 
 class Scorer(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora
-from lora.pretrained import resized_embeddings
+from lora.models.pretrained import resized_embeddings
 
 pytestmark = QUIET
 ROWS, ADDED = 32, 5
@@ -174,7 +174,7 @@ def test_the_portable_form_has_no_place_for_added_rows(tmp_path, format):
 
 def test_rows_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
     """The same rows are known, whatever the part."""
-    monkeypatch.setattr("lora.fitting._ROWS", 7)
+    monkeypatch.setattr("lora.adapters.fitting._ROWS", 7)
     test_added_rows_come_back_in_the_next_run(tmp_path, False, ["q_proj", "embed_tokens"], "lora")
 
 

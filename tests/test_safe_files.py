@@ -14,7 +14,7 @@ from tensor_files import TENSORS, entry, own_their_memory, raw, refused, same
 from torch import nn
 
 import lora
-from lora.formats import safe
+from lora.adapters import safe
 from lora.formats.pickled import read_torch
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora.init.spectral import olora, pissa
-from lora.init.start import start_from
+from lora.models.spectral import olora, pissa
+from lora.models.start import start_from
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -11,7 +11,7 @@ import gguf
 from torch import Tensor, nn
 
 import lora
-from lora.formats.single import as_single
+from lora.adapters.single import as_single
 from phi3.errors import UserError
 
 ARCHITECTURE = "phi3"

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora.formats.files import kind, reading
-from lora.formats.header import Entry, read_object
-from lora.formats.safe import read_header
-from lora.settings import raise_all
+from lora.adapters.files import kind, reading
+from lora.adapters.header import Entry, read_object
+from lora.adapters.safe import read_header
+from lora.layers.settings import raise_all
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What models put in front of all names, or leave away, depending on the class that saved them.

@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora.adapter import Adapter
-from lora.algebra import combine
+from lora.adapters.adapter import Adapter
+from lora.adapters.files import as_path
+from lora.arithmetic.algebra import combine
+from lora.arithmetic.resizing import resize
 from lora.cli.options import (
     Subparsers,
     add_check_base,
@@ -22,9 +24,7 @@ from lora.cli.options import (
     write,
 )
 from lora.cli.progress import progress
-from lora.formats.files import as_path
-from lora.report import table
-from lora.resize import resize
+from lora.models.report import table
 
 METHODS = ("cat", "svd", "linear", "ties", "dare")
 
@@ -51,7 +51,9 @@ def _add_combine(commands: Subparsers) -> None:
     parser = add_command(commands, run_combine, "combine", about, example)
     parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter and its weight, or 1")
-    parser.add_argument("--method", choices=METHODS, default="cat", help="docs at lora.algebra.combine (default: cat)")
+    parser.add_argument(
+        "--method", choices=METHODS, default="cat", help="docs at lora.arithmetic.algebra.combine (default: cat)"
+    )
     parser.add_argument("--r", type=int, metavar="R", help="rank of the result, for svd, ties and dare")
     parser.add_argument(
         "--density", type=number, default=0.5, metavar="D", help="share that ties and dare keep (default: 0.5)"

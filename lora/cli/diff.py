@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, parameters_of
-from lora.cli.measures import blocks, distance, relative
+from lora.adapters.adapter import Adapter, parameters_of
+from lora.arithmetic.measures import blocks, distance, relative
 from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
 from lora.cli.progress import progress
-from lora.layer import join
-from lora.report import table
+from lora.layers.layer import join
+from lora.models.report import table
 
 _SETTINGS = (
     "r",

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapter import Adapter, parameters_of
-from lora.cli.measures import blocks
+from lora.adapters.adapter import Adapter, parameters_of
+from lora.adapters.formats import read_adapter
+from lora.arithmetic.measures import blocks
 from lora.cli.options import (
     Subparsers,
     add_command,
@@ -26,9 +27,8 @@ from lora.cli.options import (
 )
 from lora.cli.plot import heat_map
 from lora.cli.progress import progress
-from lora.formats import read_adapter
-from lora.layer import join
-from lora.report import table
+from lora.layers.layer import join
+from lora.models.report import table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")

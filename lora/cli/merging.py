@@ -14,9 +14,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora import fingerprint
-from lora.adapter import Adapter, AdapterError
-from lora.bare import bare_layer
+from lora.adapters import fingerprint
+from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.bare import bare_layer
+from lora.adapters.files import kind, open_file, writing
+from lora.adapters.rest import describe_tensor, difference
 from lora.cli.base import Base, keys_for, open_base, other_files
 from lora.cli.options import (
     Subparsers,
@@ -31,12 +33,10 @@ from lora.cli.options import (
 )
 from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
-from lora.formats.files import kind, open_file, writing
-from lora.layer import LoRALayer, join
-from lora.merge import rounding_lost
-from lora.report import MergedModule, MergeReport
-from lora.rest import describe_tensor, difference
-from lora.settings import raise_all
+from lora.layers.layer import LoRALayer, join
+from lora.layers.settings import raise_all
+from lora.models.merging import rounding_lost
+from lora.models.report import MergedModule, MergeReport
 
 _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 5  # names of files in an error

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora.formats.files import replace_file
+from lora.adapters.files import replace_file
 
 
 def heat_map(norms: Mapping[str, float | None], path: Path) -> None:

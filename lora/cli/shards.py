@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora.adapters.files import open_file, reading
+from lora.adapters.header import Entry
 from lora.cli.progress import progress
-from lora.formats.files import open_file, reading
-from lora.formats.header import Entry
 
 _CHUNK = 2**20
 

@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lora import fingerprint
-from lora.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
-from lora.formats.files import kind
-from lora.formats.header import read_object, short
-from lora.formats.native import FILE, rest_of
+from lora.adapters import fingerprint
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
+from lora.adapters.files import kind
+from lora.adapters.header import read_object, short
+from lora.adapters.native import FILE, rest_of
+from lora.adapters.safe import read_tensors
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
-from lora.formats.safe import read_tensors
-from lora.layer import join
-from lora.settings import is_number, raise_all, settings_problems
-from lora.training import is_bias
+from lora.layers.layer import join
+from lora.layers.settings import is_number, raise_all, settings_problems
+from lora.models.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
 READERS: dict[str, Callable[[Path], Content]] = {

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterError
-from lora.formats.files import check_place, kind, replace_file, writing
-from lora.formats.native import rest_as_metadata
-from lora.formats.safe import packed
-from lora.formats.single import Form, singles
-from lora.settings import raise_all
-from lora.training import is_bias
+from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.files import check_place, kind, replace_file, writing
+from lora.adapters.native import rest_as_metadata
+from lora.adapters.safe import packed
+from lora.adapters.single import Form, singles
+from lora.layers.settings import raise_all
+from lora.models.training import is_bias
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.formats.files import open_file, reading
-from lora.formats.header import DTYPES, MOST_DIMENSIONS, name_problem, refuse, short
+from lora.adapters.files import open_file, reading
+from lora.adapters.header import DTYPES, MOST_DIMENSIONS, name_problem, refuse, short
 
 _LONGEST_PICKLE = 16 * 2**20
 _LONGEST_DIRECTORY = 16 * 2**20

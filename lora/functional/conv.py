@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora.functional.how import How, choose
 from lora.functional.noise import Noise
-from lora.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
+from lora.functional.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

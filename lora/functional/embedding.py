@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.tensors import is_plain, needs_plain_backward, refuse_storage, twin_gradients, without_autocast
+from lora.functional.tensors import is_plain, needs_plain_backward, refuse_storage, twin_gradients, without_autocast
 
 
 class Lookup(NamedTuple):

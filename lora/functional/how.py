@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.functional.noise import Noise
-from lora.tensors import is_plain, refuse_storage
+from lora.functional.tensors import is_plain, refuse_storage
 
 
 class How(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.functional.how import How, choose
 from lora.functional.noise import Noise
-from lora.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
+from lora.functional.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
 
 Slices = Sequence[tuple[int, int]]
 

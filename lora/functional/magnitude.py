@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.functional.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
 
 _CACHED = 2**18  # values of a product that stay in a processor's cache until they are summed
 

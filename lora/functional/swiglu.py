@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora.functional.how import How, choose
 from lora.functional.linear import Slices, fused_backward, fused_forward, lora_linear
-from lora.tensors import needs_plain_backward, without_autocast
+from lora.functional.tensors import needs_plain_backward, without_autocast
 
 
 class Adapted(NamedTuple):

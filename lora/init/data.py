@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.blocks import Pair, Spectrum
+from lora.functional.tensors import without_autocast
 from lora.init.observe import Gradients, Inputs
-from lora.init.spectral import (
+from lora.layers.linear import LinearLoRA
+from lora.models.blocks import Pair, Spectrum
+from lora.models.spectral import (
     blocks_of,
     decomposed,
     nothing_problems,
@@ -20,8 +22,6 @@ from lora.init.spectral import (
     split,
     value_problems,
 )
-from lora.linear import LinearLoRA
-from lora.tensors import without_autocast
 
 _NITER = 4  # power iterations of the randomised SVD: PEFT's number
 _DAMPING = 0.01  # of CorDA's second moment, in parts of its mean diagonal: its authors' number

@@ -11,8 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lora.disabling import disabled
-from lora.linear import LinearLoRA
+from lora.layers.linear import LinearLoRA
+from lora.models.disabling import disabled
 
 Step = Callable[[nn.Module, Any], Any]
 

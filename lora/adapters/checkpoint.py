@@ -1,0 +1,329 @@
+"""Save a model's adapter to a file, and load it again, strictly both ways."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.adapters import fingerprint, rest
+from lora.adapters.adapter import PARAMETERS, Adapter, AdapterError
+from lora.adapters.files import as_path
+from lora.adapters.fitting import Fit, Target, tied, trained_in_full
+from lora.adapters.formats import read_adapter, write_adapter
+from lora.layers.layer import LoRALayer, join
+from lora.layers.partitioned import partitioned_problems
+from lora.layers.settings import raise_all
+from lora.models import places
+from lora.models.injection import adapt, all_or_nothing
+from lora.models.learnt import difference
+from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
+from lora.models.pretrained import name_of, resized_embeddings
+from lora.models.start import pretrained_weight
+from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
+from lora.parallel import sharded
+from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
+from lora.parallel.sharded import in_normal_mode
+from lora.swapping.swap import without_room
+
+
+@in_normal_mode
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
+    """Save what LoRA trained in a model: one safetensors file, with ranks, scaling and splits inside.
+
+    Holds each adapter, every other parameter that trains (biases, `modules_to_save`), and what of the base model nobody
+    else has: embeddings that were resized since `from_pretrained`, and buffers that training moved, such as running
+    statistics. Of all other parameters and buffers it holds a sample, so that loading into another model says
+    where it differs. Written beside `path` and then renamed: killed at any moment, the old file or the new one is
+    there, never half of one.
+
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone writes the file, the one
+    that a single process would write; the others return when it is there, or raise what the first does. Of replicas
+    (DistributedDataParallel) one is enough.
+
+    Args:
+        model: a model with LoRA layers.
+        path: the file, `.safetensors` by custom, or a folder that exists, in which the file is adapter.safetensors; a
+            folder for PEFT's formats.
+        format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
+            converter and others read alike (`lora.write_adapter`). Default: "lora".
+
+    Raises:
+        TypeError: `path` is no path.
+        ValueError: there is no LoRA layer in the model, no such format, or `path` is empty.
+        OSError: there is no folder to write to (FileNotFoundError); a file where a folder belongs, or another adapter
+            which could be taken for this one (FileExistsError); or it cannot be written (PermissionError, …).
+        AdapterError: a tensor is empty, or holds NaN or infinity, or the format has no place for something; all are
+            listed, and nothing is written.
+
+    >>> import os, tempfile, torch, lora
+    >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+    >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
+    >>> lora.save_adapter(model, path)
+    >>> lora.load_adapter(model, path)
+    """
+    model = unwrapped(model)
+    lora_layers(model, "save_adapter")
+    mesh = sharded.mesh_of(model)
+    adapter = _adapter_of(model, keep=sharded.is_first(mesh))
+
+    def write() -> None:
+        names = names_of(model)
+        raise_all(f"{path} is not written", () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        known = [without_wrappers(name) for group in names.values() for name in group]
+        write_adapter(adapter, path, format, module_names=known)
+
+    sharded.from_first(mesh, write)
+
+
+def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
+    """What of the model PEFT would not know by the names in an adapter."""
+    for known in names.values():
+        if len(known) > 1 and without_wrappers(known[0]) in adapter.modules:
+            yield f"{', '.join(known)}: is one module, of which PEFT would adapt the first name alone."
+    yield from tied(names, {*adapter.trained_in_full} - {*adapter.kept})
+
+
+@in_normal_mode
+def load_adapter(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    check_base: bool = True,
+    lora_alpha: float | None = None,
+) -> None:
+    """Load an adapter into a plain model or into one with LoRA layers.
+
+    A plain model gets LoRA layers first, as the file describes them, and is frozen but for what the file holds. The
+    scaling is the file's. Strict both ways: every tensor of the file is used and every adapter parameter of the
+    model is written. PEFT's and loralib's adapters take the form of the model's layers, where that is exact: one A for
+    a fused projection becomes an A for each of its splits. In names, prefixes of wrappers (`module.`, `_orig_mod.`,
+    `base_model.model.`) do not count.
+
+    What the file holds of the base model (rows that were added to embeddings, running statistics) is written into it,
+    and does not train; `lora.disabled` and `lora.eject` put back what was there.
+
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone reads the file, which need
+    not be there for the others, and all of them load it, or raise the same error. A model gets its LoRA layers before
+    it is sharded: by `lora.inject`, or by this from a file.
+
+    Args:
+        model: the base model, or a model with the same modules adapted.
+        source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read; of a sharded
+            model what the first rank says counts.
+        lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
+        check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
+            is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
+
+    Raises:
+        OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
+        TypeError: `source` is neither a path nor an adapter, or `lora_alpha` is given for a format that says it.
+        ValueError: `source` is empty.
+        AdapterError: the file is not an adapter; a tensor is missing, unexpected, empty, of the wrong shape or dtype,
+            or holds NaN or infinity; there is no scaling; the base model is another, or has another head, rows or
+            statistics; two tensors of the file differ that are one tied tensor in the model; a model without LoRA
+            layers is wrapped in DistributedDataParallel already. One error lists everything, and the model is as it
+            was.
+
+    >>> import os, tempfile, torch, lora
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = lora.inject(base, target_modules=["0"], r=2)
+    >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
+    >>> lora.save_adapter(base, path)
+    >>> lora.eject(base)
+    >>> lora.load_adapter(base, path)
+    >>> base[0].r
+    2
+    """
+    wrappers, model = [*wrapped(names_of(model))], unwrapped(model)
+    lora_layers(model, "load_adapter", none=True)
+    mesh = sharded.mesh_of(model)
+    adapter, what = sharded.from_first(mesh, lambda: _sound(source, lora_alpha, to_send=mesh is not None))
+    raise_all(f"{what} is not loaded", _in_parts(names_of(model)), AdapterError)
+    fit = Fit(model, adapter, check_base)
+    problems = sharded.from_all(mesh, fit.problems + (wrappers if fit.plans else []))
+    raise_all(f"{what} is not loaded", problems, AdapterError)
+    with all_or_nothing(model):
+        places.remember(fit.names, adapt(fit.plans))
+        if fit.plans:
+            for name in fit.adapter.modules_to_save:
+                train_in_full(fit.modules[name])
+            mark_only_lora_as_trainable(model)
+        _take_over(fit.adapter, fit.modules, fit.as_before)
+        places.remember_values(fit.names)
+
+
+def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
+    """An adapter with nothing wrong in it, and what to call it; ready to be sent to other processes if need be."""
+    if not isinstance(source, Adapter):
+        path = as_path(source, "source", " or a lora.Adapter")
+        return read_adapter(path, lora_alpha=lora_alpha), str(path)
+    if lora_alpha is not None:
+        raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
+    what = "the adapter"
+    raise_all(f"{what} is not loaded", source.problems(), AdapterError)
+    if to_send:  # without its device, its graph, and what else shares its memory
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in source.tensors.items()}
+        source = replace(source, tensors=copies)
+    return source, what
+
+
+@in_normal_mode
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model, without the model; it shares the model's tensors, but for layers with room for others.
+
+    Of a sharded model (FSDP2, tensor parallel) every rank has to call this, and gets the whole adapter, on the CPU, in
+    tensors of its own.
+
+    Of layers whose start was taken out of their base weights (`lora.initialize`) it is what they have learnt since, at
+    twice their rank, in tensors of its own.
+
+    Args:
+        model: a model with LoRA layers.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model, or LoRA is disabled in it.
+        AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
+
+    >>> import torch, lora
+    >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).update("0").shape
+    torch.Size([4, 8])
+    """
+    model = unwrapped(model)
+    lora_layers(model, "adapter_of")
+    return _adapter_of(model, keep=True)
+
+
+def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
+    """The adapter; without its tensors, gathered one at a time, if it is another rank that is to `keep` them."""
+    names = names_of(model)
+    adapted = {
+        without_wrappers(known[0]): layer
+        for layer, known in names.items()
+        if isinstance(layer, LoRALayer) and layer.r > 0
+    }
+    raise_all("the adapter is not taken", _in_parts(names), AdapterError)
+    full, kept = _held(model, names)
+    raise_all("the adapter is not taken", _quantised(full, kept), AdapterError)
+    about: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapted.items():
+        about[name], its = _own(layer)
+        if join(name, "weight") in full:
+            about[name]["base"]["sample"] = None  # the file holds all of it
+        tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
+    for name, (module, own) in full.items():
+        whole = _whole(module, own)
+        tensors |= {name: whole} if keep else {}
+    modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
+    held = {id(getattr(module, own)) for module, own in full.values()}
+    others = rest.describe(names, held, {join(name, "weight") for name in adapted})
+    return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
+
+
+def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, str]], list[str]]:
+    """What a model's adapter holds beside A and B, as modules and names within; and the names of what did not train."""
+    full = {name: (module, own) for name, module, own in trained_in_full(names)}
+    kept = [name for name, (module, own) in full.items() if is_kept(module, own)]
+    held = {id(getattr(module, own)) for module, own in full.values()}
+    ends = {*resized_embeddings(model)}
+    for known, module, own, tensor in rest.own_tensors(names):
+        if module in ends and id(tensor) not in held and own in module._parameters:
+            full[known[0]] = module, own
+            kept.append(known[0])
+            held.add(id(tensor))
+    return full, kept
+
+
+def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -> Iterator[str]:
+    """A complaint for each part of the base model that nobody else has, and that is quantised."""
+    for name in kept:
+        module, own = full[name]
+        if own == "weight" and rest.describe_tensor(getattr(module, own))["shape"] is None:
+            yield (
+                f"{name}: rows were added to it, which only this model has, and it is quantised; leave it out when the "
+                "model is quantised."
+            )
+
+
+def _in_parts(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper or tensor that has the model's parameters in another form than the model."""
+    yield from (flattened_problem(known[0]) for module, known in names.items() if is_flattened(module))
+    for layer, known in names.items():
+        if isinstance(layer, LoRALayer):
+            yield from partitioned_problems(
+                (join(without_wrappers(known[0]), own), parameter) for own, parameter in layer.lora_parameters()
+            )
+    yield from partitioned_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
+
+
+def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors of a layer's adapter."""
+    settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
+    about = {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
+    tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
+    if layer.lora_start is not None:
+        about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
+        tensors |= zip(PARAMETERS, pair, strict=True)
+    elif layer.padded_from is not None:
+        about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
+        tensors |= zip(PARAMETERS, pair, strict=True)
+    return about, tensors
+
+
+def _whole(module: nn.Module, own: str) -> Tensor:
+    """One of a module's own tensors; of a sharded one a whole copy on the CPU, where there is room for it.
+
+    A base weight comes as it was pretrained, whatever an initialiser took out of it.
+    """
+    tensor: Tensor = getattr(module, own)
+    if own == "weight" and isinstance(module, LoRALayer) and module.lora_start is not None:
+        tensor = pretrained_weight(module)
+    whole = sharded.gathered(module, own, tensor)
+    return whole.cpu() if sharded.is_sharded(tensor) else whole
+
+
+def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[Target]) -> None:
+    """Give the modules an adapter that fits them, and what it does not know its value `as_before`.
+
+    The Parameter objects stay.
+    """
+    targets: list[Target] = []
+    for name, settings in adapter.modules.items():
+        layer = modules[name]
+        assert isinstance(layer, LoRALayer), "it fits"
+        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
+        layer.scaling, layer.awaits = float(settings["scaling"]), None
+        if layer.padded_from is not None:
+            layer.padded_from = settings["padded_from"]
+        targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
+    for name in adapter.trained_in_full:
+        owner, _, own = name.rpartition(".")
+        if name in adapter.kept:
+            keep(modules[owner], own)
+        else:
+            remember(modules[owner], own)
+            tensor: Tensor = getattr(modules[owner], own)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+        targets.append((modules[owner], own, adapter.tensors[name]))
+    _write_all([*targets, *as_before])
+
+
+@torch.no_grad()
+def _write_all(targets: list[Target]) -> None:
+    """Copy values, all or none."""
+    tensors: list[Tensor] = [getattr(module, own) for module, own, _ in targets]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        for tensor, (module, own, value) in zip(tensors, targets, strict=True):
+            sharded.write(module, own, tensor, value)
+    except BaseException:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        raise

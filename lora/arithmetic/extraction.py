@@ -1,0 +1,237 @@
+"""An adapter from a full fine-tune: what changed in a model, at low rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.adapters import fingerprint
+from lora.adapters.adapter import Adapter
+from lora.adapters.rest import describe
+from lora.arithmetic.algebra import named
+from lora.arithmetic.resizing import rank_problems
+from lora.layers.layer import LoRALayer, join
+from lora.layers.registry import class_for, kind_for
+from lora.layers.settings import raise_all
+from lora.models.blocks import block_rank, cut, dense_spectrum, layer_rank, shares, smallest_rank, tensors_of
+from lora.models.config import LoraConfig
+from lora.models.injection import adapter_dtype
+from lora.models.matching import Names, find_targets, names_of, why_not, without_wrappers
+from lora.models.pretrained import name_of
+
+# The kinds of layer whose updates are matrices that can be known from the weight.
+_FORMS = ("linear", "embedding", "conv")
+_WHAT = "no adapter is extracted"
+
+
+class Extracted(NamedTuple):
+    """What `lora.extract` made: `adapter`, and for each adapted module the share of Σσ² that was `kept`."""
+
+    adapter: Adapter
+    kept: dict[str, float]
+
+
+def extract(
+    base: nn.Module,
+    finetuned: nn.Module,
+    r: int | None = None,
+    *,
+    energy: float | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> Extracted:
+    """The adapter that turns a model into its full fine-tune, as nearly as its rank allows.
+
+        s · B A ≈ W_finetuned − W_base        by SVD; s = 1
+
+    Every layer that can be adapted and whose weight differs gets the best approximation of the difference. All else
+    that differs (biases, norms, layers of other kinds or outside `target_modules`) is kept in full. At full rank
+    `lora.load_adapter` makes of `base` what computes as `finetuned` does, to rounding.
+
+    Args:
+        base, finetuned: models of one architecture, without LoRA layers; they stay as they are.
+        r: rank of every module, but no more than its weight has.
+        energy: instead of `r`: for each module the smallest rank that keeps this share of Σσ², the squared singular
+            values of the difference.
+        target_modules: which layers to adapt, as in `lora.LoraConfig`. Default: None, all that can be.
+        exclude_modules: which not to adapt, as there. Default: None.
+
+    Returns:
+        A pair of the adapter and, by module, the share of Σσ² that was kept. A and B are of the base weight's dtype,
+        and float32 where that is narrower; convolutions are factored. What is kept in full is of the base's dtype. A
+        module with several names is in it under the first; a tensor that several modules share is adapted in each of
+        them, or kept in full if one of them cannot be.
+
+    Raises:
+        ValueError: neither `r` nor `energy` is given, or both, or one is out of range; the models differ in the names
+            or shapes of their tensors, have LoRA layers, or tensors that are packed, sharded or not finite; a target
+            matches nothing or cannot be adapted; `groups` of a convolution do not divide `r`; or no layer to adapt
+            differs. One error lists all.
+
+    >>> import copy, torch, lora
+    >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> finetuned = copy.deepcopy(base)
+    >>> with torch.no_grad():
+    ...     _ = finetuned[0].weight.add_(1), finetuned[0].bias.zero_()
+    >>> adapter, kept = lora.extract(base, finetuned, r=1)
+    >>> list(adapter.modules), adapter.trained_in_full, round(kept["0"], 4)
+    (['0'], ['0.bias'], 1.0)
+    """
+    raise_all(_WHAT, rank_problems(r, energy))
+    raise_all(_WHAT, _mismatches(base, finetuned))
+    names = names_of(base)
+    changes = _Changes(base, finetuned, names)
+    layers, problems = _layers(base, names, changes, target_modules, exclude_modules)
+    full = changes.in_full(layers)
+    problems += changes.problems(full)
+    for name, layer in layers.items():
+        try:
+            block_rank(layer, r or layer.r)
+        except ValueError as error:
+            problems.append(f"{name}: {error} A layer outside `target_modules` is kept in full.")
+    if not layers and not problems:
+        problems.append(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
+    raise_all(_WHAT, problems)
+    adapted = {join(name, "weight") for name in layers}
+    rest = describe(names, {id(changes.ours[name]) for name in full}, adapted)
+    adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base), rest=rest), {}
+    for name, layer in layers.items():
+        settings, pair, kept[name] = _approximated(layer, changes.theirs[join(name, "weight")], r, energy)
+        adapter.modules[name] = settings
+        adapter.tensors.update(named(name, pair, adapter_dtype(layer)))
+    for name in full:
+        adapter.tensors[name] = changes.theirs[name].detach().to("cpu", changes.ours[name].dtype, copy=True)
+    raise_all(_WHAT, adapter.problems())
+    return Extracted(adapter, kept)
+
+
+def _approximated(
+    layer: LoRALayer, weight: Tensor, r: int | None, energy: float | None
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor], float]:
+    """Settings, A and B of the best approximation of what `weight` differs by, and the share that it keeps."""
+    dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
+    difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
+    spectra = [dense_spectrum(matrix) for matrix in layer.weight_blocks(difference)]
+    share = shares(spectra)
+    q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
+    rank = layer_rank(layer, q)
+    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
+    form = {"factored": True} if hasattr(layer, "factored") else {}
+    pair = tensors_of(layer, [cut(part, q) for part in spectra])
+    return {**settings, **form, "base": fingerprint.describe(layer)}, pair, float(share[q - 1])
+
+
+# ---- what differs ----------------------------------------------------------------------------------------------
+
+
+class _Changes:
+    """Which tensors of the base model differ in the fine-tuned one, by the modules that own them."""
+
+    def __init__(self, base: nn.Module, finetuned: nn.Module, names: Names) -> None:
+        self.ours, self.theirs = _tensors(base), _tensors(finetuned)
+        # A tensor that has several names is one entry here.
+        self.known_as: dict[int, list[str]] = {}
+        for module, known in names.items():
+            for own in _own_tensors(module):
+                keys = [join(without_wrappers(name), own) for name in known]
+                self.known_as.setdefault(id(self.ours[keys[0]]), []).extend(keys)
+        self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
+
+    def in_full(self, layers: dict[str, LoRALayer]) -> list[str]:
+        """The first names of the tensors that differ, and that no layer's adapter changes."""
+        adapted = {join(name, "weight") for name in layers}
+        return [keys[0] for keys in self.known_as.values() if self.changed & set(keys) and keys[0] not in adapted]
+
+    def problems(self, full: Sequence[str]) -> Iterator[str]:
+        """Tensors that are one in the base model, have to be kept in full, and are several in the other."""
+        for keys in self.known_as.values():
+            if keys[0] in full and any(_differs(self.theirs[keys[0]], self.theirs[key]) for key in keys):
+                yield f"{', '.join(keys)}: one tensor in `base`, and different ones in `finetuned`."
+
+
+def _layers(
+    base: nn.Module, names: Names, changes: _Changes, target_modules: Any, exclude_modules: Any
+) -> tuple[dict[str, LoRALayer], list[str]]:
+    """The layers to adapt, by their first names, as LoRA layers that share the base's tensors; and complaints."""
+    config = LoraConfig(
+        target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
+    )
+    targets, problems = find_targets(base, names, config)
+    layers: dict[str, LoRALayer] = {}
+    for module in targets:
+        name = without_wrappers(names[module][0])
+        reason = why_not(base, names[module], module)
+        layer = None if reason else _lora_twin(module)
+        if layer is None and target_modules is not None:
+            problems.append(f"{name}: {reason or 'its update cannot be known from its weight.'}")
+        if layer is not None:
+            layers[name] = layer
+    adapted = {join(without_wrappers(name), "weight") for module in targets for name in names[module]}
+    for name in list(layers):
+        keys = changes.known_as[id(changes.ours[join(name, "weight")])]
+        if not changes.changed & set(keys) or not adapted.issuperset(keys):
+            del layers[name]
+    return layers, problems
+
+
+def _lora_twin(module: nn.Module) -> LoRALayer | None:
+    """The module as a LoRA layer, its tensors shared and it itself untouched; None if its kind says too little."""
+    kind = kind_for(type(module))
+    assert kind is not None, "why_not() has looked"
+    twin: Any = copy.copy(module)
+    twin.__dict__["_parameters"] = {
+        own: None if parameter is None else nn.Parameter(parameter.detach(), False)
+        for own, parameter in module._parameters.items()
+    }
+    kind, form = kind.configure(twin, splits=None, enable_lora=None, factored=True)
+    twin.__class__ = class_for(kind, type(twin))
+    twin.attach(getattr(module, "groups", 1), **form)  # the least rank that fits
+    known = fingerprint.describe(twin)["kind"] in _FORMS and twin.beyond_weight() is None
+    return twin if known else None
+
+
+def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
+    """What keeps two models from being compared tensor by tensor."""
+    for what, model in (("base", base), ("finetuned", finetuned)):
+        if any(isinstance(module, LoRALayer) for module in model.modules()):
+            yield f"`{what}` has LoRA layers; merge or eject them first."
+    ours, theirs = _tensors(base), _tensors(finetuned)
+    yield from (f"{name} is missing in `finetuned`." for name in ours if name not in theirs)
+    yield from (f"{name} is missing in `base`." for name in theirs if name not in ours)
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        wrong = [what for what, tensor in (("base", a), ("finetuned", b)) if not _has_values(tensor)]
+        if wrong:
+            yield f"{name} must be a dense tensor with values in `{'` and `'.join(wrong)}`."
+        elif a.shape != b.shape:
+            yield f"{name} must have one shape in both, got {tuple(a.shape)} and {tuple(b.shape)}."
+        elif _differs(a, b) and not all(bool(tensor.isfinite().all()) for tensor in (a, b)):
+            yield f"{name} differs, and holds NaN or infinity."
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under all their names."""
+    return {
+        join(without_wrappers(name), own): tensor
+        for name, module in model.named_modules(remove_duplicate=False)
+        for own, tensor in _own_tensors(module).items()
+    }
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    own = {**module._parameters, **module._buffers}
+    return {name: t for name, t in own.items() if t is not None and name not in module._non_persistent_buffers_set}
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return not torch.equal(a.detach().to(dtype), b.detach().to(a.device, dtype))

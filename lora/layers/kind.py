@@ -1,0 +1,160 @@
+"""What a kind of layer says of itself: shapes, `down`, `up`, `delta`, and what has a default that suits most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.layers import quantized
+from lora.layers.derived import Derived
+from lora.models.shapes import Init
+
+if TYPE_CHECKING:
+    from lora.layers.layer import LoRALayer
+    from lora.models.places import Place
+    from lora.parallel.replicas import InStep
+
+Shape = tuple[int, ...]
+
+
+class LayerKind:
+    """The part of `lora.LoRALayer` that kinds of layer define or change."""
+
+    # Class-level defaults: torch's constructors call `reset_parameters` before ours has set anything.
+    r: int = 0
+    lora_alpha: float = 1
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    merge_weights: bool = False
+    init_lora_weights: Init = True
+    scaling: float = 1.0
+    lora_disabled: int = 0
+    lora_start: tuple[Tensor, Tensor, float] | None = None
+    base_written: bool = True
+    awaits: str | None = None
+    injected: bool = False
+    #: What the parents of an injected layer know of it (`lora.models.places`).
+    lora_place: Place | None = None
+    #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.layers.vocabulary`).
+    lora_resizing: bool = False
+    #: Whether there is room for other adapters (`lora.prepare_for_swap`); then rank and lora_alpha of the one in it.
+    has_room: bool = False
+    padded_from: tuple[int, float] | None = None
+    #: How the layer computes on its rank's shards (`lora.parallel`); None if it is not sharded so.
+    lora_parallel: Callable[[Any, Any], Any] | None = None
+    #: The splits, and among how many ranks each of them is divided.
+    divided_splits: tuple[tuple[int, ...], int] | None = None
+    _merged: Derived | None = None
+    _squares: Derived | None = None
+    _norms: Derived | None = None
+    _subclassed: bool = False
+    _in_step: InStep | None = None
+
+    training: bool
+    weight: Tensor
+    bias: Any
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
+    lora_scale: Tensor
+
+    #: The arguments that define the adapter: what a checkpoint records and `eject` removes.
+    settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "merge_weights")
+    #: The factor that is zero at the start.
+    starts_at_zero: ClassVar[str] = "lora_B"
+    #: The class that this one adapts.
+    base_class: ClassVar[type[nn.Module]] = nn.Module
+    #: Whether `forward_with` may stand in for the base class's own forward.
+    dense: ClassVar[bool] = False
+
+    @classmethod
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+        """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
+        if wanted["splits"] is not None or wanted["enable_lora"] is not None:
+            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
+        return cls, {}  # type: ignore[return-value]
+
+    @classmethod
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        """The shapes of lora_A and lora_B for `base`; ValueError where the kind's own settings do not fit it."""
+        raise NotImplementedError(f"{cls.__name__} must define lora_shapes")
+
+    def beyond_weight(self) -> str | None:
+        """What of the merged layer's function its weight alone cannot say; None if nothing."""
+        return None
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """x → A x."""
+        raise NotImplementedError(f"{type(self).__name__} must define down")
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        """h → B h, in the shape of the layer's output."""
+        raise NotImplementedError(f"{type(self).__name__} must define up")
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A in the shape of the base weight."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta")
+
+    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's function of `input` with `weight` in the place of its own; needed if `dense`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_with")
+
+    def base_weight(self) -> Tensor:
+        """W₀, dense, as the base layer's function uses it."""
+        if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # soon said: DoRA asks in every forward
+            return self.weight
+        return quantized.read_weight(self)  # type: ignore[arg-type]
+
+    def weight_shape(self) -> Shape:
+        """The shape of W₀, dense."""
+        return tuple(self.weight.shape)
+
+    # What a kind says for DoRA, and for initialisers that go by the base weight; without it, it has neither.
+
+    @classmethod
+    def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
+        """How many outputs have a magnitude, by the base layer and the shape of B; 0 if the kind has no DoRA."""
+        return 0
+
+    def output_dims(self) -> tuple[int, int]:
+        """Which dimension of the weight, and which of the output, counts the layer's outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define output_dims")
+
+    def over_outputs(self, adapted: Tensor) -> Tensor:
+        """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
+        return adapted
+
+    def over_ranks(self, squares: Tensor) -> Tensor:
+        """The squares of the weight's norms, from those of the part of it that this rank has: all of it, mostly."""
+        return squares
+
+    def block_rows(self) -> list[int]:
+        """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""
+        raise ValueError(f"the kind {type(self).__name__} does not say of what blocks its update is made.")
+
+    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""
+        return torch.split(weight.flatten(1), self.block_rows())
+
+    def reset_lora_parameters(self) -> None:
+        """A ~ kaiming uniform (a = √5), B = 0, so that training starts from the base layer's function."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def low_rank(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B A x."""
+        return self.up(self.down(input, A), B)
+
+    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of a weight and of A that belong together, few where that is quick; `delta` of one is of the other."""
+        return weight, A
+
+    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Add s · B A to `weight`, in place."""
+        return weight.add_(self.delta(A, B), alpha=self.scaling)

@@ -1,0 +1,330 @@
+"""The one equation that every LoRA layer is, and what follows from it for all kinds of layer.
+
+    W = g ⊙ (W₀ + s · B A)        s = lora_alpha / r,  g = 1  (DoRA: m / ‖W₀ + s · B A‖)
+
+A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta`
+(B A in the shape of the weight). Forward, dtype and dropout rules are written here, once; merging in merging.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.functional.tensors import same_values, sparing
+from lora.layers import dora, quantized
+from lora.layers.kind import Shape
+from lora.layers.merging import Merging
+from lora.layers.registry import enter, new
+from lora.layers.settings import settings_problems
+from lora.models import shapes
+from lora.models.shapes import Init
+from lora.parallel import sharded
+from lora.parallel.replicas import check_in_step
+from lora.swapping import switch
+
+_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+
+
+class LoRALayer(Merging, nn.Module):
+    """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
+
+    A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
+    A kind of layer derives from it and defines `lora_shapes`, `down`, `up`, `delta` and
+    `forward_with`; `lora.register` then makes `lora.inject` use it (docs there).
+
+    Attributes:
+        r: rank of the update; 0 means that the layer behaves exactly as its base class.
+        lora_alpha: numerator of the scaling.
+        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time.
+        lora_dropout: probability of dropping an input feature on the LoRA path, in training only.
+        merge_weights: serve `eval()` without gradients from one merged weight, kept beside the base weight.
+        use_dora: scale each output to a trainable magnitude.
+        lora_A, lora_B, lora_magnitude: the adapter's parameters; absent when `r` is 0, the last also without DoRA.
+        lora_start: A, B and scaling as they started, if that was taken out of the base weight; or None.
+        padded_from: rank and `lora_alpha` of the adapter in a layer with room for others (`lora.prepare_for_swap`).
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.base_class = next(
+            base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LoRALayer)
+        )
+        enter(cls)
+
+    # ---- making ------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
+        adapter_dtype: torch.dtype | None = None,
+        **kind_settings: Any,
+    ) -> None:
+        """Give a bare base layer its adapter: settings, its parameters (uninitialised), a frozen weight."""
+        problems = [*settings_problems(r, lora_alpha, lora_dropout), shapes.constructor_problem(init_lora_weights)]
+        if any(problems):
+            raise ValueError(" ".join(filter(None, problems)))
+        shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
+        if use_dora:
+            self.check_dora(self, shape_B)
+        r = r if shape_A[0] else 0  # a mask that enables nothing leaves no rows
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
+        self.merge_weights, self.use_rslora, self.use_dora = merge_weights, use_rslora, use_dora and r > 0
+        self.init_lora_weights = init_lora_weights
+        for name, value in kind_settings.items():
+            setattr(self, name, value)
+        if r == 0:
+            return
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
+        device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
+        if use_dora:
+            count = self.magnitudes(self, shape_B)
+            exact = torch.promote_types(dtype, torch.float32)  # it moves in small steps, and is small
+            self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
+        self.weight.requires_grad_(False)
+
+    @classmethod
+    def check_dora(cls, base: nn.Module, shape_B: Shape) -> None:
+        """ValueError if a layer of this class cannot have magnitudes."""
+        if not cls.magnitudes(base, shape_B):
+            raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
+        if not cls.dense and quantized.packing_of(base) is None:
+            raise ValueError(
+                f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
+                "forward of its own; `lora.register_weight` teaches how to read it."
+            )
+
+    def detach(self, restore_layout: bool = True) -> None:
+        """Undo `attach`: the layer is a bare base layer again, with its weight in the base class's layout.
+
+        `restore_layout` is False for a weight that is shared with a layer that has restored it.
+        """
+        if self.lora_place is not None:
+            self.lora_place.adapted = False
+        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step", "lora_place", "lora_resizing")
+        switch.remove(self)
+        made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
+        divided = ("lora_parallel", "has_room", "padded_from")
+        for name in (*_PARAMETERS, *made, *divided, *derived, *self.settings, "forward"):
+            self.__dict__.pop(name, None)
+            self._parameters.pop(name, None)
+        self.__class__ = self.base_class  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """Initialise the base layer's parameters, then the adapter's."""
+        self.reset_base_parameters()
+        if self.r > 0:
+            self.start_adapter()
+
+    def reset_base_parameters(self) -> None:
+        """Initialise the base layer's parameters, as its class does."""
+        super().reset_parameters()  # type: ignore[misc]
+
+    def start_adapter(self) -> None:
+        """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
+        # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
+        read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
+        with sharded.written_whole(self, *(name for name, _ in self.lora_parameters()), read=read) as whole:
+            shapes.from_shapes(whole, self.init_lora_weights)
+        self.awaits = self.init_lora_weights if self.init_lora_weights in shapes.OF_DATA else None
+        self.lora_start = None
+        self.reset_magnitude()
+
+    def norms(self) -> Tensor:
+        """‖W₀ + s · B A‖ for each output that has a magnitude."""
+        return dora.norms(self)
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
+        if self.use_dora:
+            norms = sharded.with_whole(self, "weight", "lora_A", "lora_B").norms()
+            sharded.write(self, "lora_magnitude", self.lora_magnitude, norms)
+
+    def write_base(self, weight: Tensor) -> None:
+        """Give the base layer another weight: copied, or quantised as the one that is there."""
+        quantized.write_weight(self, weight)
+
+    def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's own parameters, by name; nothing when `r` is 0."""
+        for name in _PARAMETERS:
+            if name in self._parameters:
+                yield name, getattr(self, name)
+
+    def owns_its_tensors(self) -> bool:
+        """Whether weight, A and B are parameters or buffers here, not computed by a parametrization, say."""
+        needed = {"weight", "lora_A", "lora_B"} | ({"lora_magnitude"} if self.use_dora else set())
+        return needed <= {*self._parameters, *self._buffers}
+
+    # ---- forward -----------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = g ⊙ (W₀ x + s · B A drop(x)) + b, or the same from the merged weight.
+
+        Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
+        """
+        if self.has_room and switch.is_read(self):
+            return self.switched_forward(input, *args, **kwargs)
+        if self.r == 0 or self.lora_disabled:
+            return self.pretrained_forward(input, *args, **kwargs)
+        if self._serves_merged():
+            return self.forward_with(input, self.merged_weight(), *args, **kwargs)
+        if self.awaits and self.training:
+            raise RuntimeError(
+                f"`init_lora_weights={self.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
+            )
+        check_in_step(self)
+        if self.lora_parallel is not None:
+            divided: Tensor = self.lora_parallel(self, input)
+            return divided
+        if self.training and self.lora_dropout:
+            sharded.check_dropout(self, input)
+        y = self.lora_forward(input, *args, **kwargs)
+        return dora.magnified(self, y) if self.use_dora else y
+
+    def pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
+        y = self.base_forward(input, *args, **kwargs)
+        if self.lora_start is None:
+            return y
+        A, B, scaling = self.lora_start
+        dtype = y.dtype if y.is_floating_point() else A.dtype
+        return y + (self.low_rank(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own output."""
+        output: Tensor = super().forward(input, *args, **kwargs)
+        return output
+
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The equation in plain, out-of-place operations: right for every base, quantised or sharded."""
+        y = self.base_forward(input, *args, **kwargs)
+        return y + (self.lora_update(input) * self.scaling).to(y.dtype)
+
+    def switched_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The equation as a compiler is to see it after `lora.prepare_for_swap`: what a swap changes are tensors."""
+        y = self.base_forward(input, *args, **kwargs)
+        y = y + switch.gated(self, self.lora_update(input) * switch.scaling(self)).to(y.dtype)
+        return dora.magnified(self, y) if self.use_dora else y
+
+    def lora_update(self, input: Tensor) -> Tensor:
+        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
+        dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
+        return self.low_rank(self.drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
+
+    def update_dtype(self, other: Tensor) -> torch.dtype:
+        """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
+        return torch.promote_types(self.lora_A.dtype, other.dtype) if other.is_floating_point() else self.lora_A.dtype
+
+    def drop(self, input: Tensor) -> Tensor:
+        """Dropout on the LoRA path."""
+        return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
+
+    # ---- state --------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        *_, error_msgs = args
+        weight = state_dict.get(f"{prefix}weight")
+        if self.lora_start is not None and weight is not None and not self._has_weight(weight):
+            error_msgs.append(
+                f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
+                "pretrained weights first, and then `lora.initialize`."
+            )
+            for name in ("weight", *_PARAMETERS):  # the layer stays as it is
+                state_dict.pop(f"{prefix}{name}", None)
+        # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
+        missing = weight is not None and self.use_dora and f"{prefix}lora_magnitude" not in state_dict
+        untrained = missing and not self.lora_A.is_meta and not self.weight.is_meta and self._has_untrained_magnitude()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if untrained:
+            self.reset_magnitude()
+        if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
+            self.awaits = None
+
+    def _has_weight(self, weight: Tensor) -> bool:
+        return same_values(sharded.full(weight), sharded.gathered(self, "weight", self.weight))
+
+    def _has_untrained_magnitude(self) -> bool:
+        whole = sharded.with_whole(self, "weight", *_PARAMETERS)
+        return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
+        # weight that outlived the whole one would undo the sharding.
+        if name == "weight" or name in _PARAMETERS:
+            self._merged = self._squares = self._norms = None
+            self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
+        if name == "scaling" or (name == "lora_A" and not switch.fits(self)):
+            switch.refresh(self)
+
+    def train(self, mode: bool = True) -> LoRALayer:
+        """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
+        super().train(mode)
+        self.__dict__.pop("lora_resizing", None)
+        if mode:
+            self._merged = None
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> LoRALayer:
+        """Set what trains of the layer; but not when a vocabulary was resized: then only the weight's is meant."""
+        if self.__dict__.pop("lora_resizing", False) and requires_grad == self.weight.requires_grad:
+            return self
+        super().requires_grad_(requires_grad)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
+        self._in_step = None
+        if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
+            own = self._parameters.items()
+            trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
+            fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        switch.refresh(self)
+        return self
+
+    # ---- printing and pickling ---------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """The base layer's arguments, then the adapter's."""
+        return ", ".join(words for words in (super().extra_repr(), self.adapter_repr()) if words)
+
+    def adapter_repr(self) -> str:
+        """The adapter's arguments, those that are not as by default."""
+        if self.r == 0:
+            return ""
+        words = [f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
+        for name in self.settings[2:]:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                words.append(f"{name}={value}")
+        return ", ".join([*words, *([f"padded_from={self.padded_from}"] if self.padded_from else [])])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
+            return new, type(self).__bases__, *reduced[2:]
+        return reduced
+
+
+def join(module: str, name: str) -> str:
+    """The full name of a module's own parameter; the root module's name is empty."""
+    return f"{module}.{name}" if module else name

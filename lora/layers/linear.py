@@ -1,0 +1,259 @@
+"""LoRA for linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.functional import Adapted, lora_linear
+from lora.functional.linear import add_up_, spread
+from lora.functional.tensors import sample_slice, without_autocast
+from lora.layers import vocabulary
+from lora.layers.kind import Shape
+from lora.layers.layer import LoRALayer
+from lora.layers.registry import register
+from lora.layers.settings import split_settings
+from lora.models.shapes import Init
+
+# How many rows of a weight in low precision are merged at a time.
+_PART = 512
+
+
+class LinearLoRA(LoRALayer):
+    """The kind for linear layers: A (r, in_features), B (out_features, r)."""
+
+    #: The weight is stored as (in_features, out_features).
+    fan_in_fan_out: bool = False
+    #: The kind to use when the layer's output is several fused ones (`lora.layers.merged_linear`).
+    merged_kind: ClassVar[type[LinearLoRA]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "out_features" and self.r > 0:
+            self.resize_outputs(value)
+            self.lora_resizing = True
+        super().__setattr__(name, value)
+
+    def resize_outputs(self, size: int) -> None:
+        """Follow a head's weight, tied to embeddings, that has been given more rows or fewer."""
+        vocabulary.follow(self, "lora_B", 0, size, rows=self.stored(self.weight))
+
+    @classmethod
+    def features(cls, base: nn.Module) -> tuple[int, int]:
+        """(in_features, out_features) of a base layer."""
+        return base.in_features, base.out_features  # type: ignore[return-value]
+
+    @classmethod
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+        splits, enable_lora = wanted["splits"], wanted["enable_lora"]
+        if splits is None and enable_lora is None:
+            return cls, {}
+        settings = split_settings(cls.features(base)[1], splits, True if enable_lora is None else enable_lora)
+        if not any(settings["enable_lora"]):
+            raise ValueError("`enable_lora` enables no split; leave the module out of `target_modules` instead.")
+        return cls.merged_kind, settings
+
+    @classmethod
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        in_features, out_features = cls.features(base)
+        return (r, in_features), (out_features, r)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)  # (..., in_features) -> (..., r)
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        return spread(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
+
+    def weight_shape(self) -> Shape:
+        in_features, out_features = self.features(self)
+        return (in_features, out_features) if self.fan_in_fan_out else (out_features, in_features)
+
+    def slices(self) -> list[tuple[int, int]]:
+        """Begin and end of each of the G parts of the output that an update goes to."""
+        return [(0, self.features(self)[1])]
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+
+    def merge_into(self, out: Tensor) -> Tensor:
+        exact = torch.promote_types(out.dtype, torch.float32)
+        A, B = self.lora_A.to(exact), self.lora_B.to(exact)
+        gain = self.magnitude_gain(exact) if self.use_dora else None  # of the weight as it is, before it is written
+        if out is not self.weight:
+            out.copy_(self.base_weight())
+        with without_autocast(out.device):
+            if out.dtype == exact:
+                merged = self.add_update(out, A, B)
+                return merged if gain is None else merged.mul_(gain)
+            self._merge_by_parts(out, A, B, None if gain is None else self.stored(gain))
+        return out
+
+    def _merge_by_parts(self, out: Tensor, A: Tensor, B: Tensor, gain: Tensor | None) -> None:
+        """Make the weight in `out` the merged one, in A's dtype, without a second weight in that dtype."""
+        slices = self.slices()
+        Bs = torch.split(B, [stop - start for start, stop in slices])
+        for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
+            rows = self.stored(out)[start:stop]  # (size, in_features)
+            room = torch.empty(_PART, rows.shape[1], dtype=A.dtype, device=A.device)  # once: new memory is slow
+            for n, (part, B_part) in enumerate(zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True)):
+                sum_ = room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.scaling)
+                if gain is not None:
+                    sum_.mul_(gain[start + n * _PART :][: len(part)])  # (rows, 1)
+                part.copy_(sum_)
+
+    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        columns = sample_slice(weight)
+        return self.stored(self.stored(weight)[:, columns]), A[:, columns]
+
+    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
+        return weight
+
+    @classmethod
+    def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
+        return shape_B[0]
+
+    def output_dims(self) -> tuple[int, int]:
+        return (1 if self.fan_in_fan_out else 0), -1
+
+    def block_rows(self) -> list[int]:
+        return [stop - start for start, stop in self.slices()]
+
+    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        return [self.stored(weight)[start:stop] for start, stop in self.slices()]
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """(out_features, in_features) as the base layer stores it, or back again."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # nn.Linear itself knows no transposed weight; other bases that have one know it.
+        if self.fan_in_fan_out and self.base_class is nn.Linear:
+            return self.forward_with(input, self.weight)
+        return super().base_forward(input, *args, **kwargs)
+
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.dense:
+            return super().lora_forward(input, *args, **kwargs)
+        return lora_linear(input, *self._adapted())
+
+    def adapted(self) -> Adapted:
+        """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
+        if self.use_dora:
+            raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
+        return self._adapted()
+
+    def _adapted(self) -> Adapted:
+        dropout = self.lora_dropout if self.training else 0.0
+        weight = self.stored(self.weight)
+        return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())
+
+    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, self.stored(weight), self.bias)
+
+    def reset_base_parameters(self) -> None:
+        self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
+        super().reset_base_parameters()
+        self._transpose_weight()
+
+    def detach(self, restore_layout: bool = True) -> None:
+        if restore_layout:
+            self._transpose_weight()
+        self.__dict__.pop("fan_in_fan_out", None)
+        super().detach()
+
+    def _transpose_weight(self) -> None:
+        """Between nn.Linear's layout and the other, where the layer has the other."""
+        if self.fan_in_fan_out and self.base_class is nn.Linear:
+            self.weight.data = self.weight.data.T.contiguous()
+
+
+class Conv1DLoRA(LinearLoRA):
+    """The kind for transformers' Conv1D (GPT-2), a linear layer whose weight is (in_features, out_features)."""
+
+    fan_in_fan_out = True
+
+    @classmethod
+    def features(cls, base: nn.Module) -> tuple[int, int]:
+        weight: Any = base.weight
+        return weight.shape[0], weight.shape[1]
+
+    def __repr__(self) -> str:  # Conv1D's own leaves no room for more
+        return f"{super().__repr__().removesuffix(')')}, {self.adapter_repr()})"
+
+
+class Linear(LinearLoRA, nn.Linear):
+    """A linear layer with a frozen weight and a trainable low-rank update.
+
+        y = g ⊙ (x W₀ᵀ + s · drop(x) Aᵀ Bᵀ) + b        s = lora_alpha / r  (rsLoRA: lora_alpha / √r)
+
+    and g = 1, or m / ‖W₀ + s · B A‖ for each output with DoRA.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        r: rank of the update; with 0 the layer is a plain, trainable `nn.Linear`. Default: 0.
+        lora_alpha: numerator of the scaling. Default: 1.
+        lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
+        fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
+        merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
+            weight and brought up to date when anything changes. (Of writes through `weight.data` a sample is seen,
+            on a CPU; after others call `train()` and `eval()` again.) Default: True.
+        use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
+            (arXiv:2402.09353). Dropout is for the low-rank update alone. A weight
+            that is set otherwise than by `load_state_dict` needs `layer.reset_magnitude()`. Default: False.
+        init_lora_weights: how A and B start: True, "gaussian", "orthogonal", False (both random), or a function of the
+            layer. Ways that need the pretrained weight or data: `lora.initialize`, `lora.calibrate`. Default: True.
+        device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
+
+    Parameters: `weight` (out_features, in_features), `bias` (out_features), `lora_A` (r, in_features),
+    `lora_B` (out_features, r), with DoRA `lora_magnitude` (out_features).
+
+    Input (..., in_features); returns (..., out_features).
+
+    Raises:
+        ValueError: `r`, `lora_alpha` or `lora_dropout` out of range.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+
+    >>> import torch, lora
+    >>> layer = lora.Linear(8, 4, r=2, lora_alpha=4)
+    >>> layer(torch.ones(3, 8)).shape
+    torch.Size([3, 4])
+    >>> [name for name, p in layer.named_parameters() if name.startswith("lora_")]
+    ['lora_A', 'lora_B']
+    """
+
+    dense = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._transpose_weight()
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights)
+        self.reset_parameters()
+
+
+register(nn.Linear, LinearLoRA)
+register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)

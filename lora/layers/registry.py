@@ -1,0 +1,120 @@
+"""Which kind of LoRA layer adapts which class: one table, and the classes made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from lora.layers.layer import LoRALayer
+
+Base = type[nn.Module]
+Kind = type["LoRALayer"]
+
+# A name stands for a class of a package that need not be installed.
+_kinds: dict[Base | str, Kind] = {}
+# The written and the generated classes, by the kind and the base class that they are made of.
+_classes: dict[tuple[Kind, Base], Kind] = {}
+
+
+def register(base: Base | str, kind: Kind) -> None:
+    """Teach `lora.inject` a class of layer: instances of `base` and of its subclasses become `kind`.
+
+    A kind derives from `lora.LoRALayer` and says four things: `lora_shapes`, `down` (x → A x), `up` (h → B h) and
+    `delta` (B A in the shape of the weight), and, for serving merged weights, `forward_with` (the base's function
+    with another weight). Or it derives from a kind that exists, such as `lora.layers.linear.LinearLoRA`, and changes
+    what differs. What else `LoRALayer` defines (`configure`, `base_weight`, `merge`, `beyond_weight`) has defaults
+    that suit most.
+
+    Args:
+        base: the layer's class, or its full name (``"package.module.Class"``) where importing the package
+            would be a burden.
+        kind: the mixin that adapts it.
+
+    Raises:
+        TypeError: `kind` is not a mixin that derives from `lora.LoRALayer`, or `base` is not a class of layer.
+
+    >>> import torch, lora
+    >>> class Heads(torch.nn.Module):  # (..., heads, in) -> (..., heads, out), a matrix for each head
+    ...     def __init__(self, heads, inputs, outputs):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(heads, inputs, outputs))
+    ...     def forward(self, x):
+    ...         return torch.einsum("...hi,hio->...ho", x, self.weight)
+    >>> class HeadsLoRA(lora.LoRALayer):
+    ...     @classmethod
+    ...     def lora_shapes(cls, base, r, **settings):
+    ...         heads, inputs, outputs = base.weight.shape
+    ...         return (r, heads, inputs), (heads, r, outputs)
+    ...     def down(self, x, A):
+    ...         return torch.einsum("...hi,rhi->...hr", x, A)
+    ...     def up(self, h, B):
+    ...         return torch.einsum("...hr,hro->...ho", h, B)
+    ...     def delta(self, A, B):
+    ...         return torch.einsum("rhi,hro->hio", A, B)
+    ...     def forward_with(self, input, weight):
+    ...         return torch.einsum("...hi,hio->...ho", input, weight)
+    >>> lora.register(Heads, HeadsLoRA)
+    >>> model = torch.nn.Sequential(Heads(2, 4, 3))
+    >>> lora.inject(model, target_modules=["0"], r=2).trainable
+    28
+    >>> _ = torch.nn.init.normal_(model[0].lora_B)
+    >>> before = model(torch.ones(2, 4))
+    >>> _ = lora.merge(model)
+    >>> torch.allclose(model(torch.ones(2, 4)), before, atol=1e-5)
+    True
+    """
+    from lora.layers.layer import LoRALayer
+
+    if not (isinstance(kind, type) and issubclass(kind, LoRALayer) and kind.base_class is nn.Module):
+        raise TypeError(f"`kind` must be a mixin class that derives from lora.LoRALayer, got {kind!r}.")
+    if not isinstance(base, str) and not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(f"`base` must be a subclass of nn.Module or the full name of one, got {base!r}.")
+    _kinds[base] = kind
+
+
+def kind_for(base: Base) -> Kind | None:
+    """The kind that adapts instances of `base`; None where there is none."""
+    return next((kind for _, kind in _registered(base)), None)
+
+
+def class_for(kind: Kind, base: Base) -> Kind:
+    """The class that is `kind` in front of `base`: a written one such as `lora.Linear`, or one made now."""
+    if (kind, base) not in _classes:
+        # A subclass with a forward of its own (a quantised layer, say) computes more than W₀ x + b.
+        dense = any(base.forward is owner.forward for owner, _ in _registered(base))
+        namespace = {"__module__": base.__module__, "generated": True, "dense": dense}
+        type(base.__name__, (kind, base), namespace)  # `LoRALayer.__init_subclass__` enters it
+    return _classes[kind, base]
+
+
+def adapted_class(kind: Kind, module: nn.Module) -> Kind:
+    """The class that a module gets when it is adapted, be it a base layer or a LoRA layer of rank 0."""
+    return class_for(kind, getattr(type(module), "base_class", type(module)))
+
+
+def plain_base(base: Base) -> Base:
+    """The class of layer that `base` is a special one of, and whose kind adapts it."""
+    return next(owner for owner, _ in _registered(base))
+
+
+def enter(cls: Kind) -> None:
+    """Enter a class in the table if it is nothing but a kind in front of a base, and the first that is."""
+    kind, *rest = cls.__bases__
+    if rest == [cls.base_class]:
+        _classes.setdefault((kind, cls.base_class), cls)
+
+
+def new(kind: Kind, base: Base) -> LoRALayer:
+    """An empty instance of a generated class, which cannot be imported by name, for pickle to fill."""
+    cls = class_for(kind, base)
+    return cls.__new__(cls)
+
+
+def _registered(base: Base) -> Iterator[tuple[Base, Kind]]:
+    for owner in base.__mro__:
+        for key in (owner, f"{owner.__module__}.{owner.__qualname__}"):
+            if key in _kinds:
+                yield owner, _kinds[key]

@@ -1,0 +1,71 @@
+"""A vocabulary that is resized under an adapter: the factor that counts its ids follows.
+
+transformers' `resize_token_embeddings` keeps an embedding, and a head that is tied to it: it gives them a weight with
+more rows or fewer, says so in `num_embeddings` or `out_features`, and sets `requires_grad` of all their parameters to
+what it was of the weight. An id that is new has no update; that of one that is gone goes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lora.parallel import sharded
+
+if TYPE_CHECKING:
+    from lora.layers.layer import LoRALayer
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def follow(layer: LoRALayer, factor: str, dim: int, size: int, rows: Tensor) -> None:
+    """Give a layer's factor as many ids in `dim` as the weight now has rows; the Parameter objects stay.
+
+    Args:
+        size: how many ids there are to be.
+        rows: the weight, by ids; nothing is done where it does not have as many.
+    """
+    parameter = getattr(layer, factor)
+    before = parameter.shape[dim]
+    if len(rows) != size or size == before:
+        return
+    if size < before and layer.use_dora and dim == 1:
+        raise ValueError(
+            f"DoRA's magnitudes go with norms over all {before} ids, of which {size} are left: they cannot follow. The "
+            "weight is cut already: load the model again, call `resize_token_embeddings` first, and then `lora.inject`."
+        )
+    if sharded.is_sharded(parameter):
+        raise ValueError("the adapter is sharded and cannot follow; call `resize_token_embeddings` first, then inject.")
+    _write(parameter, resized(parameter, dim, size))
+    if layer.lora_start is not None:
+        A, B, scaling = layer.lora_start
+        layer.lora_start = (resized(A, 1, size), B, scaling) if dim == 1 else (A, resized(B, 0, size), scaling)
+    layer._merged = layer._squares = layer._norms = None  # written past us, and addresses may come back
+    if layer.use_dora:
+        _keep_gain(layer, dim, rows.detach()[before:], size)
+
+
+def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with the first `size` entries of a dimension: zeros where it has none."""
+    kept = tensor.detach().narrow(dim, 0, min(size, tensor.shape[dim]))
+    shape = list(tensor.shape)
+    shape[dim] = size - kept.shape[dim]
+    return torch.cat([kept, kept.new_zeros(shape)], dim)
+
+
+def _keep_gain(layer: LoRALayer, dim: int, new: Tensor, size: int) -> None:
+    """Magnitudes with which g is what it was, and 1 for new outputs."""
+    m = layer.lora_magnitude
+    if dim == 0:  # an id is an output, with a norm of its own
+        _write(m, torch.cat([m.detach()[:size], torch.linalg.vector_norm(new, dim=1, dtype=m.dtype)]))
+    else:  # the norms are over all ids, with those that are new
+        norms, new = layer.norms(), layer.base_weight()[-len(new) :]
+        old = (norms.square() - new.to(norms.dtype).square().sum(0)).clamp(min=0).sqrt()
+        m.mul_(torch.where(old > 0, norms / old, 1))
+
+
+def _write(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    parameter.grad = None  # of the old shape
+    parameter.data = value

@@ -1,0 +1,274 @@
+"""Put LoRA into a model's layers and take it out again: always in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from lora.functional.tensors import Spans, is_writable
+from lora.layers import quantized
+from lora.layers.layer import LoRALayer
+from lora.layers.registry import Kind, adapted_class, class_for, kind_for
+from lora.layers.settings import raise_all
+from lora.models import places
+from lora.models.config import LoraConfig, for_module
+from lora.models.initialization import begin, problems_of_start
+from lora.models.matching import (
+    Names,
+    find_saved,
+    find_targets,
+    lora_layers,
+    names_of,
+    own_forwards,
+    sharded_problems,
+    why_not,
+)
+from lora.models.report import AdaptedModule, InjectionReport
+from lora.models.start import give_back
+from lora.models.training import (
+    forget_originals,
+    has_moved,
+    mark_only_lora_as_trainable,
+    originals,
+    resized_problems,
+    train_in_full,
+)
+from lora.parallel.replicas import wrapped
+from lora.swapping import switch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One module and the adapter that it is to get."""
+
+    module: nn.Module
+    kind: Kind
+    settings: dict[str, Any]
+
+
+def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) -> InjectionReport:
+    """Put LoRA into a model's layers, in place, and freeze everything else.
+
+    The same module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay; the
+    model computes what it did before until it is trained.
+
+    Resize a vocabulary first, by transformers' `resize_token_embeddings`, if at all. Called after this, an adapted
+    embedding, or a head that is tied to one, follows: new ids have no update, and those of ids that are gone go; the
+    Parameter objects stay, gradients are dropped, and an optimizer, whose state has the old shapes, is to be made anew.
+    DoRA's magnitudes of an embedding follow only when ids come. An output head that is not tied is made anew, bias and
+    all, and loses its LoRA: whatever asks for the adapter then (saving, merging, `lora.disabled`) raises and names it.
+    So does every other layer that is replaced by one without LoRA, but for children of `nn.Sequential` and
+    `nn.ModuleList`.
+
+    Args:
+        model: any module; its layers of a kind that is known are nn.Linear, nn.Embedding, nn.Conv1d, 2d and 3d,
+            transformers' Conv1D, their subclasses, and what `lora.register` added.
+        config: what to adapt and how.
+        **settings: the fields of a `LoraConfig`, in the place of `config`.
+
+    Returns:
+        A report that prints as a table: module, kind, weight, r, scaling, parameters, and the trainable share.
+
+    Raises:
+        TypeError: both `config` and settings are given, or neither.
+        ValueError: a name or pattern matches nothing, a module is adapted already or cannot be, its parent bypasses
+            its forward, settings do not fit it, or the model is wrapped in DistributedDataParallel already. One error
+            lists everything, and the model is as it was.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> print(lora.inject(model, target_modules=["0"], r=2, lora_alpha=4))
+    module  kind    weight  r  scaling  parameters
+    0       Linear  8 × 8   2  2                32
+    trainable: 32 of 122 parameters (26.23 %)
+    """
+    if (config is None) == (not settings):
+        raise TypeError("inject takes either a LoraConfig or its fields as keywords.")
+    if not isinstance(config, (LoraConfig, type(None))):
+        raise TypeError(f"`config` must be a lora.LoraConfig, got a {type(config).__module__}.{type(config).__name__}.")
+    config = config or LoraConfig(**settings)
+    lora_layers(model, "inject", none=True, replaced=True)
+    names = names_of(model)
+    targets, problems = find_targets(model, names, config)
+    saved, saved_problems = find_saved(model, names, config, targets)
+    problems += saved_problems
+    plans = []
+    for module in targets:
+        try:
+            plans.append(_plan(model, names[module], module, config))
+        except ValueError as error:
+            problems.append(f"{names[module][0]}: {error}")
+    problems += [*wrapped(names), *_untrainable(names)]
+    raise_all("inject: nothing was changed", problems)
+    with all_or_nothing(model):
+        layers = adapt(plans)
+        places.remember(names, layers)
+        raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
+        for module in saved:
+            train_in_full(module)
+        mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
+        places.remember_values(names)
+        begin(layers, config.init_lora_weights)
+    return _report(model, names, targets, tuple(names[module][0] for module in saved))
+
+
+def eject(model: nn.Module) -> None:
+    """Take LoRA out of a model, in place: the base model is back, in plain torch layers.
+
+    Parameters that trained in full (`modules_to_save`, biases) and buffers get the values that they had when LoRA was
+    put in. What `requires_grad` says of the others stays as it is.
+
+    Args:
+        model: a model with LoRA layers, injected or constructed.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model, it is sharded, a layer has a forward of its instance, or what
+            trained in full was resized since. Nothing has changed then.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> lora.eject(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    layers = lora_layers(model, "eject", replaced=True)
+    instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
+    names = names_of(model)
+    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names), *resized_problems(model)]
+    raise_all("eject: nothing was changed", problems)
+    for layer in layers:
+        give_back(layer)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, value in originals(module).items():
+                now: torch.Tensor = getattr(module, name)
+                if not has_moved(module, name):
+                    continue
+                if now.shape == value.shape and is_writable(now):
+                    now.copy_(value)
+                else:  # a buffer that has grown, or is another one now
+                    module._buffers[name] = value.to(now.device, now.dtype)
+            forget_originals(module)
+            places.forget(module)
+            quantized.set_up(module, False)
+    restored: set[int] = set()
+    for layer in layers:
+        layer.detach(restore_layout=id(layer.weight) not in restored)
+        restored.add(id(layer.weight))
+
+
+@torch.inference_mode(False)
+def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
+    """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
+    for plan in plans:
+        layer: Any = plan.module
+        if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
+            layer.detach()
+        vars(layer).pop("forward", None)  # the class's own, or `why_not` would have refused
+        layer.__class__ = class_for(plan.kind, type(layer))
+        layer.attach(**plan.settings)
+        layer.injected = True
+    return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module's class, attributes and flags back if the block raises; values must not be written in it."""
+    modules = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in model.modules()]
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in initialized_parameters(model)]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, own in modules:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(own)
+            if isinstance(module, LoRALayer):
+                switch.refresh(module)
+        for parameter, data, trainable in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trainable)
+        raise
+
+
+def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters but those of lazy modules, which have no values yet."""
+    return [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
+
+
+def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
+    """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
+    reason = why_not(model, names, module)
+    if reason:
+        raise ValueError(reason)
+    kind = kind_for(type(module))
+    assert kind is not None, "why_not() has looked"
+    kind, own = kind.configure(
+        module,
+        splits=for_module(config.splits, names, None),
+        enable_lora=for_module(config.enable_lora, names, None),
+        factored=config.factored,
+    )
+    settings: dict[str, Any] = {
+        "r": for_module(config.rank_pattern, names, config.r),
+        "lora_alpha": for_module(config.alpha_pattern, names, config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "merge_weights": config.merge_weights,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "adapter_dtype": config.adapter_dtype or adapter_dtype(module),
+    }
+    _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
+    if config.use_dora:
+        adapted_class(kind, module).check_dora(module, shape_B)
+    return Plan(module, kind, settings | own)
+
+
+def adapter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a module's adapter trains in: the weight's, and float32 where that is narrower."""
+    weight: Any = module.weight
+    return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _untrainable(names: Names) -> Iterator[str]:
+    """Modules whose packed weights give wrong gradients, be they adapted or not."""
+    for module, known in names.items():
+        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
+        if reason:
+            yield f"{known[0]}: {reason}"
+
+
+def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
+    owners = Spans[str]()
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        owners.add(tensor, name)
+    rows, layers = [], [layer for layer in targets if isinstance(layer, LoRALayer)]
+    for layer in layers:
+        own = {f"{name}.weight".lstrip(".") for name in names[layer]}
+        rows.append(
+            AdaptedModule(
+                names=names[layer],
+                kind=type(layer).__name__,
+                shape=layer.weight_shape(),
+                r=layer.r,
+                scaling=layer.scaling,
+                parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
+                tied_to=tuple(name for name in owners.sharing(layer.weight) if name not in own),
+            )
+        )
+    parameters = initialized_parameters(model)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    packed = sum(math.prod(layer.weight_shape()) - layer.weight.numel() for layer in layers)  # two in a byte, say
+    return InjectionReport(tuple(rows), trainable, total + packed, saved)

@@ -1,0 +1,210 @@
+"""Fold adapters into their base weights, for good or in a state dict."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.functional.tensors import is_plain, is_storage
+from lora.layers import quantized
+from lora.layers.layer import LoRALayer, join
+from lora.layers.partitioned import partitioned_problems
+from lora.layers.registry import plain_base
+from lora.layers.settings import raise_all
+from lora.models import places
+from lora.models.matching import (
+    Names,
+    lora_layers,
+    names_of,
+    own_forwards,
+    owners_of,
+    sharded_problems,
+    tied_to,
+    without_wrappers,
+)
+from lora.models.report import MergedModule, MergeReport
+from lora.models.training import forget_originals
+
+
+def merge(model: nn.Module) -> MergeReport:
+    """Write W = g ⊙ (W₀ + s · B A) into the base weights, in place, and leave plain torch layers.
+
+    The sum is taken in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
+    rounding takes a good part of a small update; the report says how much of it. Packed (quantised) weights become
+    dense ones, in the dtype that their layer computes in; the report says what packing them again would lose.
+
+    Args:
+        model: a model with LoRA layers, injected or constructed.
+
+    Returns:
+        A report that prints as a table: module, dtype, and the share of the update that rounding lost.
+
+    Raises:
+        ValueError: there is no LoRA layer, a weight is tied to another module's (which the update would change too),
+            a weight is sharded, or neither dense nor packed in a known way, a merged weight would not be finite, or a
+            layer has a forward of its instance. One error lists everything, and the model is as it was.
+
+    >>> import torch, lora
+    >>> layer = lora.Linear(8, 4, r=2)
+    >>> model = torch.nn.Sequential(layer)
+    >>> _ = torch.nn.init.ones_(layer.lora_B)
+    >>> before = model(torch.ones(8))
+    >>> lora.merge(model).lost < 1e-5
+    True
+    >>> type(model[0]), bool((model(torch.ones(8)) - before).abs().max() < 1e-5)
+    (<class 'torch.nn.modules.linear.Linear'>, True)
+    """
+    layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
+    names = names_of(model)
+    owners = owners_of(names)
+    problems = [*_problems(layers, names), *own_forwards(lora_layers(model, "merge"), names)]
+    for layer in layers:
+        others = tied_to(layer, owners, names)
+        if others:
+            problems.append(
+                f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
+                "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
+            )
+    raise_all("merge: nothing was changed", problems)
+    rows = [_merge(layer, names[layer][0]) for layer in layers]
+    for layer in lora_layers(model, "merge", none=True):  # those with r = 0
+        layer.detach()
+    for module in model.modules():
+        forget_originals(module)
+        places.forget(module)
+        quantized.set_up(module, False)
+    return MergeReport(tuple(rows))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model with all adapters merged; the model stays as it is.
+
+    Keys and layouts are the pretrained model's (with `fan_in_fan_out`, the transposed weight stays transposed). Weights
+    that are tied in the model are entries of their own.
+
+    Args:
+        model: a model with LoRA layers.
+
+    Returns:
+        `model.state_dict()` with merged weights and without the adapters; tensors that LoRA does not touch are shared.
+
+    Raises:
+        ValueError: there is no LoRA layer, or one cannot be merged; one error lists all.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
+    >>> sorted(lora.merged_state_dict(model))
+    ['0.bias', '0.weight']
+    """
+    layers = [layer for layer in lora_layers(model, "merged_state_dict") if layer.r > 0]
+    names = names_of(model)
+    problems = _problems(layers, names)
+    for layer in layers:
+        if _packed_as_known(layer):
+            problems.append(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
+        beyond = layer.beyond_weight()
+        if beyond:
+            problems.append(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
+    raise_all("merged_state_dict: nothing was changed", problems)
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for layer in layers:
+        merged = layer.compute_merged()
+        for known in names[layer]:
+            name = without_wrappers(known)
+            state[join(name, "weight")] = merged
+            for own, _ in layer.lora_parameters():
+                del state[join(name, own)]
+    return state
+
+
+@torch.no_grad()
+def _merge(layer: LoRALayer, name: str) -> MergedModule:
+    lost = rounding_lost(layer)
+    if _packed_as_known(layer):
+        return _merge_packed(layer, name, lost)
+    dtype = layer.weight.dtype
+    # Nothing can fail between these two, which would leave the update in twice.
+    layer.merge()
+    layer.detach()
+    return MergedModule(name, str(dtype).removeprefix("torch."), lost)
+
+
+def _merge_packed(layer: LoRALayer, name: str, lost: float) -> MergedModule:
+    """Leave a plain layer with a dense weight, and say what packing that again would lose."""
+    before, merged = layer.base_weight(), layer.compute_merged()
+    packed, lost_packed = type(layer.weight).__name__, _packing_lost(layer, before, merged)
+    layer.detach()
+    module: nn.Module = layer
+    module.__class__ = plain_base(type(layer))
+    module.weight = nn.Parameter(merged, False)
+    if isinstance(module._parameters.get("bias"), Tensor):  # some layers cast it to what they compute in
+        module.bias.data = module.bias.data.to(merged.dtype)
+    return MergedModule(name, str(merged.dtype).removeprefix("torch."), lost, packed, lost_packed)
+
+
+def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
+    """‖pack(W) − W‖ / ‖W − W₀‖."""
+    twin = copy.deepcopy(layer)
+    quantized.write_weight(twin, merged)
+    exact = torch.promote_types(merged.dtype, torch.float32)
+    update, error = merged.to(exact) - before.to(exact), quantized.read_weight(twin).to(exact) - merged.to(exact)
+    return float(error.norm() / update.norm()) if update.any() else 0.0
+
+
+def _packed_as_known(layer: LoRALayer) -> bool:
+    """Whether the base weight is packed, and can be read."""
+    return quantized.packing_of(layer) is not None
+
+
+@torch.no_grad()
+def rounding_lost(layer: LoRALayer) -> float:
+    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
+    weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
+    dtype = weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
+    if layer.use_dora:
+        update = (weight + update) * layer.magnitude_gain(exact) - weight
+    size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
+    return float(error / size) if size else 0.0
+
+
+@torch.no_grad()
+def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
+    instead = "save the adapter (`lora.save_adapter`), and merge that in one process, as `python -m lora merge` does"
+    problems = [*sharded_problems(layers, names, instead)]
+    for layer in layers:
+        own = ((join(names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
+        problems += partitioned_problems(own)
+    for layer in [] if problems else layers:
+        if layer.weight.is_meta:
+            problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
+        elif not _packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
+            what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
+            problems.append(f"{names[layer][0]}: {what} is neither dense nor packed in a known way.")
+        elif is_storage(layer.weight.dtype):
+            problems.append(
+                f"{names[layer][0]}: its weight is stored in {layer.weight.dtype}, which would lose the update; cast "
+                "the model to the dtype that it computes in first."
+            )
+        elif not _surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
+            problems.append(f"{names[layer][0]}: the merged weight would not be finite in {merged.dtype}.")
+    return problems
+
+
+def _surely_finite(layer: LoRALayer) -> bool:
+    """Whether the largest that a merged weight could be is finite, from one look at each tensor."""
+    if layer.use_dora or _packed_as_known(layer):
+        return False
+    if layer.weight.numel() == 0:
+        return True
+    W, A, B = (_largest(tensor) for tensor in (layer.weight, layer.lora_A, layer.lora_B))
+    return W + abs(layer.scaling) * A * B * layer.lora_B.shape[1] < torch.finfo(layer.weight.dtype).max
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor)  # in one pass, with nothing made; NaN makes both of them NaN
+    return max(-float(low), float(high))

@@ -1,0 +1,194 @@
+"""Starts from the base weight itself: PiSSA and OLoRA. And the decompositions that other initialisers use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lora.functional.tensors import without_autocast
+from lora.layers.layer import LoRALayer
+from lora.layers.settings import raise_all
+from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
+
+
+@torch.no_grad()
+def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
+    """PiSSA: A and B hold the principal singular values and vectors of W₀, for which the residual leaves room.
+
+        W₀ = U S Vᵀ,  B = U_r √(S_r / s),  A = √(S_r / s) V_rᵀ        s · B A is the best approximation of rank r
+
+    Each split of a merged linear layer, and each group of a factored convolution, is a matrix of its own.
+
+    Args:
+        layer: a LoRA layer; it stays as it is.
+        niter: None for the exact SVD; a number for that many power iterations of a randomised one, nearly as good for
+            the leading values and many times faster: 4096 × 4096 at r = 16 in float32 takes one core 22 s and 340 MiB
+            beside the weight, with `niter=4` 0.3 s and a few MiB. Default: None.
+
+    Returns:
+        B (rows, q) and A (q, columns) of each block, in float32, or float64 where the weight is.
+
+    Raises:
+        ValueError: the scaling is not above 0, the rank is above that of a block, the weight is zero or not finite, or
+            it has no blocks to take apart (of a user's own kind, an embedding's with `max_norm`). One error lists all.
+
+    From "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    arXiv:2404.02948, section 3. The randomised SVD is that of arXiv:0909.4061, algorithms 4.4 and 5.1; it draws from a
+    generator of its own, and always the same.
+
+    >>> import torch, lora
+    >>> from lora.models.spectral import pissa
+    >>> layer = lora.Linear(6, 4, r=3, lora_alpha=6)
+    >>> [(B, A)] = pissa(layer)
+    >>> residual = layer.weight - layer.scaling * B @ A
+    >>> torch.allclose(torch.linalg.svdvals(residual)[0], torch.linalg.svdvals(layer.weight)[3], atol=1e-6)
+    True
+    """
+    problems = [] if niter is None or is_count(niter) else [f"`niter` must be an integer of at least 0, got {niter!r}."]
+    problems += scaling_problems(layer)
+    blocks = _checked(layer, "PiSSA", problems)
+    raise_all(f"PiSSA cannot start a {type(layer).__name__}", nothing_problems(blocks))
+    return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
+
+
+@torch.no_grad()
+def olora(layer: LoRALayer) -> list[Pair]:
+    """OLoRA: B has orthonormal columns, of the QR decomposition of W₀.
+
+        W₀ = Q R,  B = Q_r,  A = R_r        Q_r: the first r columns, R_r: the first r rows
+
+    As in PEFT, the scaling is left out of A and B: what is taken out of W₀ is s · Q_r R_r.
+
+    Args:
+        layer: a LoRA layer; it stays as it is.
+
+    Returns:
+        B (rows, q) and A (q, columns) of each block, in float32, or float64 where the weight is.
+
+    Raises:
+        ValueError: the rank is above that of a block, the weight is not finite, or the layer has no blocks to take
+            apart (a user's own kind, an embedding with `max_norm`). One error lists all.
+
+    From "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775, section 3.
+
+    >>> import torch, lora
+    >>> from lora.models.spectral import olora
+    >>> [(B, A)] = olora(lora.Linear(6, 4, r=2))
+    >>> torch.allclose(B.T @ B, torch.eye(2), atol=1e-6)
+    True
+    """
+    pairs = []
+    for block in _checked(layer, "OLoRA", []):
+        with without_autocast(block.device):
+            Q, R = torch.linalg.qr(block)
+        q = layer.lora_B.shape[1]
+        pairs.append((Q[:, :q], R[:q]))
+    return pairs
+
+
+# ---- the blocks of a weight, and whether they can be taken apart -------------------------------------------------
+
+
+def blocks_of(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
+    """The layer's blocks of a weight, in float32, or float64 where the weight is."""
+    return list(layer.weight_blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
+
+
+def block_problems(layer: LoRALayer) -> Iterator[str]:
+    """A kind of layer that says nothing of its blocks."""
+    try:
+        layer.block_rows()
+    except ValueError as error:
+        yield str(error)
+
+
+def form_problems(layer: LoRALayer) -> Iterator[str]:
+    """What keeps the layer's weight from being taken apart, whatever its values."""
+    yield from block_problems(layer)
+    beyond = layer.beyond_weight()
+    if beyond:
+        yield f"{beyond}: the layer would not start from the base layer's function."
+
+
+def rank_problems(layer: LoRALayer, shapes: Sequence[tuple[int, ...]], times: int = 1) -> Iterator[str]:
+    """A rank that a block, of one of these shapes, does not have."""
+    q, least = layer.lora_B.shape[1], min(shapes, key=min)
+    if q * times > min(least):
+        what = f"{times} · r" if times > 1 else "r"
+        got = f"the rank of a block is {q}" if q != layer.r else f"`r` is {q}"
+        yield f"{what} must be at most {min(least)}, the rank of a matrix of {least[0]} × {least[1]}; {got}."
+
+
+def scaling_problems(layer: LoRALayer) -> Iterator[str]:
+    """A scaling whose square root cannot be shared between A and B."""
+    if not layer.scaling > 0:
+        yield f"`scaling` must be above 0, got {layer.scaling}."
+
+
+def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
+    """A block that gives A and B nothing: where both are zero, neither has a gradient."""
+    if not all(bool(block.any()) for block in blocks):
+        yield "its weight, or a part of it that has a matrix of its own, is zero; so would A and B be, and never train."
+
+
+def _checked(layer: LoRALayer, what: str, problems: list[str]) -> list[Tensor]:
+    """The blocks of the layer's base weight; one ValueError that lists all that is wrong."""
+    raise_all(f"{what} cannot start a {type(layer).__name__}", [*problems, *weight_problems(layer)])
+    return blocks_of(layer, layer.base_weight())
+
+
+@torch.no_grad()
+def weight_problems(layer: LoRALayer) -> Iterator[str]:
+    """What keeps a part of the layer's weight, of the layer's rank, from being taken out of it."""
+    form = list(form_problems(layer))
+    yield from form
+    if layer.weight.is_meta:
+        yield "its weight has no values yet, being on the meta device."
+    if form or layer.weight.is_meta:
+        return
+    yield from rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.block_rows()])
+    yield from value_problems(layer)
+
+
+def value_problems(layer: LoRALayer) -> Iterator[str]:
+    """A weight that cannot be read, or holds what no number is."""
+    try:
+        finite = bool(layer.base_weight().isfinite().all())
+    except ValueError as error:
+        yield str(error)
+    else:
+        if not finite:
+            yield "its weight holds NaN or infinity."
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# ---- decompositions --------------------------------------------------------------------------------------------
+
+
+def split(layer: LoRALayer, spectra: Sequence[Spectrum]) -> list[Pair]:
+    """B and A of each block with s · B A = U_q S_q V_qᵀ, each with the square root of S_q / s."""
+    return [cut(part._replace(S=part.S / layer.scaling), layer.lora_B.shape[1]) for part in spectra]
+
+
+def decomposed(matrix: Tensor, q: int, niter: int | None = None) -> Spectrum:
+    """The SVD of a block: all of it; or with `niter` its leading `q` values, and some more, by a random sketch."""
+    with without_autocast(matrix.device):
+        return dense_spectrum(matrix) if niter is None else _sketched(matrix, q, niter)
+
+
+def _sketched(matrix: Tensor, q: int, niter: int) -> Spectrum:
+    size = min(2 * q + 8, *matrix.shape)  # exact for a matrix that has no more
+    # On the CPU: the same numbers on all devices. Of its own: the global generator stays where it is.
+    noise = torch.randn(matrix.shape[1], size, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    Q = torch.linalg.qr(matrix @ noise.to(matrix.device))[0]  # (rows, size)
+    for _ in range(niter):
+        Q = torch.linalg.qr(matrix.T @ Q)[0]  # (columns, size)
+        Q = torch.linalg.qr(matrix @ Q)[0]
+    U, S, Vt = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return Spectrum(Q @ U, S, Vt)

@@ -1,0 +1,36 @@
+"""Models on several devices. Public is tensor parallelism: styles for torch's `parallelize_module` that know of LoRA.
+
+They are imported when one is asked for, and DTensor with them, which takes a second: `import lora` comes through here.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.parallel.styles import (
+        ColwiseParallel,
+        MergedColwiseParallel,
+        RowwiseParallel,
+        clip_grad_norm_,
+        plan_of,
+        sum_gradients,
+    )
+
+__all__ = [
+    "ColwiseParallel",
+    "MergedColwiseParallel",
+    "RowwiseParallel",
+    "clip_grad_norm_",
+    "plan_of",
+    "sum_gradients",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lora.parallel' has no attribute {name!r}")
+    return getattr(import_module("lora.parallel.styles"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,201 @@
+"""A tensor-parallel layer's forward, on this rank's own shards: no collective beside those of the base layer.
+
+    column-parallel   y_l = x W_lᵀ + b_l + s · (drop(x) Aᵀ) B_lᵀ              A on every rank, B by its rows
+    row-parallel      y = Σ_l x_l W_lᵀ + s · (drop(x_l) A_lᵀ) Bᵀ  + b          A by its columns, B on every rank
+
+Row-parallel ranks sum h = x Aᵀ where they sum y: in the reduction that the base layer needs. Gradients of what every
+rank holds are parts of a sum, too; torch adds them up where they are used: in `clip_grad_norm_`, in the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from lora.functional import Lookup, lora_embedding
+from lora.layers import dora
+from lora.layers.layer import LoRALayer
+from lora.layers.merged_linear import MergedLinearLoRA
+
+Dims = dict[str, int | None]
+Sizes = dict[str, tuple[str, int]]
+
+_REPLAYS = 4096  # forward passes of one layer that may wait for their backward to run them again
+_STEP, _STRIDE = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # between seeds that follow each other, and those of ranks
+
+
+class Seeds:
+    """Seeds for dropout on which ranks agree, though each has a random state of its own."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        own = torch.randint(2**62, (1,)).to(mesh.device_type)
+        shared: Any = distribute_tensor(own, mesh, [Replicate()], src_data_rank=0)
+        self.key = int(shared.to_local())
+        self.count = 0
+        self.drawn: OrderedDict[int, int] = OrderedDict()
+
+    def next(self) -> int:
+        """The next seed; in a forward that activation checkpointing runs again, the one of the first time."""
+        own = int(torch.randint(2**62, ()))  # of this rank's random state, which is put back for such a forward
+        if own not in self.drawn:
+            self.drawn[own] = self.count
+            self.count += 1
+            if len(self.drawn) > _REPLAYS:
+                self.drawn.popitem(last=False)
+        return self.key + self.drawn[own] * _STEP
+
+
+class LocalForward:
+    """What each rank of a mesh does with a layer: the layer's own forward, as if this rank's part were all of it.
+
+    Attributes:
+        dims: by which dimension each of the layer's own tensors is divided; None if every rank holds all of it.
+        sums: whether the ranks' outputs are to be added up.
+        takes_parts: whether each rank takes a part of the input's last dimension, and not all of it.
+        sizes: the layer's attributes that are smaller in a part, and by which tensor's dimension.
+    """
+
+    dims: ClassVar[Dims]
+    sums: ClassVar[bool]
+    takes_parts: ClassVar[bool] = False
+    sizes: ClassVar[Sizes]
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.seeds = Seeds(mesh)
+
+    def placement(self, layer: LoRALayer, own: str) -> Placement:
+        """How one of the layer's own tensors is placed."""
+        dim = self.dims[own]
+        return Replicate() if dim is None else Shard(self._dim(layer, own, dim))
+
+    def __call__(self, layer: LoRALayer, input: Any) -> DTensor:
+        """The layer's output, divided by its last dimension, or in parts that are still to be summed."""
+        part = self.part_of(layer)
+        wanted: Placement = Shard(input.dim() - 1) if self.takes_parts else Replicate()
+        if input.placements != (wanted,):  # a DTensor that came as it was, and not as the style was told
+            input = input.redistribute(placements=[wanted])
+        # Where the input is on every rank, the gradients that the ranks have for it are parts of a sum.
+        x = input.to_local() if self.takes_parts else input.to_local(grad_placements=[Partial()])
+        with self.dropping(part, x):
+            y = self.forward(part, x)
+        if part.use_dora:
+            y = dora.magnified(part, y)
+        placement = Partial() if self.sums else Shard(y.dim() - 1)
+        shape = torch.Size((*y.shape[:-1], self.outputs(layer)))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(y, self.mesh, [placement], run_check=False, shape=shape, stride=stride)
+
+    def forward(self, part: Any, x: Tensor) -> Tensor:
+        """This rank's part of the output, without magnitudes."""
+        y: Tensor = part.lora_forward(x)
+        return y
+
+    def outputs(self, layer: Any) -> int:
+        """The size of the whole output's last dimension."""
+        return int(layer.weight_shape()[layer.output_dims()[0]])
+
+    def part_of(self, layer: LoRALayer) -> Any:
+        """This rank's part as a layer by itself."""
+        tensors = {own: self._local(parameter) for own, parameter in layer._parameters.items() if parameter is not None}
+        if self.sums and "bias" in tensors:  # once in the sum; the others' gradients for it are zero, and there
+            tensors["bias"] = tensors["bias"] * float(self.mesh.get_local_rank() == 0)
+        smaller = {size: tensors[own].shape[self._dim(layer, own, dim)] for size, (own, dim) in self.sizes.items()}
+        part = object.__new__(type(layer))
+        vars(part).update(vars(layer))
+        vars(part).update(
+            _parameters=tensors | dict.fromkeys(layer._parameters.keys() - tensors.keys()),
+            _squares=None,
+            _norms=None,
+            lora_parallel=None,
+            over_ranks=self._summed if self.sums else layer.over_ranks,
+            **smaller,
+        )
+        return part
+
+    @contextmanager
+    def dropping(self, part: LoRALayer, x: Tensor) -> Iterator[None]:
+        """A context in which dropout draws alike where ranks have the same features, and apart where they have not."""
+        # In a compiled graph each rank has masks of its own; the outputs' expectation is the same.
+        if not part.lora_dropout or not part.training or torch.compiler.is_compiling():
+            yield
+            return
+        seed = self.seeds.next() + (self.mesh.get_local_rank() * _STRIDE if self.sums else 0)
+        device = None if x.device.type == "cpu" else x.device
+        with torch.random.fork_rng([] if device is None else [device], device_type=x.device.type):
+            torch.default_generator.manual_seed(seed % 2**63)
+            if device is not None:
+                getattr(torch, device.type).manual_seed(seed % 2**63)
+            yield
+
+    def _local(self, parameter: Any) -> Tensor:
+        whole = parameter.placements[0].is_replicate()  # the ranks' gradients for it are parts of a sum
+        part: Tensor = parameter.to_local(grad_placements=[Partial()]) if whole else parameter.to_local()
+        return part
+
+    def _summed(self, squares: Tensor) -> Tensor:
+        partial: Any = DTensor.from_local(squares, self.mesh, [Partial()], run_check=False)
+        whole: Tensor = partial.full_tensor()
+        return whole
+
+    def _dim(self, layer: LoRALayer, own: str, dim: int) -> int:
+        return 1 - dim if own == "weight" and getattr(layer, "fan_in_fan_out", False) else dim
+
+
+class ColwiseLinear(LocalForward):
+    """Outputs are divided; the input and A are on every rank."""
+
+    dims: ClassVar[Dims] = {"weight": 0, "bias": 0, "lora_A": None, "lora_B": 0, "lora_magnitude": 0}
+    sums = False
+    sizes: ClassVar[Sizes] = {"out_features": ("weight", 0)}
+
+    def part_of(self, layer: LoRALayer) -> Any:
+        part = super().part_of(layer)
+        if isinstance(layer, MergedLinearLoRA):
+            vars(part)["splits"] = tuple(size // self.mesh.size() for size in layer.splits)
+        return part
+
+
+class RowwiseLinear(LocalForward):
+    """Inputs are divided, and outputs summed; B is on every rank."""
+
+    takes_parts = True
+
+    dims: ClassVar[Dims] = {"weight": 1, "bias": None, "lora_A": 1, "lora_B": None, "lora_magnitude": None}
+    sums = True
+    sizes: ClassVar[Sizes] = {"in_features": ("weight", 1)}
+
+
+class ColwiseEmbedding(LocalForward):
+    """The embeddings' dimensions are divided; A is on every rank."""
+
+    dims: ClassVar[Dims] = {"weight": 1, "lora_A": None, "lora_B": 0, "lora_magnitude": 0}
+    sums = False
+    sizes: ClassVar[Sizes] = {"embedding_dim": ("weight", 1)}
+
+
+class RowwiseEmbedding(LocalForward):
+    """The vocabulary is divided: each id is looked up by the rank that has it, A and B being on every rank."""
+
+    dims: ClassVar[Dims] = {"weight": 0, "lora_A": None, "lora_B": None, "lora_magnitude": None}
+    sums = True
+    sizes: ClassVar[Sizes] = {}
+
+    def forward(self, part: Any, x: Tensor) -> Tensor:
+        weight = part.weight  # (vocabulary / ranks, embedding_dim)
+        first = -(-part.num_embeddings // self.mesh.size()) * self.mesh.get_local_rank()
+        mine = (x >= first) & (x < first + len(weight))  # (...)
+        rows = torch.where(mine, x - first, 0)
+        # A rank that no rows are left for has none to look at.
+        base = F.embedding(rows, weight) if len(weight) else weight.new_zeros(*x.shape, weight.shape[1])
+        how = Lookup(part.padding_idx, part.scale_grad_by_freq, part.sparse)
+        y = lora_embedding(x, base, part.lora_A, part.lora_B, part.scaling, how)  # (..., embedding_dim)
+        return torch.where(mine.unsqueeze(-1), y, 0)

@@ -1,0 +1,131 @@
+"""Replicas of a model that train in step: parameters that DistributedDataParallel does not synchronise are found.
+
+It hooks the gradients of what trains when it wraps a model, once. What is put in, unfrozen or cast later trains by
+itself in every rank, without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.autograd.graph import get_gradient_edge
+from torch.compiler import is_compiling
+from torch.nn.parallel import DistributedDataParallel
+
+from lora.functional.tensors import is_plain
+from lora.layers.kind import LayerKind
+
+
+class InStep:
+    """That a layer's parameters were found to be synchronised by a wrapper, as they were then."""
+
+    def __init__(self, wrapper: DistributedDataParallel, layer: nn.Module) -> None:
+        self.wrapper = weakref.ref(wrapper)
+        self.state = _state(layer)
+
+    def still(self, wrapper: DistributedDataParallel, layer: nn.Module) -> bool:
+        """Whether nothing has changed since."""
+        return self.wrapper() is wrapper and self.state == _state(layer)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a pickled or copied layer finds out for itself
+
+
+def check_in_step(layer: LayerKind) -> None:
+    """RuntimeError if DistributedDataParallel runs this forward, and leaves out parameters that train."""
+    # Asked in this order, a compiler sees a constant, and guards nothing.
+    if is_compiling() or DistributedDataParallel._active_ddp_module is None:
+        return
+    _check(layer, DistributedDataParallel._active_ddp_module)
+
+
+def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
+    if layer._in_step is not None and layer._in_step.still(wrapper, layer):
+        return
+    # In training also without gradients: reentrant checkpointing runs the forward so, and the wrapper sees no other.
+    if not (layer.training or torch.is_grad_enabled()) or torch.is_inference_mode_enabled() or not is_plain():
+        return
+    problems = [*_unsynchronised(wrapper, layer)]
+    if problems:
+        raise RuntimeError(
+            "DistributedDataParallel does not synchronise these parameters; each rank would train its own:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nPut LoRA in, unfreeze and cast first, then wrap the model; or wrap its `.module` again now."
+        )
+    modules: list[nn.Module] = [layer, *wrapper.module.modules()]
+    for module in modules:
+        if isinstance(module, LayerKind):
+            vars(module)["_in_step"] = InStep(wrapper, module)
+
+
+def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
+    """A complaint for each wrapper of a model, or in it, that would not synchronise what is put in now."""
+    for module, known in names.items():
+        if is_flattened(module):
+            yield flattened_problem(known[0])
+        if isinstance(module, DistributedDataParallel):
+            yield (
+                f"{known[0] or 'the model'} is wrapped in DistributedDataParallel, which does not synchronise "
+                "parameters that are put in later; give its `.module` LoRA first, then wrap it."
+            )
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether this is torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def flattened_problem(name: str) -> str:
+    """A complaint for such a wrapper."""
+    return (
+        f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat piece; "
+        "use torch's `fully_shard` (FSDP2), after `lora.inject`."
+    )
+
+
+def _state(layer: nn.Module) -> list[tuple[int, bool]]:
+    # By identity: the wrapper keeps all that it knew alive. Casts and moves forget the finding (`LoRALayer._apply`).
+    return [(id(p), p.requires_grad) for p in layer._parameters.values() if p is not None]
+
+
+def _unsynchronised(wrapper: DistributedDataParallel, layer: nn.Module) -> Iterator[str]:
+    """What trains in the wrapped model, or in the layer if it is not in there, and is not synchronised, and why."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in wrapper.module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    known = {id(parameter) for parameter in wrapper._module_parameters}
+    for parameter, own in names.items():
+        if not _trains(parameter) or not wrapper.parameters_to_ignore.isdisjoint(own):
+            continue
+        if id(parameter) not in known:
+            yield f"{own[0]}: was put in after the model was wrapped."
+        elif not _is_hooked(parameter):
+            yield f"{own[0]}: was frozen when the model was wrapped, or has been cast or moved since."
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and parameter not in names and _trains(parameter) and not _is_hooked(parameter):
+            yield f"{name} of a {type(layer).__name__} that the wrapped model calls, and does not hold as a module."
+
+
+def _trains(parameter: nn.Parameter) -> bool:
+    # `torch.func.functional_call` puts other tensors in the places of parameters for a while.
+    return isinstance(parameter, nn.Parameter) and parameter.requires_grad and is_plain(parameter)
+
+
+@torch.enable_grad()
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    """Whether someone waits for the parameter's gradient.
+
+    A parameter holds the node that accumulates its gradient only weakly, so that each use in a graph makes one anew
+    unless another holds it, as the wrapper does with those that it has hooked. A mark tells the old from a new one.
+    """
+    node: Any = get_gradient_edge(parameter).node
+    node.metadata["lora"] = True
+    del node
+    node = get_gradient_edge(parameter).node
+    return bool(node.metadata.pop("lora", False))

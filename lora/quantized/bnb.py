@@ -1,0 +1,117 @@
+"""bitsandbytes: NF4, FP4 and int8 layers, which quantise their weights on `.to(device)`."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.layers.packing import Packing
+
+
+def _bitsandbytes() -> Any:
+    return sys.modules["bitsandbytes"]  # whose layer it is; torch.compile does not trace an import
+
+
+def _state_of_4bit(module: Any) -> Any:
+    # FSDP puts a plain parameter in the weight's place, which has no state; the layer keeps it.
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def _is_repacked(module: Any) -> bool:
+    return bool(getattr(_state_of_4bit(module), "packing_format_for_cpu", False))
+
+
+def _unpacked(module: Any) -> Any:
+    """A copy of a repacked layer, its weight in the one form that can be read."""
+    module = copy.deepcopy(module)
+    module.state_dict()  # unpacks it, and leaves constants that are not quantised twice as they were, by columns
+    state = _state_of_4bit(module)
+    if state.absmax.dim() > 1:
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return module
+
+
+def _read_4bit(module: Any) -> Tensor:
+    module = _unpacked(module) if _is_repacked(module) else module
+    state = _state_of_4bit(module)
+    weight: Tensor = module.weight.data
+    if state is None:  # not quantised yet: that happens on `.to(device)`
+        return weight.clone()
+    return _bitsandbytes().functional.dequantize_4bit(weight, state)  # type: ignore[no-any-return]
+
+
+def _write_4bit(module: Any, dense: Tensor) -> None:
+    old, weight = _state_of_4bit(module), module.weight
+    if old is None:
+        weight.data.copy_(dense)
+        return
+    weight.data, state = _bitsandbytes().functional.quantize_4bit(
+        dense.to(weight.device, torch.float32).contiguous(),
+        blocksize=old.blocksize,
+        compress_statistics=old.nested or getattr(old, "original_nested", False),
+        quant_type=old.quant_type,
+        quant_storage=getattr(old, "original_storage_type", weight.dtype),
+    )
+    state.dtype = getattr(old, "original_dtype", old.dtype)  # of what is read
+    for owner in (weight, module):
+        if hasattr(owner, "quant_state"):
+            owner.quant_state = state
+
+
+def _why_not_train_4bit(module: Any) -> str | None:
+    if _is_repacked(module):
+        return (
+            "bitsandbytes has repacked its weight for inference on this CPU, as a forward in eval() does, in a form "
+            "that gives no gradients for the layer's input; load the model again, and adapt it before that."
+        )
+    return None
+
+
+def _set_up_4bit(module: Any, adapted: bool) -> None:
+    # On some CPUs a forward in eval() repacks the weight for good: its constants are rounded, it computes in bfloat16,
+    # and in training after that no gradient comes through it, without a word.
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        has = importlib.import_module("bitsandbytes.functional").has_avx512bf16
+        module.support_avx512bf16_for_cpu = False if adapted else has()
+
+
+def _values_of_int8(module: Any) -> tuple[Tensor, Tensor] | None:
+    """The int8 values and their rows' maxima; None where the weight is not quantised, or not yet."""
+    # Before the first forward the weight has them, then the layer's state has.
+    owners: tuple[Any, ...] = (module.weight, getattr(module, "state", None))
+    found = ((owner.CB, owner.SCB) for owner in owners if getattr(owner, "CB", None) is not None)
+    return next(found, None) if module.weight.dtype == torch.int8 else None
+
+
+def _read_int8(module: Any) -> Tensor:
+    values, weight, bias = _values_of_int8(module), module.weight.data, getattr(module, "bias", None)
+    dense: Tensor = _bitsandbytes().functional.int8_vectorwise_dequant(*values) if values else weight.clone()
+    # The layer computes in the dtype of its input, which it casts its bias to; without one it does not say which.
+    return dense if bias is None else dense.to(bias.dtype)
+
+
+def _write_int8(module: Any, dense: Tensor) -> None:
+    values = _values_of_int8(module)
+    if values is None:
+        module.weight.data.copy_(dense)
+        return
+    fresh = _bitsandbytes().functional.int8_vectorwise_quant(dense.to(values[0].device, torch.float16).contiguous())
+    for old, new in zip(values, fresh, strict=False):  # into the tensors that weight and state share
+        old.copy_(new)
+
+
+_4BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _set_up_4bit)
+_INT8 = Packing(_read_int8, _write_int8)
+
+# By layer and by weight: embeddings have the same weights, and FSDP puts plain ones in the layers.
+PACKINGS: dict[type | str, Packing] = {
+    "bitsandbytes.nn.modules.Linear4bit": _4BIT,
+    "bitsandbytes.nn.modules.Params4bit": _4BIT,
+    "bitsandbytes.nn.modules.Linear8bitLt": _INT8,
+    "bitsandbytes.nn.modules.Int8Params": _INT8,
+}

@@ -1,0 +1,1 @@
+"""Other adapters, of whatever rank, in a model that is compiled."""
