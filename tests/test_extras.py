@@ -47,7 +47,7 @@ def imported_by(source: str) -> Iterator[str]:
 
 def undeclared(folder: str, extra: str | None) -> list[str]:
     """`file: module` for each import that the extra does not bring."""
-    ours = {path.stem for place in ("examples", "benchmarks", "tests") for path in (ROOT / place).iterdir()} | {"lora"}
+    ours = {path.stem for place in ("examples", "benchmarks", "tests") for path in (ROOT / place).rglob("*")} | {"lora"}
     known = ours | sys.stdlib_module_names | brought_by(extra) | (MET if folder == "lora" else set())
     missing = []
     for path in sorted((ROOT / folder).rglob("*.py")):
