@@ -17,7 +17,7 @@ from typing import Any
 from chart import draw
 from machine import machine
 
-from lora.models.report import table
+from lora.errors import table
 
 RESULTS = Path(__file__).parent / "results"
 LEAST_ROUNDS = 5

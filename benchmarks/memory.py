@@ -45,7 +45,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora
-from lora.models.report import table
+from lora.errors import table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 import memory_plan

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora.models.report import table
+from lora.errors import table
 
 Run = Mapping[str, Any]  # {"plan": …, "result": …}, as in methods.json
 

@@ -3,12 +3,13 @@
 from importlib import import_module
 from typing import Any
 
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.arithmetic.algebra import combine, scale, subtract
 from lora.arithmetic.extraction import Extracted, extract
 from lora.arithmetic.resizing import Resized, resize
+from lora.errors import AdapterError
 from lora.init.calibration import calibrate
 from lora.init.quantization import loftq
 from lora.layers.conv import Conv1d, Conv2d, Conv3d

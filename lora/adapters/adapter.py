@@ -12,21 +12,13 @@ from torch import Tensor
 from lora.adapters import fingerprint
 from lora.adapters.bare import bare_layer
 from lora.adapters.rest import rest_problems
-from lora.layers.layer import LoRALayer, join
-from lora.layers.settings import is_number, settings_problems
+from lora.errors import is_number, join
+from lora.layers.layer import LoRALayer
+from lora.layers.settings import settings_problems
 
 PARAMETERS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class AdapterError(ValueError):
-    """An adapter cannot be saved or loaded; the message lists every reason.
-
-    >>> import lora
-    >>> issubclass(lora.AdapterError, ValueError)
-    True
-    """
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,13 +12,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters import fingerprint, rest
-from lora.adapters.adapter import PARAMETERS, Adapter, AdapterError
+from lora.adapters.adapter import PARAMETERS, Adapter
 from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target, tied, trained_in_full
 from lora.adapters.formats import read_adapter, write_adapter
-from lora.layers.layer import LoRALayer, join
+from lora.errors import AdapterError, join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
-from lora.layers.settings import raise_all
 from lora.models import places
 from lora.models.injection import adapt, all_or_nothing
 from lora.models.learnt import difference

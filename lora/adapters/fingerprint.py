@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import is_count, is_number
 from lora.functional.tensors import is_plain
 from lora.layers import partitioned
 from lora.layers.conv import ConvLoRA
@@ -18,7 +19,6 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA
 from lora.layers.merged_linear import MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.layers.settings import is_number
 from lora.models.start import pretrained_weight
 from lora.parallel import sharded
 
@@ -87,7 +87,7 @@ def problems(about: Any) -> Iterator[str]:
     if not isinstance(about.get("fan_in_fan_out"), (bool, type(None))):
         yield f"`fan_in_fan_out` must be true, false or unknown, got {about['fan_in_fan_out']!r}."
     sizes = [groups, *shape] if isinstance(shape, list) else [groups, 1 if shape is None else shape]
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    whole = all(is_count(size, 1) for size in sizes)
     if not whole or math.prod(sizes) > _LARGEST:
         yield f"`base` must have a shape and groups of positive integers, got {shape!r} and {groups!r}."
     if sample is not None and not (isinstance(sample, list) and all(map(is_number, sample))):

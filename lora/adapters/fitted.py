@@ -14,8 +14,9 @@ from torch import Tensor
 from lora.adapters import fingerprint
 from lora.adapters.adapter import PARAMETERS, Adapter
 from lora.adapters.single import Form, as_in
+from lora.errors import join
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer, join
+from lora.layers.layer import LoRALayer
 from lora.layers.merged_linear import MergedLinearLoRA
 from lora.layers.registry import kind_for
 from lora.models.learnt import without_start

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lora.adapters import native
-from lora.adapters.adapter import PARAMETERS, Adapter, AdapterError
+from lora.adapters.adapter import PARAMETERS, Adapter
 from lora.adapters.files import as_path, kind, open_file, reading
 from lora.adapters.safe import read_header, read_tensors
 from lora.adapters.single import portable
+from lora.errors import AdapterError, is_number, raise_all
 from lora.formats import flat, from_peft, peft
 from lora.formats.pickled import read_torch
-from lora.layers.settings import is_number, raise_all
 
 _WRITERS: dict[str, Callable[[Adapter, Path, Iterable[str]], None]] = {
     "lora": lambda adapter, path, names: native.write(adapter, path),

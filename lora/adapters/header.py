@@ -12,9 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lora.adapters.adapter import AdapterError
 from lora.adapters.files import open_file, reading
-from lora.layers.settings import raise_all
+from lora.errors import AdapterError, raise_all
 
 HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
 _LONGEST_HEADER = 100_000_000  # the format's own limit

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora.adapters import safe
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
+from lora.errors import AdapterError
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder

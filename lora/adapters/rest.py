@@ -15,10 +15,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.fingerprint import values_of
+from lora.errors import is_count, is_number, join
 from lora.functional.tensors import is_storage
 from lora.layers import partitioned
-from lora.layers.layer import LoRALayer, join
-from lora.layers.settings import is_number
+from lora.layers.layer import LoRALayer
 from lora.models.matching import Names, without_wrappers
 from lora.models.training import originals
 from lora.parallel import sharded
@@ -164,7 +164,7 @@ def rest_problems(rest: Any) -> Iterator[str]:
             continue
         shape, sample = about["shape"], about["sample"]
         sizes = shape if isinstance(shape, list) else [shape] * (shape is not None)
-        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
+        if not all(is_count(size) for size in sizes):
             yield f"{name}: `rest` must have a shape of integers, got {shape!r:.80}."
         numbers = sample if isinstance(sample, list) else [sample] * (sample is not None)
         if not all(map(is_number, numbers)) or len(numbers) > _VALUES:

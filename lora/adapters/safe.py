@@ -15,10 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import AdapterError
 from lora.adapters.files import open_file, reading, replace_file
 from lora.adapters.header import DTYPES, HEADER_LIMIT, Entry, Header, parse_header
-from lora.layers.settings import raise_all
+from lora.errors import AdapterError, raise_all
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.bare import bare_layer
+from lora.errors import AdapterError, is_number, join, raise_all
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer, join
+from lora.layers.layer import LoRALayer
 from lora.layers.merged_linear import MergedLinearLoRA
-from lora.layers.settings import is_number, raise_all
 from lora.swapping.switch import NO_ROOM
 
 Form = tuple[dict[str, Any], Tensor, Tensor]

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import PARAMETERS, Adapter, AdapterError
+from lora.adapters.adapter import PARAMETERS, Adapter
 from lora.adapters.rest import difference
 from lora.arithmetic.addends import Sum, base_problems, sum_of
 from lora.arithmetic.sums import METHODS, OF_ANY_RANK, How
-from lora.layers.layer import join
-from lora.layers.settings import is_number, raise_all
+from lora.errors import AdapterError, is_count, is_number, join, raise_all
 from lora.models.blocks import layer_rank, tensors_of
 
 
@@ -178,11 +177,11 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
         yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
     elif r is not None and method not in OF_ANY_RANK:
         yield f"`r` is for the methods {', '.join(map(repr, OF_ANY_RANK))}; the adapters say it for {method!r}."
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+    if r is not None and not is_count(r, 1):
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if not (is_number(density) and 0 < density <= 1):
         yield f"`density` must be above 0 and at most 1, got {density!r}."
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if not is_count(seed) or seed >= 2**63:
         yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
 
 

@@ -15,9 +15,9 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.rest import describe
 from lora.arithmetic.algebra import named
 from lora.arithmetic.resizing import rank_problems
-from lora.layers.layer import LoRALayer, join
+from lora.errors import join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.layers.registry import class_for, kind_for
-from lora.layers.settings import raise_all
 from lora.models.blocks import block_rank, cut, dense_spectrum, layer_rank, shares, smallest_rank, tensors_of
 from lora.models.config import LoraConfig
 from lora.models.injection import adapter_dtype

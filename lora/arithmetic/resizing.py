@@ -6,12 +6,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.single import with_rank
 from lora.arithmetic.addends import widest
 from lora.arithmetic.algebra import check, copied, named, sound
+from lora.errors import AdapterError, is_count, is_number, raise_all
 from lora.layers.layer import LoRALayer
-from lora.layers.settings import is_number, raise_all
 from lora.models.blocks import (
     Pair,
     block_rank,
@@ -86,7 +86,7 @@ def rank_problems(r: Any, energy: Any) -> Iterator[str]:
     """What is wrong with a choice of rank, by number or by the energy to keep."""
     if (r is None) == (energy is None):
         yield f"either `r` or `energy` must be given, got {r!r} and {energy!r}."
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+    if r is not None and not is_count(r, 1):
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
         yield f"`energy` must be above 0 and at most 1, got {energy!r}."

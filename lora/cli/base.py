@@ -12,7 +12,7 @@ from typing import Any
 from lora.adapters.files import kind, reading
 from lora.adapters.header import Entry, read_object
 from lora.adapters.safe import read_header
-from lora.layers.settings import raise_all
+from lora.errors import raise_all
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What models put in front of all names, or leave away, depending on the class that saved them.

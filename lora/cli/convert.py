@@ -24,7 +24,7 @@ from lora.cli.options import (
     write,
 )
 from lora.cli.progress import progress
-from lora.models.report import table
+from lora.errors import table
 
 METHODS = ("cat", "svd", "linear", "ties", "dare")
 

@@ -13,8 +13,7 @@ from lora.adapters.adapter import Adapter, parameters_of
 from lora.arithmetic.measures import blocks, distance, relative
 from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
 from lora.cli.progress import progress
-from lora.layers.layer import join
-from lora.models.report import table
+from lora.errors import join, table
 
 _SETTINGS = (
     "r",

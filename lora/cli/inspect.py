@@ -27,8 +27,7 @@ from lora.cli.options import (
 )
 from lora.cli.plot import heat_map
 from lora.cli.progress import progress
-from lora.layers.layer import join
-from lora.models.report import table
+from lora.errors import join, table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")

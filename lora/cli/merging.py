@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters import fingerprint
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.bare import bare_layer
 from lora.adapters.files import kind, open_file, writing
 from lora.adapters.rest import describe_tensor, difference
@@ -33,8 +33,8 @@ from lora.cli.options import (
 )
 from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
-from lora.layers.layer import LoRALayer, join
-from lora.layers.settings import raise_all
+from lora.errors import AdapterError, join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.models.merging import rounding_lost
 from lora.models.report import MergedModule, MergeReport
 

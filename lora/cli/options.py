@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path, check_place, kind
 from lora.adapters.formats import FILES, place_of, read_adapter, write_adapter
+from lora.errors import AdapterError
 
 if TYPE_CHECKING:  # generic for type checkers only
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.adapter import PARAMETERS, Adapter, AdapterError
-from lora.layers.layer import join
-from lora.layers.settings import raise_all
+from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.errors import AdapterError, join, raise_all
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"

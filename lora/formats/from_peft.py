@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from lora.adapters import fingerprint
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, AdapterError
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
 from lora.adapters.files import kind
 from lora.adapters.header import read_object, short
 from lora.adapters.native import FILE, rest_of
 from lora.adapters.safe import read_tensors
+from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.pickled import read_torch
-from lora.layers.layer import join
-from lora.layers.settings import is_number, raise_all, settings_problems
+from lora.layers.settings import settings_problems
 from lora.models.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, AdapterError
+from lora.adapters.adapter import Adapter
 from lora.adapters.files import check_place, kind, replace_file, writing
 from lora.adapters.native import rest_as_metadata
 from lora.adapters.safe import packed
 from lora.adapters.single import Form, singles
-from lora.layers.settings import raise_all
+from lora.errors import AdapterError, raise_all
 from lora.models.training import is_bias
 
 CONFIG = "adapter_config.json"

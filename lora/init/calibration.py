@@ -11,16 +11,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.single import with_rank
+from lora.errors import is_number, raise_all, table
 from lora.functional.tensors import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Inputs, Statistic, Step, observe
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
-from lora.layers.settings import is_number, raise_all
 from lora.models.blocks import tensors_of
 from lora.models.initialization import unroundable, unwritable
 from lora.models.matching import Names, lora_layers, names_of, sharded_problems
-from lora.models.report import table
 from lora.models.spectral import form_problems
 from lora.models.start import all_or_none, start_from
 

@@ -10,15 +10,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import is_count, join, raise_all, table
 from lora.functional.tensors import without_autocast
-from lora.layers.layer import LoRALayer, join
+from lora.layers.layer import LoRALayer
 from lora.layers.quantized import is_packed
-from lora.layers.settings import raise_all
 from lora.models.blocks import Pair, tensors_of
 from lora.models.initialization import unwritable
 from lora.models.matching import Names, lora_layers, names_of, without_wrappers
-from lora.models.report import table
-from lora.models.spectral import blocks_of, decomposed, form_problems, is_count, rank_problems, scaling_problems, split
+from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
 from lora.models.start import all_or_none, remember_start, start_from
 
 _WHAT = "loftq: nothing was changed"

@@ -323,8 +323,3 @@ class LoRALayer(Merging, nn.Module):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, type(self).__bases__, *reduced[2:]
         return reduced
-
-
-def join(module: str, name: str) -> str:
-    """The full name of a module's own parameter; the root module's name is empty."""
-    return f"{module}.{name}" if module else name

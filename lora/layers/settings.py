@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import numbers
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from lora.errors import is_count, is_number
 
 
 def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
     """What is wrong with settings that no layer can take; nothing if they are fine."""
     problems = []
-    if not isinstance(r, int) or isinstance(r, bool) or r < 0:
+    if not is_count(r):
         problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
     if not is_number(lora_alpha):
         problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
     if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
         problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
     return problems
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def split_settings(
@@ -48,10 +44,3 @@ def split_settings(
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def raise_all(what: str, problems: Iterable[str], error: type[ValueError] = ValueError) -> None:
-    """Raise one error that lists every problem, if there is any."""
-    problems = list(problems)
-    if problems:
-        raise error(f"{what}, because\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from lora.layers.settings import raise_all, settings_problems
+from lora.errors import raise_all
+from lora.layers.settings import settings_problems
 from lora.models.shapes import Init, init_problem
 from lora.models.training import BIAS_CHOICES
 
@@ -160,13 +160,6 @@ def for_module(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T
     """The value of the first pattern that matches one of the module's names."""
     matching = (value for pattern, value in patterns.items() if any(pattern_matches(name, pattern) for name in names))
     return next(matching, default)
-
-
-def did_you_mean(target: str, names: Iterable[str]) -> str:
-    """A hint at names that are close to one that matched nothing; empty where none is."""
-    last_parts = {name.rsplit(".", 1)[-1] for name in names}
-    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], sorted(last_parts), n=3)
-    return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
 
 
 def _names(value: object) -> bool:

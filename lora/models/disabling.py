@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch.nn as nn
 from torch import Tensor
 
-from lora.layers.layer import LoRALayer, join
-from lora.layers.settings import raise_all
+from lora.errors import join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.models.matching import lora_layers
 from lora.models.training import has_moved, originals, resized_problems
 from lora.parallel.sharded import is_sharded

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
+from lora.errors import is_number, raise_all
 from lora.layers.layer import LoRALayer
-from lora.layers.settings import is_number, raise_all
 from lora.models.matching import lora_layers
 from lora.models.training import is_bias
 

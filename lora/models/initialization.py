@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
+from lora.errors import raise_all
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
-from lora.layers.settings import raise_all
 from lora.models import shapes, spectral, start
 from lora.models.blocks import Pair
 from lora.models.matching import Names, lora_layers, names_of, owners_of, sharded_problems, tied_to

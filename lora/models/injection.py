@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from lora.errors import raise_all
 from lora.functional.tensors import Spans, is_writable
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
-from lora.layers.settings import raise_all
 from lora.models import places
 from lora.models.config import LoraConfig, for_module
 from lora.models.initialization import begin, problems_of_start

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch.nn as nn
 
+from lora.errors import did_you_mean
 from lora.functional.tensors import Spans
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
 from lora.models import places
 from lora.models.bypassed import bypass_of
-from lora.models.config import HEADS, LoraConfig, did_you_mean, name_matches, pattern_matches
+from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
 from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
 
 Names = dict[nn.Module, tuple[str, ...]]

@@ -8,12 +8,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import join, raise_all
 from lora.functional.tensors import is_plain, is_storage
 from lora.layers import quantized
-from lora.layers.layer import LoRALayer, join
+from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
 from lora.layers.registry import plain_base
-from lora.layers.settings import raise_all
 from lora.models import places
 from lora.models.matching import (
     Names,

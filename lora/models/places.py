@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from lora.layers.layer import LoRALayer, join
+from lora.errors import join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
-from lora.layers.settings import raise_all
 
 _CHILDREN = "lora_children"
 # What a module remembers goes to one that is made anew from it, as `convert_sync_batchnorm` does.

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lora.errors import is_count, raise_all
 from lora.functional.tensors import without_autocast
 from lora.layers.layer import LoRALayer
-from lora.layers.settings import raise_all
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
 
 
@@ -161,11 +161,6 @@ def value_problems(layer: LoRALayer) -> Iterator[str]:
     else:
         if not finite:
             yield "its weight holds NaN or infinity."
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 # ---- decompositions --------------------------------------------------------------------------------------------

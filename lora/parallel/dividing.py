@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_module, distribute_tensor
 
+from lora.errors import raise_all
 from lora.layers import quantized
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.settings import raise_all
 from lora.parallel.local import LocalForward
 from lora.parallel.rows import in_model_order, in_rank_order
 from lora.parallel.sharded import reordered

@@ -24,10 +24,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel as _Colwise
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
+from lora.errors import raise_all
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.linear import LinearLoRA
 from lora.layers.merged_linear import MergedLinearLoRA
-from lora.layers.settings import raise_all
 from lora.models.matching import without_wrappers
 from lora.parallel.dividing import (
     divide,

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.single import Form, with_rank
-from lora.layers.layer import LoRALayer, join
-from lora.layers.settings import raise_all
+from lora.errors import join, raise_all
+from lora.layers.layer import LoRALayer
 from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
 from lora.models.matching import lora_layers, names_of, sharded_problems
 from lora.swapping import switch
