@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint, rest
-from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.adapters import base
+from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target, tied, trained_in_full
 from lora.adapters.formats import read_adapter, write_adapter
@@ -21,7 +20,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
 from lora.models import places
 from lora.models.injection import adapt, all_or_nothing
-from lora.models.learnt import difference
+from lora.models.learnt import since_start
 from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
 from lora.models.pretrained import name_of, resized_embeddings
 from lora.models.start import pretrained_weight
@@ -210,19 +209,19 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
     raise_all("the adapter is not taken", _in_parts(names), AdapterError)
     full, kept = _held(model, names)
     raise_all("the adapter is not taken", _quantised(full, kept), AdapterError)
-    about: dict[str, dict[str, Any]] = {}
+    about: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
         about[name], its = _own(layer)
         if join(name, "weight") in full:
-            about[name]["base"]["sample"] = None  # the file holds all of it
+            about[name] = replace(about[name], base=replace(about[name].base, sample=None))  # the file holds all of it
         tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
     for name, (module, own) in full.items():
         whole = _whole(module, own)
         tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
     held = {id(getattr(module, own)) for module, own in full.values()}
-    others = rest.describe(names, held, {join(name, "weight") for name in adapted})
+    others = base.describe(names, held, {join(name, "weight") for name in adapted})
     return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
 
 
@@ -232,7 +231,7 @@ def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, st
     kept = [name for name, (module, own) in full.items() if is_kept(module, own)]
     held = {id(getattr(module, own)) for module, own in full.values()}
     ends = {*resized_embeddings(model)}
-    for known, module, own, tensor in rest.own_tensors(names):
+    for known, module, own, tensor in base.own_tensors(names):
         if module in ends and id(tensor) not in held and own in module._parameters:
             full[known[0]] = module, own
             kept.append(known[0])
@@ -244,7 +243,7 @@ def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -
     """A complaint for each part of the base model that nobody else has, and that is quantised."""
     for name in kept:
         module, own = full[name]
-        if own == "weight" and rest.describe_tensor(getattr(module, own))["shape"] is None:
+        if own == "weight" and base.describe_tensor(getattr(module, own))["shape"] is None:
             yield (
                 f"{name}: rows were added to it, which only this model has, and it is quantised; leave it out when the "
                 "model is quantised."
@@ -262,14 +261,13 @@ def _in_parts(names: Names) -> Iterator[str]:
     yield from partitioned_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
 
 
-def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _own(layer: LoRALayer) -> tuple[ModuleAdapter, dict[str, Tensor]]:
     """The settings and the tensors of a layer's adapter."""
-    settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
-    about = {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
+    about = ModuleAdapter.of(layer)
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
-        about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
-        tensors |= zip(PARAMETERS, pair, strict=True)
+        about = replace(about, scaling=about.scaling or 1.0).at_rank(2 * layer.r)
+        tensors |= zip(PARAMETERS, since_start(sharded.with_whole(layer, *PARAMETERS), about.scaling), strict=True)
     elif layer.padded_from is not None:
         about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
         tensors |= zip(PARAMETERS, pair, strict=True)
@@ -297,8 +295,8 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
-        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling, layer.awaits = float(settings["scaling"]), None
+        layer.lora_alpha, layer.use_rslora = settings.lora_alpha, settings.use_rslora
+        layer.scaling, layer.awaits = float(settings.scaling), None
         if layer.padded_from is not None:
             layer.padded_from = settings["padded_from"]
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]

@@ -22,7 +22,7 @@ REST = "rest"
 def write(adapter: Adapter, path: Path) -> None:
     """Write an adapter to a safetensors file: the old file or the new one is there, whenever this is killed."""
     about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
-    safe.write_tensors(path, adapter.tensors, {"lora": json.dumps(about), **rest_as_metadata(adapter)})
+    safe.write_tensors(path, adapter.tensors, {"lora": json.dumps(about, default=dict), **rest_as_metadata(adapter)})
 
 
 def read(path: Path, said: Mapping[str, str]) -> Adapter:

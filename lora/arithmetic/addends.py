@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import Adapter
-from lora.adapters.bare import bare_layer
+from lora.adapters.adapter import FORM, Adapter, ModuleAdapter
+from lora.adapters.base import Base, sample_difference
 from lora.adapters.single import Form, as_single
 from lora.arithmetic.sums import Part
 from lora.layers.layer import LoRALayer
 from lora.layers.merged_linear import MergedLinearLoRA
 from lora.models.blocks import block_rank, pairs_of
 
-# What makes two adapters' tensors of one module alike.
-_FORM = ("splits", "enable_lora", "factored")
-# What must agree between descriptions of one base weight, and what it is where nothing is said.
-_FACTS: dict[str, Any] = {"kind": None, "groups": 1, "shape": None, "fan_in_fan_out": False}
+# What must agree between descriptions of one base weight.
+_FACTS = ("kind", "groups", "shape", "fan_in_fan_out")
 _ALWAYS_KNOWN = ("kind", "groups")
 
 
@@ -31,7 +28,7 @@ class Sum(NamedTuple):
 
     parts: list[Part]
     like: LoRALayer
-    settings: dict[str, Any]
+    settings: ModuleAdapter
     q: int
     dtype: torch.dtype
 
@@ -39,7 +36,7 @@ class Sum(NamedTuple):
 def sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r: int | None) -> Sum:
     """What makes up a module of the result; ValueError where the adapters' modules do not fit each other, or `r`."""
     forms = _alike([(adapter.modules[name], *adapter.pair(name)) for adapter, _ in adapters])
-    layers = [bare_layer(*form) for form in forms]
+    layers = [settings.layer(A, B) for settings, A, B in forms]
     shapes = {(layer.lora_A.shape[1:], layer.lora_B.shape[0]) for layer in layers}
     if len(shapes) > 1:
         listed = ", ".join(f"{(*layer.lora_A.shape,)} and {(*layer.lora_B.shape,)}" for layer in layers)
@@ -51,10 +48,7 @@ def sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r:
     return Sum(
         [Part(weight, pairs_of(layer)) for weight, layer in zip(weights, layers, strict=True)],
         layers[0],
-        {
-            **copy.deepcopy(forms[0][0]),
-            "base": copy.deepcopy(_best_known([settings["base"] for settings, *_ in forms])),
-        },
+        replace(forms[0][0], base=_best_known([settings.base for settings, *_ in forms])),
         block_rank(layers[0], r or max(ranks)),
         widest(tensor for _, *pair in forms for tensor in pair),
     )
@@ -62,8 +56,8 @@ def sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r:
 
 def _alike(forms: list[Form]) -> list[Form]:
     """The same updates, all in one form."""
-    layers = [bare_layer(*form) for form in forms]
-    if len({tuple(getattr(layer, option, None) for option in _FORM) for layer in layers}) == 1:
+    layers = [settings.layer(A, B) for settings, A, B in forms]
+    if len({tuple(getattr(layer, option, None) for option in FORM) for layer in layers}) == 1:
         return forms
     merged = [layer for layer in layers if isinstance(layer, MergedLinearLoRA)]
     if len(merged) == len(layers) and len({layer.splits for layer in merged}) == 1:
@@ -73,7 +67,7 @@ def _alike(forms: list[Form]) -> list[Form]:
 
 
 def _widened(
-    settings: Mapping[str, Any], A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
+    settings: ModuleAdapter, A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
 ) -> Form:
     """A merged linear layer's adapter with zeros for more enabled splits."""
     pairs, wide = iter(pairs_of(layer)), []
@@ -82,25 +76,25 @@ def _widened(
         if enabled:
             wide.append(next(pairs) if own else (zeros(size, layer.r), zeros(layer.r, A.shape[1])))
     Bs, As = zip(*wide, strict=True)
-    return {**settings, "enable_lora": enable_lora}, torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
+    return replace(settings, enable_lora=enable_lora), torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
 
 
-def _best_known(bases: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _best_known(bases: Iterable[Base]) -> Base:
     """The first of the descriptions of one base weight that says most."""
-    return max(bases, key=lambda base: (base.get("sample") is not None, base.get("shape") is not None))
+    return max(bases, key=lambda base: (base.sample is not None, base.shape is not None))
 
 
-def base_problems(bases: Mapping[int, dict[str, Any]], check_base: bool) -> Iterator[str]:
+def base_problems(bases: Mapping[int, Base], check_base: bool) -> Iterator[str]:
     """How the base weights of one module differ, by the numbers of the adapters."""
     known = _best_known(bases.values())
     first = next(n for n, base in bases.items() if base is known)
     for n, base in bases.items():
         of = f"the base weights of adapters {first} and {n} are not the same:"
-        for fact, default in _FACTS.items():
-            ours, theirs = known.get(fact, default), base.get(fact, default)
-            if ours != theirs and (fact in _ALWAYS_KNOWN or (known.get("shape") and base.get("shape"))):
+        for fact in _FACTS:
+            ours, theirs = getattr(known, fact), getattr(base, fact)
+            if ours != theirs and (fact in _ALWAYS_KNOWN or (known.shape and base.shape)):
                 yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
-        difference = fingerprint.sample_difference(known.get("sample"), base.get("sample")) if check_base else None
+        difference = sample_difference(known.sample, base.sample) if check_base else None
         if difference is not None:
             yield f"{of} sampled values differ by {100 * difference:.0f} %; `check_base=False` combines them."
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import PARAMETERS, Adapter
-from lora.adapters.rest import difference
+from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import difference
 from lora.arithmetic.addends import Sum, base_problems, sum_of
 from lora.arithmetic.sums import METHODS, OF_ANY_RANK, How
 from lora.errors import AdapterError, is_count, is_number, join, raise_all
@@ -84,7 +84,7 @@ def combine(
     sums: dict[str, Sum] = {}
     problems: list[str] = []
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
-        bases = {n: adapter.modules[name]["base"] for n, (adapter, _) in enumerate(adapters) if name in adapter.modules}
+        bases = {n: adapter.modules[name].base for n, (adapter, _) in enumerate(adapters) if name in adapter.modules}
         found = [f"{name}: {problem}" for problem in base_problems(bases, check_base)]
         try:
             sums[name] = sum_of(name, [pair for pair in adapters if name in pair[0].modules], method, r)
@@ -99,12 +99,12 @@ def combine(
         rest = adapter.rest | rest
     raise_all(what, problems, AdapterError)
     generator = torch.Generator().manual_seed(seed)
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, about in sums.items():
         pairs = METHODS[method](about.parts, How(about.q, density, generator))
         rank = layer_rank(about.like, pairs[0][0].shape[1])
-        modules[name] = {**about.settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
+        modules[name] = about.settings.with_scaling_one(rank)
         tensors |= named(name, tensors_of(about.like, pairs), about.dtype)
     base_model = _common(a.base_model for a, _ in adapters)
     tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
@@ -158,9 +158,9 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     what = "the adapter is not scaled"
     check([adapter], what, in_full=False)
     result = copied(adapter)
-    for settings in result.modules.values():
-        settings["scaling"] *= factor
-        settings["lora_alpha"] *= factor
+    for name, settings in adapter.modules.items():
+        scaling, lora_alpha = settings.scaling * factor, settings.lora_alpha * factor
+        result.modules[name] = replace(settings, scaling=scaling, lora_alpha=lora_alpha)
     return sound(result, what)
 
 
@@ -215,7 +215,7 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
     for n, adapter in enumerate(adapters):
         prefix = f"adapter {n}: " if len(adapters) > 1 else ""
         problems += [f"{prefix}{problem}" for problem in adapter.problems()]
-        dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+        dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
         problems += [f"{prefix}{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
         if not in_full:
             trained = [name for name in adapter.trained_in_full if name not in adapter.kept]
@@ -233,7 +233,6 @@ def copied(adapter: Adapter) -> Adapter:
     """The same adapter in memory of its own."""
     return replace(
         adapter,
-        modules=copy.deepcopy(adapter.modules),
         tensors={name: tensor.detach().clone() for name, tensor in adapter.tensors.items()},
         trained_in_full=list(adapter.trained_in_full),
         modules_to_save=list(adapter.modules_to_save),

@@ -10,9 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import Adapter
-from lora.adapters.rest import describe
+from lora.adapters.adapter import Adapter, ModuleAdapter
+from lora.adapters.base import Base, describe
 from lora.arithmetic.algebra import named
 from lora.arithmetic.resizing import rank_problems
 from lora.errors import join, raise_all
@@ -112,18 +111,16 @@ def extract(
 
 def _approximated(
     layer: LoRALayer, weight: Tensor, r: int | None, energy: float | None
-) -> tuple[dict[str, Any], tuple[Tensor, Tensor], float]:
+) -> tuple[ModuleAdapter, tuple[Tensor, Tensor], float]:
     """Settings, A and B of the best approximation of what `weight` differs by, and the share that it keeps."""
     dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
     difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
     spectra = [dense_spectrum(matrix) for matrix in layer.weight_blocks(difference)]
     share = shares(spectra)
     q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
-    rank = layer_rank(layer, q)
-    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
-    form = {"factored": True} if hasattr(layer, "factored") else {}
+    settings = ModuleAdapter.of(layer).with_scaling_one(layer_rank(layer, q))
     pair = tensors_of(layer, [cut(part, q) for part in spectra])
-    return {**settings, **form, "base": fingerprint.describe(layer)}, pair, float(share[q - 1])
+    return settings, pair, float(share[q - 1])
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------
@@ -191,7 +188,7 @@ def _lora_twin(module: nn.Module) -> LoRALayer | None:
     kind, form = kind.configure(twin, splits=None, enable_lora=None, factored=True)
     twin.__class__ = class_for(kind, type(twin))
     twin.attach(getattr(module, "groups", 1), **form)  # the least rank that fits
-    known = fingerprint.describe(twin)["kind"] in _FORMS and twin.beyond_weight() is None
+    known = Base.of(twin).kind in _FORMS and twin.beyond_weight() is None
     return twin if known else None
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.single import with_rank
 from lora.arithmetic.addends import widest
 from lora.arithmetic.algebra import check, copied, named, sound
 from lora.errors import AdapterError, is_count, is_number, raise_all
@@ -76,7 +74,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
             problems.append(f"{name}: {error}")
             continue
         rank = layer_rank(layer, pairs[0][0].shape[1])
-        result.modules[name] = with_rank(copy.deepcopy(settings), rank)
+        result.modules[name] = settings.at_rank(rank)
         result.tensors.update(named(name, tensors_of(layer, pairs), widest(adapter.pair(name))))
     raise_all(what, problems, AdapterError)
     return Resized(sound(result, what), kept)

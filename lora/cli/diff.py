@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, parameters_of
+from lora.adapters.adapter import Adapter
 from lora.arithmetic.measures import blocks, distance, relative
 from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
 from lora.cli.progress import progress
@@ -85,7 +85,7 @@ def _module(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str, An
 def _identical(a: Adapter, b: Adapter, name: str) -> bool:
     """Whether modules that only their model understands are the same to the bit."""
     alike = a.modules[name] == b.modules[name]
-    keys = [join(name, part) for part in parameters_of(a.modules[name])]
+    keys = [join(name, part) for part in a.modules[name].parameters]
     return alike and all(torch.equal(a.tensors[key], b.tensors[key]) for key in keys)
 
 

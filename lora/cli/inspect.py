@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, parameters_of
+from lora.adapters.adapter import Adapter
+from lora.adapters.base import Base
 from lora.adapters.formats import read_adapter
 from lora.arithmetic.measures import blocks
 from lora.cli.options import (
@@ -103,9 +104,8 @@ def examine(adapter: Adapter) -> dict[str, Any]:
 
 def _module(adapter: Adapter, name: str, problems: list[str]) -> dict[str, Any]:
     settings = adapter.modules[name]
-    base = settings.get("base")
-    base = base if isinstance(base, dict) else {}
-    keys = [join(name, part) for part in parameters_of(settings)]
+    base = settings.base if isinstance(settings.base, Base) else {}
+    keys = [join(name, part) for part in settings.parameters]
     own = {key: adapter.tensors[key] for key in keys if key in adapter.tensors}
     alone = replace(adapter, modules={name: settings}, tensors=own, trained_in_full=[], kept=[], rest={})
     measured = []

@@ -8,17 +8,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
 from lora.adapters.adapter import Adapter
-from lora.adapters.bare import bare_layer
+from lora.adapters.base import describe_tensor, difference
 from lora.adapters.files import kind, open_file, writing
-from lora.adapters.rest import describe_tensor, difference
 from lora.cli.base import Base, keys_for, open_base, other_files
 from lora.cli.options import (
     Subparsers,
@@ -130,7 +129,7 @@ class Merging:
                 f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
                 "merge into the weights that it was made of."
             )
-        beyond = self.adapter.modules[name]["base"].get("beyond_weight")
+        beyond = self.adapter.modules[name].base.beyond_weight
         if beyond:
             raise ValueError(f"weights cannot say that {beyond}; use `lora.merge` on the model.")
         layer = self._bare(name, entry.shape)
@@ -139,18 +138,18 @@ class Merging:
         if check_base and key not in self.full:
             probe = nn.Module()  # of its own, so that what is mapped does not stay so
             probe.weight = nn.Parameter(mapped(self.base.folder / self.base.files[key], entry), False)
-            fingerprint.check(self.adapter.modules[name]["base"], probe)
+            self.adapter.modules[name].base.check(probe)
         return layer
 
     def _bare(self, name: str, shape: tuple[int, ...]) -> LoRALayer:
         """A module's layer; of a linear one whose file does not say which way the weight is stored, as it fits."""
         settings = self.adapter.modules[name]
-        base = settings["base"]
-        if base["kind"] != "linear" or base.get("fan_in_fan_out", False) is not None:
+        base = settings.base
+        if base.kind != "linear" or base.fan_in_fan_out is not None:
             return self.adapter.layer(name)
-        ways = [{**base, "shape": None, "fan_in_fan_out": transposed} for transposed in (False, True)]
+        ways = [replace(base, shape=None, fan_in_fan_out=transposed) for transposed in (False, True)]
         tensors = *self.adapter.pair(name), self.adapter.magnitude(name)
-        layers = [bare_layer({**settings, "base": way}, *tensors) for way in ways]
+        layers = [replace(settings, base=way).layer(*tensors) for way in ways]
         fitting = [layer for layer in layers if layer.weight.shape == shape]
         if len(fitting) == 2:
             raise ValueError(

@@ -8,7 +8,6 @@ A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from lora.layers import dora, quantized
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
 from lora.layers.registry import enter, new
-from lora.layers.settings import settings_problems
+from lora.layers.settings import scaling_of, settings_problems
 from lora.models import shapes
 from lora.models.shapes import Init
 from lora.parallel import sharded
@@ -89,7 +88,7 @@ class LoRALayer(Merging, nn.Module):
             setattr(self, name, value)
         if r == 0:
             return
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
         device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))

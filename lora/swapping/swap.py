@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora.adapters.adapter import Adapter
-from lora.adapters.single import Form, with_rank
+from lora.adapters.adapter import Adapter, ModuleAdapter
+from lora.adapters.single import Form
 from lora.errors import join, raise_all
 from lora.layers.layer import LoRALayer
+from lora.layers.settings import lora_alpha_of
 from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
 from lora.models.matching import lora_layers, names_of, sharded_problems
 from lora.swapping import switch
@@ -123,9 +124,9 @@ def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
     A, B = layer.lora_A, layer.lora_B
     q = -(-max_r * B.shape[1] // layer.r)
     r = layer_rank(layer, q)
-    settings = with_rank({"scaling": layer.scaling, "use_rslora": layer.use_rslora}, r)
+    lora_alpha = lora_alpha_of(layer.scaling, r, layer.use_rslora)
     dA, dB = (factor if factor.grad is None else factor.grad for factor in (A, B))
-    return _Larger(r, settings["lora_alpha"], _at(layer, A, B, q), _at(layer, dA, dB, q))
+    return _Larger(r, lora_alpha, _at(layer, A, B, q), _at(layer, dA, dB, q))
 
 
 def with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
@@ -136,9 +137,9 @@ def with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
         if not isinstance(layer, LoRALayer) or layer.padded_from is None:
             continue
         A, B = adapter.pair(name)
-        changed[name] = {**settings, "padded_from": (settings["r"], settings["lora_alpha"])}
-        if _is_smaller(layer, settings["r"], A, B):
-            changed[name] |= {key: with_rank(settings, layer.r)[key] for key in ("r", "lora_alpha")}
+        changed[name] = replace(settings, more={**settings.more, "padded_from": (settings.r, settings.lora_alpha)})
+        if _is_smaller(layer, settings.r, A, B):
+            changed[name] = changed[name].at_rank(layer.r)
             A, B = _at(layer, A, B, layer.lora_B.shape[1])
             tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
     return replace(adapter, modules=changed, tensors=tensors)
@@ -157,14 +158,14 @@ def check_rank(layer: LoRALayer, r: int) -> None:
         raise ValueError(switch.NO_ROOM.format(r, layer.r))
 
 
-def without_room(layer: LoRALayer, settings: dict[str, Any], A: Tensor, B: Tensor) -> Form:
+def without_room(layer: LoRALayer, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     """Settings, A and B of a layer that is prepared for swaps at the rank of its adapter, if no more of it is used."""
     assert layer.padded_from is not None, "asked of layers that are prepared"
     r, lora_alpha = layer.padded_from
     q = block_rank(layer, r)
     if any(bool(factor.any()) for B_g, A_g in blocks_of(layer, A, B) for factor in (B_g[:, q:], A_g[q:])):
         return settings, A, B
-    return {**settings, "r": r, "lora_alpha": lora_alpha}, *_at(layer, A, B, q)
+    return replace(settings, r=r, lora_alpha=lora_alpha), *_at(layer, A, B, q)
 
 
 @torch.inference_mode(False)
