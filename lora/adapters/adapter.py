@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import is_number, join
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import kind_for
-from lora.layers.settings import lora_alpha_of, settings_problems
+from lora.layers.settings import settings_problems
 from lora.models.injection import Plan, adapt
 
 PARAMETERS = ("lora_A", "lora_B")
@@ -91,7 +91,7 @@ class ModuleAdapter(Record):
 
     def at_rank(self, r: int) -> ModuleAdapter:
         """The same at another rank: the scaling is kept, and `lora_alpha` is what gives it."""
-        return replace(self, r=r, lora_alpha=lora_alpha_of(self.scaling, r, self.use_rslora))
+        return replace(self, r=r, lora_alpha=alpha_of(self.scaling, r, self.use_rslora))
 
     def with_scaling_one(self, r: int) -> ModuleAdapter:
         """The same at another rank and with a scaling of 1, by `lora_alpha` = r."""

@@ -16,10 +16,9 @@ from lora.adapters.base import beyond_peft
 from lora.adapters.single import Form, as_in
 from lora.errors import join
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, scaling_of
 from lora.layers.merged_linear import MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.layers.settings import scaling_of
 from lora.models.learnt import to_start
 from lora.models.matching import without_wrappers
 

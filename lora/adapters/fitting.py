@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import differences, own_tensors
 from lora.adapters.fitted import fitted, renamed
+from lora.adapters.single import NO_ROOM
 from lora.errors import join
 from lora.functional.tensors import Spans, is_writable
 from lora.layers.layer import LoRALayer
@@ -22,7 +23,6 @@ from lora.models.matching import Names, names_of, why_not, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
 from lora.parallel import sharded
-from lora.swapping.swap import check_rank, with_room
 
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
@@ -38,6 +38,17 @@ _UNTIE = (
 
 # A module, the name of one of its own tensors, and a value for it.
 Target = tuple[nn.Module, str, Tensor]
+
+
+def _with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter with A and B at the ranks of a model's layers, where these have room for it; r stays."""
+    tensors = dict(adapter.tensors)
+    for name, settings in adapter.modules.items():
+        layer = modules.get(name)
+        if isinstance(layer, LoRALayer):
+            pair = layer.lora_padded(settings.r, *adapter.pair(name))
+            tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
+    return replace(adapter, tensors=tensors)
 
 
 class Fit:
@@ -59,7 +70,7 @@ class Fit:
         adapter, clashes = renamed(adapter, self.modules)
         self.adapter, misfits = fitted(adapter, self.modules)
         self.problems = clashes + misfits
-        adapter = self.adapter = with_room(self.adapter, self.modules)
+        adapter = self.adapter = _with_room(self.adapter, self.modules)
         injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         for name, settings in adapter.modules.items():
             try:
@@ -115,12 +126,17 @@ class Fit:
     def _compare(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
-        check_rank(module, settings.r)
-        if bool(settings.use_dora) != module.use_dora:
-            raise ValueError(f"`use_dora` is {bool(settings.use_dora)} in the file and {module.use_dora} in the model.")
+        r, ranks = settings.r, module.lora_ranks()
+        if r > ranks[0] and isinstance(ranks, range):
+            raise ValueError(NO_ROOM.format(r, ranks[0]))
+        with_dora = bool(settings.use_dora)
+        if with_dora != module.use_dora:
+            raise ValueError(f"`use_dora` is {with_dora} in the file and {module.use_dora} in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
-        for option, theirs in {"r": settings.r, **settings.form}.items():
+        if r not in ranks:
+            raise ValueError(f"`r` is {r} in the file and {module.r} in the model.")
+        for option, theirs in settings.form.items():
             ours = getattr(module, option, None)
             if theirs != ours:
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")

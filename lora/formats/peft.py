@@ -18,7 +18,7 @@ from lora.adapters.native import rest_as_metadata
 from lora.adapters.safe import packed
 from lora.adapters.single import Form, singles
 from lora.errors import AdapterError, raise_all
-from lora.layers.settings import lora_alpha_of
+from lora.layers.layer import alpha_of
 from lora.models.training import is_bias
 
 CONFIG = "adapter_config.json"
@@ -138,7 +138,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
     about = {name: settings for name, (settings, _, _) in forms.items()}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
-    alphas = {name: lora_alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
+    alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = _most_common(ranks), _most_common(alphas)
     linear = [settings.base for settings in about.values() if settings.base.kind == "linear"]
     alone = {*adapter.trained_in_full} - {*adapter.kept}

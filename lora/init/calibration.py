@@ -14,9 +14,8 @@ from lora.errors import is_number, raise_all, table
 from lora.functional.tensors import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Inputs, Statistic, Step, observe
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.linear import LinearLoRA
-from lora.layers.settings import lora_alpha_of
 from lora.models.blocks import tensors_of
 from lora.models.initialization import unroundable, unwritable
 from lora.models.matching import Names, lora_layers, names_of, sharded_problems
@@ -164,7 +163,7 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
         yield f"no layer waits for data; `lora.inject` takes `init_lora_weights` of {', '.join(map(repr, METHODS))}."
     elif options.rho != 1 and all(layer.awaits != "eva" for layer in layers):
         yield f"`rho` (={options.rho}) is for EVA, and no layer waits for that."
-    elif options.rho != 1 and any(layer.padded_from is not None for layer in layers):
+    elif options.rho != 1 and any(len(layer.lora_ranks()) > 1 for layer in layers):
         yield f"`rho` (={options.rho}) would take the room of layers that are prepared for swaps; prepare them later."
     for layer in layers:
         method, name = METHODS[str(layer.awaits)], names[layer][0]
@@ -202,7 +201,7 @@ def _begin(layer: LinearLoRA, start: Start, writes_base: bool) -> None:
     """Give the layer its A and B, of another rank perhaps, and let it train."""
     r = _rank(start)
     if r != layer.r:
-        layer.lora_alpha = lora_alpha_of(layer.scaling, r, layer.use_rslora)
+        layer.lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
         layer.r = r
         for name, value in zip(("lora_A", "lora_B"), tensors_of(layer, start.pairs), strict=True):
             old: nn.Parameter = getattr(layer, name)

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from lora.errors import is_count, is_number
-
-
-def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
-    """s = lora_alpha / r, or lora_alpha / √r with rsLoRA (arXiv:2312.03732)."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def lora_alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
-    """The inverse of `scaling_of`; ValueError if it is beyond floats."""
-    lora_alpha = scaling * (math.sqrt(r) if use_rslora else r)
-    if not is_number(lora_alpha):
-        raise ValueError(f"a scaling of {scaling} at rank {r} takes a `lora_alpha` beyond floats.")
-    return lora_alpha
 
 
 def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:

@@ -1,6 +1,8 @@
 """examples/phi3/gguf_files.py: what llama.cpp reads in the files is the update, by numpy in float64; and refusals."""
 
-from pathlib 
+import dataclasses
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
