@@ -16,7 +16,7 @@ from lora.adapters.single import Form, with_rank
 from lora.errors import join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
-from lora.models.matching import lora_layers, names_of, sharded_problems
+from lora.models.model import lora_layers, names_of, sharded_problems
 from lora.swapping import switch
 
 
