@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -54,33 +51,6 @@ def _has_storage(tensor: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-class Spans(Generic[T]):
-    """What owns which memory: finds out whether writing one tensor writes another."""
-
-    def __init__(self) -> None:
-        self._spans: dict[int, list[tuple[int, int, T]]] = {}
-
-    def add(self, tensor: Tensor | None, owner: T) -> None:
-        """Enter the owner of a tensor."""
-        if tensor is not None:
-            storage, start, stop = _span(tensor)
-            self._spans.setdefault(storage, []).append((start, stop, owner))
-
-    def sharing(self, tensor: Tensor) -> list[T]:
-        """The owners of tensors that share memory with this one; two Parameters may share one storage."""
-        storage, start, stop = _span(tensor)
-        return [owner for i, j, owner in self._spans.get(storage, []) if i < stop and start < j]
-
-
-def _span(tensor: Tensor) -> tuple[int, int, int]:
-    """The storage, and begin and end in it; another tensor's identity, where memory cannot be looked at."""
-    if not _is_dense(tensor) or tensor.numel() == 0:
-        return id(tensor), 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, size = int(tensor.storage_offset()), tensor.element_size()
-    return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
