@@ -15,11 +15,11 @@ from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
 from lora.adapters.fitted import fitted, renamed
 from lora.adapters.rest import differences, own_tensors
 from lora.errors import join
-from lora.functional.tensors import Spans, is_writable
 from lora.layers.layer import LoRALayer
+from lora.layers.quantized import is_writable
 from lora.layers.registry import adapted_class, kind_for
 from lora.models.injection import Plan
-from lora.models.matching import Names, names_of, why_not, without_wrappers
+from lora.models.matching import Names, Spans, names_of, why_not, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
 from lora.parallel import sharded

@@ -17,10 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.tensors import same_values, sparing
 from lora.layers import dora, quantized
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
+from lora.layers.quantized import same_values, sparing
 from lora.layers.registry import enter, new
 from lora.layers.settings import settings_problems
 from lora.models import shapes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch.nn as nn
+from torch import Tensor
 
 from lora.errors import did_you_mean
-from lora.functional.tensors import Spans
+from lora.functional.fused import is_dense
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
@@ -17,6 +19,7 @@ from lora.models.bypassed import bypass_of
 from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
 from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
 
+T = TypeVar("T")
 Names = dict[nn.Module, tuple[str, ...]]
 
 
@@ -262,3 +265,30 @@ def _select(
             hint = did_you_mean(target, (name for known in names.values() for name in known if name))
             problems.append(f"`{option}` {target!r} matches no {what}{hint}.")
     return [module for module in names if module in found]
+
+
+class Spans(Generic[T]):
+    """What owns which memory: finds out whether writing one tensor writes another."""
+
+    def __init__(self) -> None:
+        self._spans: dict[int, list[tuple[int, int, T]]] = {}
+
+    def add(self, tensor: Tensor | None, owner: T) -> None:
+        """Enter the owner of a tensor."""
+        if tensor is not None:
+            storage, start, stop = _span(tensor)
+            self._spans.setdefault(storage, []).append((start, stop, owner))
+
+    def sharing(self, tensor: Tensor) -> list[T]:
+        """The owners of tensors that share memory with this one; two Parameters may share one storage."""
+        storage, start, stop = _span(tensor)
+        return [owner for i, j, owner in self._spans.get(storage, []) if i < stop and start < j]
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage, and begin and end in it; another tensor's identity, where memory cannot be looked at."""
+    if not is_dense(tensor) or tensor.numel() == 0:
+        return id(tensor), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
