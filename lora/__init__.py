@@ -24,7 +24,7 @@ from lora.models.initialization import initialize
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
 from lora.models.training import lora_state_dict, mark_only_lora_as_trainable
-from lora.swapping.swap import prepare_for_swap
+from lora.swapping import prepare_for_swap
 
 __version__ = "0.1.0"
 
