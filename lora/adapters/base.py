@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import is_count, is_number, join
-from lora.functional.tensors import is_plain, is_storage
+from lora.functional.fused import is_plain, is_storage
 from lora.layers import partitioned
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
@@ -24,7 +24,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA
 from lora.layers.merged_linear import MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.models.matching import Names, without_wrappers
+from lora.models.model import Names, Owned, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import originals
 from lora.parallel import sharded
@@ -226,23 +226,12 @@ def sample_of(weight: Tensor) -> tuple[float, ...] | None:
 # ---- all other tensors -----------------------------------------------------------------------------------------
 
 
-class Own(NamedTuple):
-    """One of a module's own parameters or buffers, under each of that module's names."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-    own: str
-    tensor: Tensor
-
-
-def own_tensors(names: Names) -> Iterator[Own]:
+def own_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and persistent buffer that belongs to no adapter; a tied one once for each module that has it."""
-    for module, known in names.items():
+    for known, module, own, tensor in owned_tensors(names):
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        unsaved = {*adapter, *module._non_persistent_buffers_set}
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and own not in unsaved and not nn.parameter.is_lazy(tensor):
-                yield Own(tuple(join(without_wrappers(name), own) for name in known), module, own, tensor)
+        if own not in {*adapter, *module._non_persistent_buffers_set} and not nn.parameter.is_lazy(tensor):
+            yield Owned(tuple(map(without_wrappers, known)), module, own, tensor)
 
 
 def describe(names: Names, held: Container[int], adapted: Container[str]) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import same_values
 from lora.layers.layer import LoRALayer
+from lora.layers.quantized import same_values
 from lora.models.blocks import Pair, blocks_of, tensors_of
 
 
