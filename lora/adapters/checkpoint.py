@@ -22,12 +22,12 @@ from lora.layers.partitioned import partitioned_problems
 from lora.models import places
 from lora.models.injection import adapt, all_or_nothing
 from lora.models.learnt import difference
-from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
+from lora.models.matching import Names, lora_layers, names_of, obstacles, unwrapped, without_wrappers
 from lora.models.pretrained import name_of, resized_embeddings
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 from lora.parallel import sharded
-from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
+from lora.parallel.replicas import flattened_problem, is_flattened
 from lora.parallel.sharded import in_normal_mode
 
 
@@ -139,7 +139,7 @@ def load_adapter(
     >>> base[0].r
     2
     """
-    wrappers, model = [*wrapped(names_of(model))], unwrapped(model)
+    wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
     mesh = sharded.mesh_of(model)
     adapter, what = sharded.from_first(mesh, lambda: _sound(source, lora_alpha, to_send=mesh is not None))

@@ -25,6 +25,7 @@ from lora.models.matching import (
     find_targets,
     lora_layers,
     names_of,
+    obstacles,
     own_forwards,
     sharded_problems,
     why_not,
@@ -39,7 +40,6 @@ from lora.models.training import (
     resized_problems,
     train_in_full,
 )
-from lora.parallel.replicas import wrapped
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             plans.append(_plan(model, names[module], module, config))
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
-    problems += [*wrapped(names), *_untrainable(names)]
+    problems += [*obstacles(names), *_untrainable(names)]
     raise_all("inject: nothing was changed", problems)
     with all_or_nothing(model):
         layers = adapt(plans)

@@ -19,6 +19,9 @@ from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
 
 Names = dict[nn.Module, tuple[str, ...]]
 
+#: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+
 
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
@@ -73,6 +76,12 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
     return forward is not None and theirs != (type(module).forward, module)
+
+
+def obstacles(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper of a model, or in it, that would not know what is put in now."""
+    for find in OBSTACLES:
+        yield from find(names)
 
 
 def own_forwards(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:

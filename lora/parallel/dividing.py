@@ -16,7 +16,8 @@ from lora.errors import raise_all
 from lora.layers import quantized
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
-from lora.parallel.local import LocalForward
+from lora.layers.registry import class_for
+from lora.parallel.local import LocalForward, TensorParallel
 from lora.parallel.rows import in_model_order, in_rank_order
 from lora.parallel.sharded import reordered
 
@@ -61,7 +62,8 @@ def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement,
             placements = [local.placement(layer, own)]
             whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
             setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
-    layer.lora_parallel = local
+    layer.__class__ = class_for(TensorParallel, type(layer))
+    layer.lora_local = local
     return distribute_module(
         layer,
         local.mesh,

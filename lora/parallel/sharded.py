@@ -64,16 +64,6 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def check_dropout(layer: LoRALayer, input: Tensor) -> None:
-    """RuntimeError where ranks would drop other features of an input that is to be the same on all of them."""
-    # On other devices DTensor keeps the ranks' random states together by itself.
-    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
-        raise RuntimeError(
-            f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
-            "use those of `lora.parallel`, or `lora_dropout=0`."
-        )
-
-
 # ---- ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +232,7 @@ def with_whole(layer: LoRALayer, *names: str) -> LoRALayer:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # what it wraps has a class of its own, in front of the layer's
     cls = next(cls for cls in type(layer).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
     twin: LoRALayer = object.__new__(cls)
-    unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits", "lora_parallel"))
+    unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits"))
     vars(twin).update({**vars(layer), **unsharded, "_parameters": whole})
     return twin
 
