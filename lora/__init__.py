@@ -17,8 +17,8 @@ from lora.layers.embedding import Embedding
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Linear
 from lora.layers.merged_linear import MergedLinear
-from lora.layers.quantized import register_weight
 from lora.layers.registry import register
+from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
 from lora.models.disabling import disabled
 from lora.models.groups import param_groups

@@ -12,10 +12,10 @@ from lora.functional.tensors import Spans
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
+from lora.layers.weights import is_fully_sharded, is_sharded, reshard
 from lora.models import places
 from lora.models.bypassed import bypass_of
 from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
-from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -53,7 +53,7 @@ def lora_layers(
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
     layer, unless that is allowed.
     """
-    settle(model)
+    reshard(model)
     places.adopt(model)
     if not replaced:
         places.check(model, what)

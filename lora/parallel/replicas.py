@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora.functional.tensors import is_plain
 from lora.layers.kind import LayerKind
+from lora.layers.weights import is_sharded
 
 
 class InStep:
@@ -42,6 +43,16 @@ def check_in_step(layer: LayerKind) -> None:
     if is_compiling() or DistributedDataParallel._active_ddp_module is None:
         return
     _check(layer, DistributedDataParallel._active_ddp_module)
+
+
+def check_dropout(layer: LayerKind, input: torch.Tensor) -> None:
+    """RuntimeError where ranks would drop other features of an input that is to be the same on all of them."""
+    # On other devices DTensor keeps the ranks' random states together by itself.
+    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
+        raise RuntimeError(
+            f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
+            "use those of `lora.parallel`, or `lora_dropout=0`."
+        )
 
 
 def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
