@@ -27,7 +27,6 @@ from lora.models.pretrained import name_of, resized_embeddings
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
-from lora.swapping.swap import without_room
 
 
 @weights.outside_inference_mode
@@ -267,11 +266,9 @@ def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
         about, *pair = difference(weights.ranks_of(layer).with_whole(layer, *PARAMETERS), about)
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    elif layer.padded_from is not None:
-        about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    return about, tensors
+    else:
+        about["r"], about["lora_alpha"], *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
+    return about, tensors | dict(zip(PARAMETERS, pair, strict=True))
 
 
 def _whole(module: nn.Module, own: str) -> Tensor:
@@ -295,10 +292,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
-        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling, layer.awaits = float(settings["scaling"]), None
-        if layer.padded_from is not None:
-            layer.padded_from = settings["padded_from"]
+        layer.lora_take(settings["r"], settings["lora_alpha"], float(settings["scaling"]), settings["use_rslora"])
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
