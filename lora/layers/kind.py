@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.derived import Derived
 from lora.models.shapes import Init
 
@@ -101,7 +101,7 @@ class LayerKind:
         """W₀, dense, as the base layer's function uses it."""
         if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # soon said: DoRA asks in every forward
             return self.weight
-        return quantized.read_weight(self)  # type: ignore[arg-type]
+        return weights.read_weight(self)  # type: ignore[arg-type]
 
     def weight_shape(self) -> Shape:
         """The shape of W₀, dense."""

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from lora.errors import is_number
 from lora.functional.tensors import same_values, sparing
-from lora.layers import dora, quantized
+from lora.layers import dora, weights
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
 from lora.layers.registry import enter, new, parts_of
 from lora.layers.settings import settings_problems
 from lora.models import shapes
 from lora.models.shapes import Init
-from lora.parallel import sharded
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -128,7 +127,7 @@ class LoRALayer(Merging, nn.Module):
         """ValueError if a layer of this class cannot have magnitudes."""
         if not cls.magnitudes(base, shape_B):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.dense and quantized.packing_of(base) is None:
+        if not cls.dense and weights.packing_of(base) is None:
             raise ValueError(
                 f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
                 "forward of its own; `lora.register_weight` teaches how to read it."
@@ -162,7 +161,8 @@ class LoRALayer(Merging, nn.Module):
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
-        with sharded.written_whole(self, *(name for name, _ in self.lora_parameters()), read=read) as whole:
+        names = [name for name, _ in self.lora_parameters()]
+        with weights.ranks_of(self).written_whole(self, *names, read=read) as whole:
             shapes.from_shapes(whole, self.init_lora_weights)
         self.awaits = self.init_lora_weights if self.init_lora_weights in shapes.OF_DATA else None
         self.lora_start = None
@@ -180,12 +180,12 @@ class LoRALayer(Merging, nn.Module):
     def reset_magnitude(self) -> None:
         """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
         if self.use_dora:
-            norms = sharded.with_whole(self, "weight", "lora_A", "lora_B").norms()
-            sharded.write(self, "lora_magnitude", self.lora_magnitude, norms)
+            norms = weights.ranks_of(self).with_whole(self, "weight", "lora_A", "lora_B").norms()
+            weights.of(self, "lora_magnitude").write(norms)
 
     def write_base(self, weight: Tensor) -> None:
         """Give the base layer another weight: copied, or quantised as the one that is there."""
-        quantized.write_weight(self, weight)
+        weights.write_weight(self, weight)
 
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
@@ -302,10 +302,10 @@ class LoRALayer(Merging, nn.Module):
             self.awaits = None
 
     def _has_weight(self, weight: Tensor) -> bool:
-        return same_values(sharded.full(weight), sharded.gathered(self, "weight", self.weight))
+        return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
 
     def _has_untrained_magnitude(self) -> bool:
-        whole = sharded.with_whole(self, "weight", *_PARAMETERS)
+        whole = weights.ranks_of(self).with_whole(self, "weight", *_PARAMETERS)
         return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:

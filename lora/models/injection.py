@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from lora.errors import raise_all
 from lora.functional.tensors import Spans, is_writable
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.models import places
@@ -158,7 +158,7 @@ def eject(model: nn.Module) -> None:
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             places.forget(module)
-            quantized.set_up(module, False)
+            weights.prepare_training(module, False)
     restored: set[int] = set()
     for layer in layers:
         layer.detach(restore_layout=id(layer.weight) not in restored)
@@ -243,7 +243,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 def _untrainable(names: Names) -> Iterator[str]:
     """Modules whose packed weights give wrong gradients, be they adapted or not."""
     for module, known in names.items():
-        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
+        reason = weights.why_not_train(module) if "weight" in module._parameters else None
         if reason:
             yield f"{known[0]}: {reason}"
 

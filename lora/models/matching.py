@@ -12,15 +12,17 @@ from lora.functional.tensors import Spans
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
+from lora.layers.weights import is_fully_sharded, is_sharded, reshard
 from lora.models import places
 from lora.models.bypassed import bypass_of
 from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
-from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
 
 Names = dict[nn.Module, tuple[str, ...]]
 
 #: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
 OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+#: The same of what keeps a model's parameters in a form that cannot be read, or written.
+UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
 
 
 def names_of(model: nn.Module) -> Names:
@@ -56,7 +58,7 @@ def lora_layers(
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
     layer, unless that is allowed.
     """
-    settle(model)
+    reshard(model)
     places.adopt(model)
     if not replaced:
         places.check(model, what)
@@ -80,7 +82,13 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def obstacles(names: Names) -> Iterator[str]:
     """A complaint for each wrapper of a model, or in it, that would not know what is put in now."""
-    for find in OBSTACLES:
+    for find in (*UNREADABLE, *OBSTACLES):
+        yield from find(names)
+
+
+def unreadable(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper that keeps parameters in a form of its own."""
+    for find in UNREADABLE:
         yield from find(names)
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora.functional.tensors import is_plain
 from lora.layers.layer import LoRALayer
-from lora.parallel.sharded import is_sharded
+from lora.layers.weights import is_sharded
 
 
 class InStep:
@@ -80,8 +80,6 @@ def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
 def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
     """A complaint for each wrapper of a model, or in it, that would not synchronise what is put in now."""
     for module, known in names.items():
-        if is_flattened(module):
-            yield flattened_problem(known[0])
         if isinstance(module, DistributedDataParallel):
             yield (
                 f"{known[0] or 'the model'} is wrapped in DistributedDataParallel, which does not synchronise "
@@ -89,18 +87,15 @@ def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
             )
 
 
-def is_flattened(module: nn.Module) -> bool:
-    """Whether this is torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
+def flattened(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
+    """A complaint for each of torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
-def flattened_problem(name: str) -> str:
-    """A complaint for such a wrapper."""
-    return (
-        f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat piece; "
-        "use torch's `fully_shard` (FSDP2), after `lora.inject`."
-    )
+    for module, known in names.items():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            yield (
+                f"{known[0] or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat "
+                "piece; use torch's `fully_shard` (FSDP2), after `lora.inject`."
+            )
 
 
 def _state(layer: nn.Module) -> list[tuple[int, bool]]:
