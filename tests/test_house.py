@@ -11,6 +11,7 @@ for it to be imported when it is needed, does not.
 
 import ast
 import graphlib
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import pytest
 import lora
 import lora.functional
 import lora.parallel
+from lora.layers import weights
 
 ROOT = Path(__file__).resolve().parents[1]
 RINGS = ("functional", "layers", "models", "adapters")
@@ -274,8 +276,19 @@ def test_what_is_cut_must_go_from_the_lists():
         } <= set(rest)
 
 
-def test_importing_lora_brings_no_dtensor():
-    """Importing it takes a second."""
-    code = "import sys, lora; print([name for name in sys.modules if name.startswith('torch.distributed.tensor')])"
+def test_importing_lora_brings_no_dtensor_and_no_package_that_quantises():
+    """Importing DTensor takes a second."""
+    late = ("torch.distributed.tensor", "lora.parallel.dtensor", "lora.quantized", "bitsandbytes", "torchao")
+    code = f"import sys, lora; print([name for name in sys.modules if name.startswith({late})])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"), [(weights._PACKINGS, weights.Packing), (weights._SHARDINGS, type)], ids=["packed", "sharded"]
+)
+def test_a_string_in_a_table_names_something_in_a_wing(table, kind):
+    rows = {row for row in table.values() if isinstance(row, str)}
+    for row in rows:
+        assert row.split(".")[1] in WINGS
+        assert isinstance(pkgutil.resolve_name(row), kind)

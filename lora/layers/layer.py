@@ -363,3 +363,7 @@ class LoRALayer(Merging, nn.Module):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, parts_of(type(self)), *reduced[2:]
         return reduced
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot
