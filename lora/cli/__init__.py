@@ -38,6 +38,15 @@ SETTINGS = (
     "enable_lora",
     "factored",
 )
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--json": {"action": "store_true", "help": "print JSON and nothing else"},
+    "--overwrite": {"action": "store_true", "help": "replace what is there"},
+    "--no-check-base": {
+        "dest": "check_base",
+        "action": "store_false",
+        "help": "do not check, by sampled values, that the base weights are the same",
+    },
+}
 # What the library's errors advise, and what it is called here.
 _ADVICE = {"`check_base=False`": "`--no-check-base`", "give `lora_alpha`,": "give `--lora-alpha`,"}
 _BAR = 30  # characters
@@ -47,9 +56,9 @@ _BAR = 30  # characters
 
 
 def add_command(
-    commands: Subparsers, run: Callable[[argparse.Namespace], int], name: str, about: str, example: str
+    commands: Subparsers, run: Callable[[argparse.Namespace], int], name: str, about: str, example: str, *flags: str
 ) -> argparse.ArgumentParser:
-    """Enter a command, which `run` does and whose help has an example."""
+    """Enter a command, which `run` does, whose help has an example, and which has these of the shared flags."""
     parser = commands.add_parser(
         name,
         help=about,
@@ -59,17 +68,21 @@ def add_command(
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
+    for flag in flags:
+        parser.add_argument(flag, **_FLAGS[flag])
     return parser
-
-
-def add_argument(parser: argparse.ArgumentParser, name: str, **more: Any) -> None:
-    """Enter one of the arguments that several commands have."""
-    parser.add_argument(name, **_ARGUMENTS[name], **more)
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
     """Enter an argument that names an adapter."""
     parser.add_argument(name, type=path_argument, metavar=metavar, help="an adapter in any format")
+
+
+def add_output(parser: argparse.ArgumentParser, **format: Any) -> None:
+    """Enter where to write an adapter, and in which format."""
+    parser.add_argument("out", metavar="OUT", help="a file or a folder for the format lora, a folder for the others")
+    about = "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1"
+    parser.add_argument("--format", choices=FORMATS, help=about, **format)
 
 
 def path_argument(text: str) -> Path:
@@ -90,22 +103,6 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"must be finite, got {text}")
     return value
-
-
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "out": {"metavar": "OUT", "help": "a file or a folder for the format lora, a folder for the others"},
-    "--format": {
-        "choices": FORMATS,
-        "help": "lora: one file; peft: PEFT's folder; portable: that with one rank and scaling 1",
-    },
-    "--json": {"action": "store_true", "help": "print JSON and nothing else"},
-    "--overwrite": {"action": "store_true", "help": "replace what is there"},
-    "--no-check-base": {
-        "dest": "check_base",
-        "action": "store_false",
-        "help": "do not compare sampled values of the base weights with those that the adapter remembers",
-    },
-}
 
 
 # ---- adapters in and out -------------------------------------------------------------------------------------------
@@ -139,7 +136,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str
     for given in inputs:
         real = Path(os.path.realpath(given))
         if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in FILES)):
-            raise ValueError(f"{out} must not be an input, or hold one, or be in one: {given}.")
+            raise ValueError(f"{out} must not be an input, hold one or be inside one: {given}.")
     check_place(out, wanted)
     if kind(out) and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it.")
@@ -166,9 +163,9 @@ def in_options(message: str) -> str:
     return message
 
 
-def print_json(content: object) -> None:
-    """On stdout, which then holds nothing else."""
-    print(json.dumps(content, indent=2, allow_nan=False))
+def show(found: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print what a command found, as a text or as JSON."""
+    print(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
 
 
 def finite(value: float) -> float | None:
