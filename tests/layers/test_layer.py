@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import DTYPES, KINDS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from conftest import DTYPES, KINDS, STORED, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
 from torch import nn
 
 import lora
@@ -181,7 +181,7 @@ def test_a_state_dict_that_does_not_fit_raises(kind, change):
 # ---- 7. the fast path equals the plain path ---------------------------------------------------------------------
 
 
-@each_kind
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["train", "eval", "served"])
 def test_every_path_computes_the_equation_in_every_dtype(kind, dtype, mode):
@@ -270,7 +270,7 @@ def test_without_merge_weights_no_merged_weight_is_kept():
     assert_equation(layer, x)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", STORED)
 def test_the_merged_weight_is_rounded_once_from_a_sum_in_float32(kind):
     layer = make(kind, dtype=torch.bfloat16, r=4)
     served(layer, example(kind, torch.bfloat16))
