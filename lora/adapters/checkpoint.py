@@ -19,17 +19,25 @@ from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
-from lora.models import places
-from lora.models.injection import adapt, all_or_nothing
+from lora.models.injection import adapt
 from lora.models.learnt import difference
-from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
-from lora.models.pretrained import name_of, resized_embeddings
+from lora.models.model import (
+    Names,
+    lora_layers,
+    name_of,
+    names_of,
+    remember_layers,
+    remember_values,
+    resized_embeddings,
+    undo_on_error,
+    unwrapped,
+    without_wrappers,
+)
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 from lora.parallel import sharded
 from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
 from lora.parallel.sharded import in_normal_mode
-from lora.swapping.swap import without_room
 
 
 @in_normal_mode
@@ -148,14 +156,14 @@ def load_adapter(
     fit = Fit(model, adapter, check_base)
     problems = sharded.from_all(mesh, fit.problems + (wrappers if fit.plans else []))
     raise_all(f"{what} is not loaded", problems, AdapterError)
-    with all_or_nothing(model):
-        places.remember(fit.names, adapt(fit.plans))
+    with undo_on_error(model.modules()):
+        remember_layers(fit.names, adapt(fit.plans))
         if fit.plans:
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
-        places.remember_values(fit.names)
+        remember_values(fit.names)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -269,11 +277,9 @@ def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
         about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    elif layer.padded_from is not None:
-        about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    return about, tensors
+    else:
+        about["r"], about["lora_alpha"], *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
+    return about, tensors | dict(zip(PARAMETERS, pair, strict=True))
 
 
 def _whole(module: nn.Module, own: str) -> Tensor:
@@ -297,10 +303,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
-        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling, layer.awaits = float(settings["scaling"]), None
-        if layer.padded_from is not None:
-            layer.padded_from = settings["padded_from"]
+        layer.lora_take(settings["r"], settings["lora_alpha"], float(settings["scaling"]), settings["use_rslora"])
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
