@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import DTYPES, KINDS, STORED, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from counting import Operations
 from torch import nn
 
 import lora
@@ -250,6 +251,19 @@ def test_the_merged_weight_is_computed_once_and_kept(kind):
     assert layer.merged_weight() is first
     assert first is not layer.weight
     assert not first.requires_grad
+
+
+@each_kind
+def test_served_from_it_a_layer_computes_no_more_than_its_base(kind):
+    layer, x = make(kind), example(kind)
+    served(layer, x)
+    with Operations() as ours:
+        served(layer, x)
+    with Operations() as theirs, torch.no_grad():
+        layer.base_forward(x)
+    with Operations() as trained:
+        layer(x)
+    assert ours.flops == theirs.flops < trained.flops
 
 
 @pytest.mark.parametrize("change", [lambda layer: layer.train(), lambda layer: layer.double()])
