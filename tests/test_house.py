@@ -43,7 +43,6 @@ WRONG_WAY = {
     "adapters.checkpoint": ("parallel.replicas", "parallel.sharded"),
     "adapters.fingerprint": ("parallel.sharded",),
     "adapters.fitting": ("parallel.sharded",),
-    "adapters.formats": ("formats.flat", "formats.from_peft", "formats.peft", "formats.pickled"),
     "adapters.rest": ("parallel.sharded",),
     "layers.conv": ("models.shapes",),
     "layers.embedding": ("models.shapes",),

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora.adapters.files import kind, reading
-from lora.adapters.header import Entry, read_object
-from lora.adapters.safe import read_header
+from lora.adapters.files import Entry, kind, read_header, read_object, reading
 from lora.errors import raise_all
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

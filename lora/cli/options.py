@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path, check_place, kind
-from lora.adapters.formats import FILES, place_of, read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
 from lora.errors import AdapterError
 
 if TYPE_CHECKING:  # generic for type checkers only
@@ -22,7 +22,6 @@ else:
     Subparsers = argparse._SubParsersAction
 
 Run = Callable[[argparse.Namespace], int]
-FORMATS = ("lora", "peft", "portable")
 # What the library's errors advise, and what it is called here.
 _ADVICE = {"`check_base=False`": "`--no-check-base`", "give `lora_alpha`,": "give `--lora-alpha`,"}
 
@@ -64,7 +63,9 @@ def add_check_base(parser: argparse.ArgumentParser) -> None:
 def add_format(parser: argparse.ArgumentParser, **options: Any) -> None:
     """--format"""
     about = "lora: one file; peft: PEFT's folder; portable: that with one rank and scaling 1"
-    parser.add_argument("--format", choices=FORMATS, help=about, **options)
+    parser.add_argument(
+        "--format", choices=[name for name, entry in FORMATS.items() if entry.write is not None], help=about, **options
+    )
 
 
 def path_argument(text: str) -> Path:
@@ -130,9 +131,10 @@ def write(adapter: Adapter, out: Path, format: str) -> str:
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str = "file") -> None:
     """OSError or ValueError if the file or folder `out` cannot be written, or would replace what is not to be."""
     whole = Path(os.path.realpath(out))
+    files = {file for format in FORMATS.values() for file in format.files}
     for given in inputs:
         real = Path(os.path.realpath(given))
-        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in FILES)):
+        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in files)):
             raise ValueError(f"{out} must not be an input, or hold one, or be in one: {given}.")
     check_place(out, wanted)
     if kind(out) and not overwrite:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.adapters.files import open_file, reading
-from lora.adapters.header import Entry
+from lora.adapters.files import Entry, open_file, reading
 from lora.cli.progress import progress
 
 _CHUNK = 2**20

@@ -313,7 +313,7 @@ def test_what_was_there_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
-    entries = lora.adapters.safe.read_header(path).tensors
+    entries = lora.adapters.files.read_header(path).tensors
     path.write_bytes(path.read_bytes()[:-8])
     for names in ([], ["a", "b"]):
         with pytest.raises(OSError, match="has changed"):
