@@ -8,6 +8,7 @@ from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.arithmetic import Extracted, Resized, combine, extract, resize, scale, subtract
 from lora.errors import AdapterError
+from lora.formats import enter as _enter_formats
 from lora.init.calibration import calibrate
 from lora.init.quantization import loftq
 from lora.layers.conv import Conv1d, Conv2d, Conv3d
@@ -34,6 +35,8 @@ OBSTACLES.append(wrapped)
 UNREADABLE.append(flattened)
 
 __version__ = "0.1.0"
+
+_enter_formats()
 
 
 def __getattr__(name: str) -> Any:

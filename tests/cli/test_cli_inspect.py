@@ -12,7 +12,7 @@ from cli_model import run, trained
 from conftest import STORED, make, update
 
 import lora
-from lora.adapters.safe import checksum
+from lora.adapters.files import checksum
 
 
 @pytest.fixture
