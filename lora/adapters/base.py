@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.errors import is_count, is_number, join
 from lora.functional.fused import is_plain, is_storage
-from lora.layers import partitioned
+from lora.layers import weights
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
@@ -27,7 +27,6 @@ from lora.layers.registry import kind_for
 from lora.models.model import Names, Owned, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import originals
-from lora.parallel import sharded
 
 SomeRecord = TypeVar("SomeRecord", bound="Record")
 
@@ -209,13 +208,12 @@ def _sample(module: nn.Module) -> tuple[float, ...] | None:
 
 def _has_values(weight: Any) -> bool:
     """Whether a weight, or each rank's part of it, is a plain tensor."""
-    return is_plain(weight.to_local() if sharded.is_sharded(weight) else weight)
+    return is_plain(weights.of(None, "weight", weight).part())
 
 
 def _shape_of(layer: Any) -> tuple[int, ...] | None:
-    if partitioned.is_partitioned(layer.weight):
-        return tuple(layer.weight.ds_shape)
-    return tuple(layer.weight.shape) if _has_values(layer.weight) or layer.weight.is_meta else None
+    known = weights.is_split_up(layer.weight) or _has_values(layer.weight) or layer.weight.is_meta
+    return tuple(weights.whole_shape(layer.weight)) if known else None
 
 
 def sample_of(weight: Tensor) -> tuple[float, ...] | None:
@@ -254,10 +252,9 @@ def describe(names: Names, held: Container[int], adapted: Container[str]) -> dic
 
 def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = "") -> dict[str, Any]:
     """Shape and sample of one tensor; of one that is sharded, or of which rows have moved, its module says more."""
-    if partitioned.is_partitioned(tensor):
-        whole: Any = tensor
-        return {"shape": list(whole.ds_shape), "sample": None}
-    part: Tensor = tensor.to_local() if sharded.is_sharded(tensor) else tensor
+    if weights.is_split_up(tensor):
+        return {"shape": weights.whole_shape(tensor), "sample": None}
+    part = weights.of(module, own, tensor).part()
     if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
         return {"shape": None, "sample": None}
     # What is only stored in its dtype, float8 say, no two tools round alike.
@@ -365,9 +362,5 @@ def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) ->
     if last < 0:
         return None
     places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
-    if module is not None and sharded.is_sharded(tensor):
-        values = sharded.values_at(module, own, tensor, places)
-    else:  # by indices: a transposed tensor is not copied
-        values = tensor.detach()[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.detach()[None]
-    sample = tuple[float, ...](values.double().tolist())
+    sample = tuple[float, ...](weights.of(module, own, tensor).values_at(places).double().tolist())
     return sample if all(map(math.isfinite, sample)) else None

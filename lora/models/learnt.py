@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import same_values
+from lora.layers.weights import same_values
 from lora.models.blocks import Pair, blocks_of, tensors_of
 
 

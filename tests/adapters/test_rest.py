@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 from lora.adapters.base import same_sample
-from lora.adapters.safe import checksum
+from lora.adapters.files import checksum
 
 HINT = "`check_base=False` loads the adapter all the same."
 
