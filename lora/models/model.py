@@ -15,7 +15,6 @@ from lora.errors import join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
 from lora.parallel.sharded import is_sharded, settle
-from lora.swapping import switch
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -288,7 +287,7 @@ def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) 
                 tensor.copy_(value)
         for module in modules:
             if isinstance(module, LoRALayer):
-                switch.refresh(module)
+                module.lora_refresh()
         raise
 
 
