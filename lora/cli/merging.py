@@ -35,8 +35,7 @@ from lora.cli.shards import mapped, rewrite
 from lora.cli.tied import tied_problems
 from lora.errors import AdapterError, join, raise_all
 from lora.layers.layer import LoRALayer
-from lora.models.merging import rounding_lost
-from lora.models.report import MergedModule, MergeReport
+from lora.models.merging import MergedModule, MergeReport, rounding_lost
 
 _MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SHOWN = 5  # names of files in an error
