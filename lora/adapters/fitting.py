@@ -16,8 +16,8 @@ from lora.adapters.fitted import fitted, renamed
 from lora.adapters.rest import differences, own_tensors
 from lora.adapters.single import NO_ROOM
 from lora.errors import join
-from lora.functional.tensors import is_writable
 from lora.layers.layer import LoRALayer
+from lora.layers.quantized import is_writable
 from lora.layers.registry import adapted_class, kind_for
 from lora.models.injection import Plan, refusal
 from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers

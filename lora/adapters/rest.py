@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora.adapters.fingerprint import values_of
 from lora.errors import is_count, is_number, join
-from lora.functional.tensors import is_storage
+from lora.functional.fused import is_storage
 from lora.layers import partitioned
 from lora.layers.layer import LoRALayer
 from lora.models.model import Names, Owned, owned_tensors, without_wrappers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.adapters.single import with_rank
 from lora.errors import is_number, raise_all, table
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Inputs, Statistic, Step, observe
 from lora.layers.layer import LoRALayer

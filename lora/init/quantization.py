@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import is_count, join, raise_all, table
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer
 from lora.layers.quantized import is_packed
 from lora.models.blocks import Pair, tensors_of

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora.functional.fused import is_plain, without_autocast
 from lora.functional.magnitude import magnify
-from lora.functional.tensors import is_plain, without_autocast
 from lora.layers.derived import Derived
 
 if TYPE_CHECKING:

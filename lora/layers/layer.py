@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_number
-from lora.functional.tensors import same_values, sparing
 from lora.layers import dora, quantized
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
+from lora.layers.quantized import same_values, sparing
 from lora.layers.registry import enter, new, parts_of
 from lora.layers.settings import settings_problems
 from lora.models import shapes

@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 from lora.errors import Problems, join, table
-from lora.functional.tensors import is_writable
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
+from lora.layers.quantized import is_writable
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
 from lora.models.initialization import begin, problems_of_start

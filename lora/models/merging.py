@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import join, raise_all, table
-from lora.functional.tensors import is_plain, is_storage
+from lora.functional.fused import is_plain, is_storage
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import undo_on_error

@@ -10,10 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import join, raise_all
-from lora.functional.tensors import is_writable
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
+from lora.layers.quantized import is_writable
 from lora.models.model import check_none_replaced
 from lora.parallel.rows import in_model_order
 from lora.parallel.sharded import in_normal_mode, reordered, settle

@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from lora.functional.tensors import is_plain
+from lora.functional.fused import is_plain
 from lora.layers.kind import LayerKind
 
 
