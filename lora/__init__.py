@@ -19,12 +19,10 @@ from lora.layers.merged_linear import MergedLinear
 from lora.layers.quantized import register_weight
 from lora.layers.registry import register
 from lora.models.config import LoraConfig
-from lora.models.disabling import disabled
-from lora.models.groups import param_groups
 from lora.models.initialization import initialize
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
-from lora.models.training import lora_state_dict, mark_only_lora_as_trainable
+from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
 from lora.swapping import prepare_for_swap
 
 __version__ = "0.1.0"

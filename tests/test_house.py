@@ -53,7 +53,6 @@ WRONG_WAY = {
     "layers.merged_linear": ("models.shapes",),
     "layers.quantized": ("quantized.bnb", "quantized.torchao"),
     "layers.vocabulary": ("parallel.sharded",),
-    "models.disabling": ("parallel.sharded",),
     "models.injection": ("parallel.replicas", "parallel.sharded"),
     "models.learnt": ("adapters.single",),
     "models.model": ("parallel.sharded",),
