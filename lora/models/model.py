@@ -116,6 +116,11 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
 
+def adapter_of_module(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A LoRA layer's A, B and magnitude by their own names; nothing for other modules."""
+    return dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+
+
 def is_lazy(module: nn.Module) -> bool:
     """Whether a module waits for its first input to know its shape."""
     return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
