@@ -19,14 +19,24 @@ from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models import places
-from lora.models.injection import adapt, all_or_nothing
+from lora.models.injection import adapt
 from lora.models.learnt import difference
-from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
-from lora.models.pretrained import name_of, resized_embeddings
+from lora.models.model import (
+    Names,
+    lora_layers,
+    name_of,
+    names_of,
+    obstacles,
+    remember_layers,
+    remember_values,
+    resized_embeddings,
+    undo_on_error,
+    unreadable,
+    unwrapped,
+    without_wrappers,
+)
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
-from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
 
 
 @weights.outside_inference_mode
@@ -137,7 +147,7 @@ def load_adapter(
     >>> base[0].r
     2
     """
-    wrappers, model = [*wrapped(names_of(model))], unwrapped(model)
+    wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
@@ -145,14 +155,14 @@ def load_adapter(
     fit = Fit(model, adapter, check_base)
     problems = ranks.from_all(fit.problems + (wrappers if fit.plans else []))
     raise_all(f"{what} is not loaded", problems, AdapterError)
-    with all_or_nothing(model):
-        places.remember(fit.names, adapt(fit.plans))
+    with undo_on_error(model.modules()):
+        remember_layers(fit.names, adapt(fit.plans))
         if fit.plans:
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
-        places.remember_values(fit.names)
+        remember_values(fit.names)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -250,7 +260,7 @@ def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -
 
 def _in_parts(names: Names) -> Iterator[str]:
     """A complaint for each wrapper or tensor that has the model's parameters in another form than the model."""
-    yield from (flattened_problem(known[0]) for module, known in names.items() if is_flattened(module))
+    yield from unreadable(names)
     for layer, known in names.items():
         if isinstance(layer, LoRALayer):
             yield from weights.split_up_problems(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lora.layers.linear import LinearLoRA
-from lora.models.disabling import disabled
+from lora.models.training import disabled
 
 Step = Callable[[nn.Module, Any], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import is_plain, without_autocast
+from lora.functional.fused import is_plain, without_autocast
 from lora.layers import dora
 from lora.layers.derived import Derived
 from lora.layers.kind import LayerKind

@@ -16,8 +16,9 @@ from lora.errors import raise_all
 from lora.layers import weights
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
+from lora.layers.registry import class_for
 from lora.parallel.dtensor import in_model_order, in_rank_order
-from lora.parallel.local import LocalForward
+from lora.parallel.local import LocalForward, TensorParallel
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -60,7 +61,8 @@ def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement,
             placements = [local.placement(layer, own)]
             whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
             setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
-    layer.lora_parallel = local
+    layer.__class__ = class_for(TensorParallel, type(layer))
+    layer.lora_local = local
     return distribute_module(
         layer,
         local.mesh,

@@ -196,7 +196,7 @@ class Ranks(Alone):
         fsdp = sys.modules.get("torch.distributed.fsdp")
         cls = next(cls for cls in type(layer).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
         twin: L = object.__new__(cls)
-        unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits", "lora_parallel"))
+        unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits"))
         vars(twin).update({**vars(layer), **unsharded, "_parameters": whole})
         return twin
 
