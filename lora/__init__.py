@@ -6,9 +6,7 @@ from typing import Any
 from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
-from lora.arithmetic.algebra import combine, scale, subtract
-from lora.arithmetic.extraction import Extracted, extract
-from lora.arithmetic.resizing import Resized, resize
+from lora.arithmetic import Extracted, Resized, combine, extract, resize, scale, subtract
 from lora.errors import AdapterError
 from lora.init.calibration import calibrate
 from lora.init.quantization import loftq
@@ -26,7 +24,7 @@ from lora.models.initialization import initialize
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
 from lora.models.training import lora_state_dict, mark_only_lora_as_trainable
-from lora.swapping.swap import prepare_for_swap
+from lora.swapping import prepare_for_swap
 
 __version__ = "0.1.0"
 

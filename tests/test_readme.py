@@ -12,6 +12,7 @@ import lora
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+PROSE = {name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")} | PAGES
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = BLOCK.findall(README)
 
@@ -45,14 +46,14 @@ def test_it_has_the_two_commands_that_ci_runs():
     ]
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+@pytest.mark.parametrize("path", PROSE.values(), ids=PROSE)
 def test_every_file_that_it_links_to_exists(path):
     prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", prose) if not (path.parent / link).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+@pytest.mark.parametrize("path", PROSE.values(), ids=PROSE)
 def test_every_heading_that_it_links_to_exists(path):
     text, slugs = path.read_text(encoding="utf-8"), []
     for heading in re.findall(
@@ -64,7 +65,7 @@ def test_every_heading_that_it_links_to_exists(path):
     assert not missing
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES.values()], ids=["README.md", *PAGES])
+@pytest.mark.parametrize("path", PROSE.values(), ids=PROSE)
 def test_every_name_of_ours_that_it_uses_exists(path):
     names = set(re.findall(r"\blora\.(\w+)", path.read_text(encoding="utf-8")))
     missing = sorted(name for name in names if not hasattr(lora, name))

@@ -29,7 +29,6 @@ from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, rem
 from lora.parallel import sharded
 from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
 from lora.parallel.sharded import in_normal_mode
-from lora.swapping.swap import without_room
 
 
 @in_normal_mode
@@ -269,11 +268,9 @@ def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
         about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    elif layer.padded_from is not None:
-        about, *pair = without_room(layer, about, *(tensors[own] for own in PARAMETERS))
-        tensors |= zip(PARAMETERS, pair, strict=True)
-    return about, tensors
+    else:
+        about["r"], about["lora_alpha"], *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
+    return about, tensors | dict(zip(PARAMETERS, pair, strict=True))
 
 
 def _whole(module: nn.Module, own: str) -> Tensor:
@@ -297,10 +294,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
-        layer.lora_alpha, layer.use_rslora = settings["lora_alpha"], settings["use_rslora"]
-        layer.scaling, layer.awaits = float(settings["scaling"]), None
-        if layer.padded_from is not None:
-            layer.padded_from = settings["padded_from"]
+        layer.lora_take(settings["r"], settings["lora_alpha"], float(settings["scaling"]), settings["use_rslora"])
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from lora.adapters import fingerprint
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
 from lora.adapters.fitted import fitted, renamed
 from lora.adapters.rest import differences, own_tensors
+from lora.adapters.single import NO_ROOM
 from lora.errors import join
 from lora.layers.layer import LoRALayer
 from lora.layers.quantized import is_writable
@@ -23,7 +24,6 @@ from lora.models.matching import Names, Spans, names_of, why_not, without_wrappe
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
 from lora.parallel import sharded
-from lora.swapping.swap import check_rank, with_room
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
@@ -42,6 +42,17 @@ _UNTIE = (
 
 # A module, the name of one of its own tensors, and a value for it.
 Target = tuple[nn.Module, str, Tensor]
+
+
+def _with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter with A and B at the ranks of a model's layers, where these have room for it; r stays."""
+    tensors = dict(adapter.tensors)
+    for name, settings in adapter.modules.items():
+        layer = modules.get(name)
+        if isinstance(layer, LoRALayer):
+            pair = layer.lora_padded(settings["r"], *adapter.pair(name))
+            tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
+    return replace(adapter, tensors=tensors)
 
 
 class Fit:
@@ -63,7 +74,7 @@ class Fit:
         adapter, clashes = renamed(adapter, self.modules)
         self.adapter, misfits = fitted(adapter, self.modules)
         self.problems = clashes + misfits
-        adapter = self.adapter = with_room(self.adapter, self.modules)
+        adapter = self.adapter = _with_room(self.adapter, self.modules)
         injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         for name, settings in adapter.modules.items():
             try:
@@ -119,13 +130,17 @@ class Fit:
     def _compare(self, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
-        check_rank(module, settings["r"])
+        r, ranks = settings["r"], module.lora_ranks()
+        if r > ranks[0] and isinstance(ranks, range):
+            raise ValueError(NO_ROOM.format(r, ranks[0]))
         with_dora = bool(settings.get(_SWITCH))
         if with_dora != module.use_dora:
             raise ValueError(f"`{_SWITCH}` is {with_dora} in the file and {module.use_dora} in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
-        for option in ("r", *_FORM):
+        if r not in ranks:
+            raise ValueError(f"`r` is {r} in the file and {module.r} in the model.")
+        for option in _FORM:
             theirs, ours = settings.get(option), getattr(module, option, None)
             if _plain(theirs) != _plain(ours):
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")

@@ -16,8 +16,8 @@ from lora.errors import AdapterError, is_number, join, raise_all
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.merged_linear import MergedLinearLoRA
-from lora.swapping.switch import NO_ROOM
 
+NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 Form = tuple[dict[str, Any], Tensor, Tensor]
 _MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
 
@@ -119,7 +119,11 @@ def as_in(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -
 
 def _ranks(layer: LoRALayer, splits: int = 1) -> Sequence[int]:
     """The ranks that a single pair may have, one A for all splits or each its own; any up to it, if there is room."""
-    return (layer.r, layer.r * splits) if layer.padded_from is None else range(layer.r * splits, 0, -1)
+    return range(layer.r * splits, 0, -1) if _has_room(layer) else (layer.r, layer.r * splits)
+
+
+def _has_room(layer: LoRALayer) -> bool:
+    return isinstance(layer.lora_ranks(), range)
 
 
 def _block_diagonal(B: Tensor, layer: MergedLinearLoRA) -> Tensor:
@@ -186,12 +190,12 @@ def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Te
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
     # A block of r for each split; or one A for all, perhaps padded.
-    r, rest = (layer.r, 0) if layer.padded_from is None else divmod(A.shape[0], G)
+    r, rest = divmod(A.shape[0], G) if _has_room(layer) else (layer.r, 0)
     forms = [(r, r)] if A.shape[0] > r and not rest else []
     for step, rank in [*forms, (0, min(layer.r, A.shape[0]))]:
         blocks = [B[i:j, g * step :][:, :rank] for g, (i, j) in enumerate(slices)]
         if sum(map(torch.count_nonzero, blocks)) == torch.count_nonzero(B):
             return A if step else A[:rank].repeat(G, 1), torch.cat(blocks)
-    if layer.padded_from is not None and A.shape[0] > layer.r:
+    if _has_room(layer) and A.shape[0] > layer.r:
         raise ValueError(NO_ROOM.format(A.shape[0], layer.r))
     raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")

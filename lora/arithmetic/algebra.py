@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora.adapters import fingerprint
 from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.adapters.bare import bare_layer
 from lora.adapters.rest import difference
-from lora.arithmetic.addends import Sum, base_problems, sum_of
-from lora.arithmetic.sums import METHODS, OF_ANY_RANK, How
-from lora.errors import AdapterError, is_count, is_number, join, raise_all
-from lora.models.blocks import layer_rank, tensors_of
+from lora.adapters.single import Form, as_single
+from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
+from lora.layers.layer import LoRALayer
+from lora.layers.merged_linear import MergedLinearLoRA
+from lora.models.blocks import (
+    Pair,
+    block_rank,
+    cut,
+    dense_spectrum,
+    layer_rank,
+    pairs_of,
+    spectrum,
+    tensors_of,
+)
 
 
 def combine(
@@ -78,39 +92,44 @@ def combine(
     (2, tensor([[5., 5., 5.]]))
     """
     adapters = list(adapters)
-    raise_all("combine cannot begin", _argument_problems(adapters, method, r, density, seed))
-    what = "the adapters are not combined"
+    what = "combine: nothing was computed"
+    raise_all(what, _argument_problems(adapters, method, r, density, seed))
     check([adapter for adapter, _ in adapters], what, in_full=False)
-    sums: dict[str, Sum] = {}
-    problems: list[str] = []
-    for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
-        bases = {n: adapter.modules[name]["base"] for n, (adapter, _) in enumerate(adapters) if name in adapter.modules}
-        found = [f"{name}: {problem}" for problem in base_problems(bases, check_base)]
-        try:
-            sums[name] = sum_of(name, [pair for pair in adapters if name in pair[0].modules], method, r)
-        except ValueError as error:
-            found = found or [f"{name}: {error}"]  # other bases have other shapes
-        problems += found
+    sums: dict[str, _Sum] = {}
     kept: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
-    for n, (adapter, _) in enumerate(adapters):
-        problems += _rest_problems(n, adapter, kept, rest) if check_base else ()
-        kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
-        rest = adapter.rest | rest
-    raise_all(what, problems, AdapterError)
+    with Problems(what, AdapterError) as problems:
+        for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
+            having = {n: pair for n, pair in enumerate(adapters) if name in pair[0].modules}
+            bases = {n: adapter.modules[name]["base"] for n, (adapter, _) in having.items()}
+            found = list(_base_problems(bases, check_base))
+            problems.add(*(f"{name}: {problem}" for problem in found))
+            if not found:  # other bases have other shapes
+                with problems.at(name):
+                    sums[name] = _sum_of(name, [*having.values()], method, r)
+        for n, (adapter, _) in enumerate(adapters):
+            problems.add(*(_rest_problems(n, adapter, kept, rest) if check_base else ()))
+            kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
+            rest = adapter.rest | rest
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for name, about in sums.items():
-        pairs = METHODS[method](about.parts, How(about.q, density, generator))
-        rank = layer_rank(about.like, pairs[0][0].shape[1])
-        modules[name] = {**about.settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
-        tensors |= named(name, tensors_of(about.like, pairs), about.dtype)
-    base_model = _common(a.base_model for a, _ in adapters)
+    for name, addends in sums.items():
+        pairs = METHODS[method](addends.parts, _Options(addends.q, density, generator))
+        rank = layer_rank(addends.like, pairs[0][0].shape[1])
+        modules[name] = {**addends.settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
+        tensors |= named(name, tensors_of(addends.like, pairs), addends.dtype)
     tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
-    rest = {name: about for name, about in rest.items() if name not in kept}
-    result = Adapter(modules, tensors, [*kept], base_model=base_model, kept=[*kept], rest=rest)
-    return sound(replace(result, format=_common(a.format for a, _ in adapters) or result.format), what)
+    result = Adapter(
+        modules,
+        tensors,
+        trained_in_full=[*kept],
+        kept=[*kept],
+        rest={name: about for name, about in rest.items() if name not in kept},
+        base_model=_common(adapter.base_model for adapter, _ in adapters),
+        format=_common(adapter.format for adapter, _ in adapters) or "lora",
+    )
+    return sound(result, what)
 
 
 def subtract(a: Adapter, b: Adapter, *, check_base: bool = True) -> Adapter:
@@ -153,15 +172,163 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     >>> lora.scale(one, -2).update("up")
     tensor([[-2., -2., -2.]])
     """
+    what = "scale: nothing was computed"
     if not is_number(factor):
-        raise ValueError(f"`factor` must be a finite number, got {factor!r}.")
-    what = "the adapter is not scaled"
+        raise_all(what, [f"`factor` must be a finite number, got {factor!r}."])
     check([adapter], what, in_full=False)
     result = copied(adapter)
     for settings in result.modules.values():
         settings["scaling"] *= factor
         settings["lora_alpha"] *= factor
     return sound(result, what)
+
+
+# ---- what is added up: one module of several adapters, brought to one form -----------------------------------------
+
+# What makes two adapters' tensors of one module alike.
+_FORM = ("splits", "enable_lora", "factored")
+# What must agree between descriptions of one base weight, and what it is where nothing is said.
+_FACTS: dict[str, Any] = {"kind": None, "groups": 1, "shape": None, "fan_in_fan_out": False}
+_ALWAYS_KNOWN = ("kind", "groups")
+
+
+class _Part(NamedTuple):
+    """One adapter's share in a module of the result: `weight` · B A, block by block."""
+
+    weight: float
+    pairs: list[Pair]
+
+
+class _Sum(NamedTuple):
+    """A module of the result before it is computed: what is added, and what the result looks like."""
+
+    parts: list[_Part]
+    like: LoRALayer
+    settings: dict[str, Any]
+    q: int
+    dtype: torch.dtype
+
+
+def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r: int | None) -> _Sum:
+    """What makes up a module of the result; ValueError where the adapters' modules do not fit each other, or `r`."""
+    forms = _alike([(adapter.modules[name], *adapter.pair(name)) for adapter, _ in adapters])
+    layers = [bare_layer(*form) for form in forms]
+    if len({(layer.lora_A.shape[1:], layer.lora_B.shape[0]) for layer in layers}) > 1:
+        listed = ", ".join(f"{(*layer.lora_A.shape,)} and {(*layer.lora_B.shape,)}" for layer in layers)
+        raise ValueError(f"lora_A and lora_B must be for one base weight, got the shapes {listed}.")
+    ranks = [layer.r for layer in layers]
+    if method == "linear" and len(set(ranks)) > 1:
+        raise ValueError(f"all ranks must be equal for the method 'linear', got {', '.join(map(str, ranks))}.")
+    base = _best_known([settings["base"] for settings, *_ in forms])
+    return _Sum(
+        [_Part(weight * layer.scaling, pairs_of(layer)) for layer, (_, weight) in zip(layers, adapters, strict=True)],
+        layers[0],
+        copy.deepcopy({**forms[0][0], "base": base}),
+        block_rank(layers[0], r or max(ranks)),
+        widest(tensor for _, *pair in forms for tensor in pair),
+    )
+
+
+def _alike(forms: list[Form]) -> list[Form]:
+    """The same updates, all in one form."""
+    layers = [bare_layer(*form) for form in forms]
+    if len({tuple(getattr(layer, option, None) for option in _FORM) for layer in layers}) == 1:
+        return forms
+    merged = [layer for layer in layers if isinstance(layer, MergedLinearLoRA)]
+    if len(merged) == len(layers) and len({layer.splits for layer in merged}) == 1:
+        enable_lora = tuple(map(any, zip(*(layer.enable_lora for layer in merged), strict=True)))
+        return [_widened(*form, layer, enable_lora) for form, layer in zip(forms, merged, strict=True)]
+    return [as_single(*form) for form in forms]
+
+
+def _widened(
+    settings: Mapping[str, Any], A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
+) -> Form:
+    """A merged linear layer's adapter with zeros for more enabled splits."""
+    pairs, wide = iter(pairs_of(layer)), []
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    for size, own, enabled in zip(layer.splits, layer.enable_lora, enable_lora, strict=True):
+        if enabled:
+            wide.append(next(pairs) if own else (zeros(size, layer.r), zeros(layer.r, A.shape[1])))
+    Bs, As = zip(*wide, strict=True)
+    return {**settings, "enable_lora": enable_lora}, torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
+
+
+def _best_known(bases: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the descriptions of one base weight that says most."""
+    return max(bases, key=lambda base: (base.get("sample") is not None, base.get("shape") is not None))
+
+
+# ---- the methods: parts are added up, block by block ---------------------------------------------------------------
+
+
+class _Options(NamedTuple):
+    """What a method is told beside the parts: the rank of a block, and which values the sparse ones keep."""
+
+    q: int
+    density: float
+    generator: torch.Generator
+
+
+def _cat(parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    blocks = zip(*([(B * part.weight, A) for B, A in part.pairs] for part in parts), strict=True)
+    return [(torch.cat([B for B, _ in block], 1), torch.cat([A for _, A in block])) for block in blocks]
+
+
+def _svd(parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    return [cut(spectrum(B, A), options.q) for B, A in _cat(parts, options)]
+
+
+def _linear(parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    roots = [math.sqrt(abs(part.weight)) for part in parts]
+    signed = [math.copysign(root, part.weight) for root, part in zip(roots, parts, strict=True)]
+    blocks = zip(*(part.pairs for part in parts), strict=True)
+    return [(_weighted(roots, (B for B, _ in block)), _weighted(signed, (A for _, A in block))) for block in blocks]
+
+
+def _weighted(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
+
+
+def _ties(parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    updates = torch.stack([_trimmed(_flat(part), options.density) for part in parts])  # (adapters, values)
+    agree = updates.sign() == updates.sum(0).sign()
+    return _factored(torch.where(agree, updates, 0).sum(0) / agree.sum(0).clamp(min=1), parts, options)
+
+
+def _trimmed(update: Tensor, density: float) -> Tensor:
+    largest = update.abs().topk(max(1, round(density * update.numel()))).indices
+    return torch.zeros_like(update).index_copy_(0, largest, update[largest])
+
+
+def _dare(parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    return _factored(torch.stack([_dropped(_flat(part), options) for part in parts]).sum(0), parts, options)
+
+
+def _dropped(update: Tensor, options: _Options) -> Tensor:
+    kept = torch.rand(update.shape, dtype=torch.float64, generator=options.generator) < options.density
+    return torch.where(kept, update / options.density, 0)
+
+
+def _flat(part: _Part) -> Tensor:
+    """All values of an update, the blocks one after the other."""
+    return torch.cat([(B @ A * part.weight).flatten() for B, A in part.pairs])
+
+
+def _factored(values: Tensor, parts: Sequence[_Part], options: _Options) -> list[Pair]:
+    shapes = [(B.shape[0], A.shape[1]) for B, A in parts[0].pairs]
+    blocks = torch.split(values, [rows * columns for rows, columns in shapes])
+    return [cut(dense_spectrum(block.view(shape)), options.q) for block, shape in zip(blocks, shapes, strict=True)]
+
+
+METHODS: dict[str, Callable[[Sequence[_Part], _Options], list[Pair]]] = {
+    "cat": _cat,
+    "svd": _svd,
+    "linear": _linear,
+    "ties": _ties,
+    "dare": _dare,
+}
+_OF_ANY_RANK = ("svd", "ties", "dare")
 
 
 # ---- what goes in, and what comes out ------------------------------------------------------------------------------
@@ -175,14 +342,29 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
             yield f"`adapters` must hold pairs of a lora.Adapter and a finite number, got {pair!r:.80} at {n}."
     if method not in METHODS:
         yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
-    elif r is not None and method not in OF_ANY_RANK:
-        yield f"`r` is for the methods {', '.join(map(repr, OF_ANY_RANK))}; the adapters say it for {method!r}."
+    elif r is not None and method not in _OF_ANY_RANK:
+        yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; the adapters say it for {method!r}."
     if r is not None and not is_count(r, 1):
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if not (is_number(density) and 0 < density <= 1):
         yield f"`density` must be above 0 and at most 1, got {density!r}."
     if not is_count(seed) or seed >= 2**63:
         yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
+
+
+def _base_problems(bases: Mapping[int, dict[str, Any]], check_base: bool) -> Iterator[str]:
+    """How the base weights of one module differ, by the numbers of the adapters."""
+    known = _best_known(bases.values())
+    first = next(n for n, base in bases.items() if base is known)
+    for n, base in bases.items():
+        of = f"the base weights of adapters {first} and {n} are not the same:"
+        for fact, default in _FACTS.items():
+            ours, theirs = known.get(fact, default), base.get(fact, default)
+            if ours != theirs and (fact in _ALWAYS_KNOWN or (known.get("shape") and base.get("shape"))):
+                yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
+        apart = fingerprint.sample_difference(known.get("sample"), base.get("sample")) if check_base else None
+        if apart is not None:
+            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them."
 
 
 def _rest_problems(
@@ -203,24 +385,17 @@ def _rest_problems(
             )
 
 
-def _common(values: Iterable[str | None]) -> str | None:
-    """The one value that all have; None if they have several."""
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
-
-
 def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
     """AdapterError that lists all that is wrong with adapters; what trained in full, too, where that has no place."""
-    problems = []
-    for n, adapter in enumerate(adapters):
-        prefix = f"adapter {n}: " if len(adapters) > 1 else ""
-        problems += [f"{prefix}{problem}" for problem in adapter.problems()]
-        dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
-        problems += [f"{prefix}{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
-        if not in_full:
-            trained = [name for name in adapter.trained_in_full if name not in adapter.kept]
-            problems += [f"{prefix}{name} trained in full and is no update." for name in trained]
-    raise_all(what, problems, AdapterError)
+    with Problems(what, AdapterError) as problems:
+        for n, adapter in enumerate(adapters):
+            found = [*adapter.problems()]
+            dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+            found += [f"{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
+            trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
+            found += [f"{name} trained in full and is no update." for name in trained]
+            prefix = f"adapter {n}: " if len(adapters) > 1 else ""
+            problems.add(*(f"{prefix}{problem}" for problem in found))
 
 
 def sound(adapter: Adapter, what: str) -> Adapter:
@@ -231,17 +406,21 @@ def sound(adapter: Adapter, what: str) -> Adapter:
 
 def copied(adapter: Adapter) -> Adapter:
     """The same adapter in memory of its own."""
-    return replace(
-        adapter,
-        modules=copy.deepcopy(adapter.modules),
-        tensors={name: tensor.detach().clone() for name, tensor in adapter.tensors.items()},
-        trained_in_full=list(adapter.trained_in_full),
-        modules_to_save=list(adapter.modules_to_save),
-        kept=list(adapter.kept),
-        rest=copy.deepcopy(adapter.rest),
-    )
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter.tensors.items()}
+    return replace(copy.deepcopy(replace(adapter, tensors={})), tensors=tensors)
 
 
 def named(module: str, pair: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A module's A and B by their full names, in their final dtype."""
     return {join(module, own): tensor.to("cpu", dtype) for own, tensor in zip(PARAMETERS, pair, strict=True)}
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds the values of all."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _common(values: Iterable[str | None]) -> str | None:
+    """The one value that all have; None if they have several."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None

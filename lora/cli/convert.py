@@ -10,7 +10,7 @@ from pathlib import Path
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path
 from lora.arithmetic.algebra import combine
-from lora.arithmetic.resizing import resize
+from lora.arithmetic.approximation import resize
 from lora.cli.options import (
     Subparsers,
     add_check_base,

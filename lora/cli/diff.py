@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter, parameters_of
-from lora.arithmetic.measures import blocks, distance, relative
+from lora.arithmetic.distances import blocks, distance, relative
 from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
 from lora.cli.progress import progress
 from lora.errors import join, table

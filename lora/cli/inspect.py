@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter, parameters_of
 from lora.adapters.formats import read_adapter
-from lora.arithmetic.measures import blocks
+from lora.arithmetic.distances import blocks
 from lora.cli.options import (
     Subparsers,
     add_command,

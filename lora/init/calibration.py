@@ -164,7 +164,7 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
         yield f"no layer waits for data; `lora.inject` takes `init_lora_weights` of {', '.join(map(repr, METHODS))}."
     elif options.rho != 1 and all(layer.awaits != "eva" for layer in layers):
         yield f"`rho` (={options.rho}) is for EVA, and no layer waits for that."
-    elif options.rho != 1 and any(layer.padded_from is not None for layer in layers):
+    elif options.rho != 1 and any(len(layer.lora_ranks()) > 1 for layer in layers):
         yield f"`rho` (={options.rho}) would take the room of layers that are prepared for swaps; prepare them later."
     for layer in layers:
         method, name = METHODS[str(layer.awaits)], names[layer][0]

@@ -17,7 +17,6 @@ from torch import Tensor
 from lora.functional.fused import is_plain, without_autocast
 from lora.functional.magnitude import magnify
 from lora.layers.derived import Derived
-from lora.swapping import switch
 
 if TYPE_CHECKING:
     from lora.layers.layer import LoRALayer
@@ -28,7 +27,7 @@ _PART = 2**20  # values of a weight that are summed at a time
 @torch.no_grad()
 def norms(layer: LoRALayer) -> Tensor:
     """‖W₀ + s · B A‖ for each output that has a magnitude, in float32, or float64 where the weight is."""
-    weight, rows, s = layer.base_weight(), layer.block_rows(), switch.scaling(layer)
+    weight, rows, s = layer.base_weight(), layer.block_rows(), layer.lora_scaling()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
         Bs = torch.split(layer.lora_B.to(dtype).flatten(1), rows)
@@ -48,7 +47,7 @@ def dense_norms(layer: LoRALayer) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
         update = layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype))
-    total: Tensor = weight.to(dtype) + switch.scaling(layer) * update
+    total: Tensor = weight.to(dtype) + layer.lora_scaling() * update
     norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
     return norm
 
@@ -86,10 +85,10 @@ def _squares(layer: LoRALayer, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gain(layer: LoRALayer) -> Tensor:
     """g for each row of the weight, in float32 at least: 1 where the layer has no magnitude."""
-    return 1 + layer.over_outputs(_excess(layer))
+    return 1 + layer.over_outputs(excess(layer))
 
 
-def _excess(layer: LoRALayer) -> Tensor:
+def excess(layer: LoRALayer) -> Tensor:
     """g − 1, exactly 0 at the start, for each output that has a magnitude."""
     norm = _current_norms(layer).to(layer.lora_magnitude.device).detach()  # `no_grad` is not for forward-mode tangents
     # Outputs whose weights are all zero have no direction: g = 1, with which they can learn one.
@@ -99,7 +98,7 @@ def _excess(layer: LoRALayer) -> Tensor:
 
 def magnified(layer: LoRALayer, y: Tensor) -> Tensor:
     """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
-    excess = layer.over_outputs(switch.gated(layer, _excess(layer))).to(y.dtype)
+    excess = layer.over_outputs(layer.lora_excess()).to(y.dtype)
     bias = layer._parameters.get("bias")
     _, dim = layer.output_dims()
     return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)

@@ -43,9 +43,6 @@ class LayerKind:
     lora_place: Place | None = None
     #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.layers.vocabulary`).
     lora_resizing: bool = False
-    #: Whether there is room for other adapters (`lora.prepare_for_swap`); then rank and lora_alpha of the one in it.
-    has_room: bool = False
-    padded_from: tuple[int, float] | None = None
     #: How the layer computes on its rank's shards (`lora.parallel`); None if it is not sharded so.
     lora_parallel: Callable[[Any, Any], Any] | None = None
     #: The splits, and among how many ranks each of them is divided.
@@ -62,7 +59,6 @@ class LayerKind:
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter
-    lora_scale: Tensor
 
     #: The arguments that define the adapter: what a checkpoint records and `eject` removes.
     settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "merge_weights")

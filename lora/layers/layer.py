@@ -9,7 +9,7 @@ A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.errors import is_number
 from lora.layers import dora, quantized
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
 from lora.layers.quantized import same_values, sparing
-from lora.layers.registry import enter, new
+from lora.layers.registry import enter, new, parts_of
 from lora.layers.settings import settings_problems
 from lora.models import shapes
 from lora.models.shapes import Init
 from lora.parallel import sharded
 from lora.parallel.replicas import check_in_step
-from lora.swapping import switch
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
+    """s = lora_alpha / r, or lora_alpha / √r (rsLoRA, arXiv:2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
+    """The lora_alpha that gives a scaling at rank `r`."""
+    lora_alpha = scaling * (math.sqrt(r) if use_rslora else r)
+    if not is_number(lora_alpha):
+        raise ValueError(f"a scaling of {scaling} at rank {r} takes a `lora_alpha` beyond floats.")
+    return lora_alpha
+
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -48,16 +62,15 @@ class LoRALayer(Merging, nn.Module):
         use_dora: scale each output to a trainable magnitude.
         lora_A, lora_B, lora_magnitude: the adapter's parameters; absent when `r` is 0, the last also without DoRA.
         lora_start: A, B and scaling as they started, if that was taken out of the base weight; or None.
-        padded_from: rank and `lora_alpha` of the adapter in a layer with room for others (`lora.prepare_for_swap`).
 
     From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.base_class = next(
-            base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LoRALayer)
-        )
+        if "base_class" not in vars(cls):
+            bases = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LoRALayer))
+            cls.base_class = next(bases)
         enter(cls)
 
     # ---- making ------------------------------------------------------------------------------------
@@ -89,7 +102,7 @@ class LoRALayer(Merging, nn.Module):
             setattr(self, name, value)
         if r == 0:
             return
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
         device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
@@ -119,9 +132,8 @@ class LoRALayer(Merging, nn.Module):
         if self.lora_place is not None:
             self.lora_place.adapted = False
         derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step", "lora_place", "lora_resizing")
-        switch.remove(self)
         made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
-        divided = ("lora_parallel", "has_room", "padded_from")
+        divided = ("lora_parallel",)
         for name in (*_PARAMETERS, *made, *divided, *derived, *self.settings, "forward"):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
@@ -180,8 +192,6 @@ class LoRALayer(Merging, nn.Module):
 
         Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
         """
-        if self.has_room and switch.is_read(self):
-            return self.switched_forward(input, *args, **kwargs)
         if self.r == 0 or self.lora_disabled:
             return self.pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
@@ -218,12 +228,6 @@ class LoRALayer(Merging, nn.Module):
         y = self.base_forward(input, *args, **kwargs)
         return y + (self.lora_update(input) * self.scaling).to(y.dtype)
 
-    def switched_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The equation as a compiler is to see it after `lora.prepare_for_swap`: what a swap changes are tensors."""
-        y = self.base_forward(input, *args, **kwargs)
-        y = y + switch.gated(self, self.lora_update(input) * switch.scaling(self)).to(y.dtype)
-        return dora.magnified(self, y) if self.use_dora else y
-
     def lora_update(self, input: Tensor) -> Tensor:
         """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
         dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
@@ -236,6 +240,36 @@ class LoRALayer(Merging, nn.Module):
     def drop(self, input: Tensor) -> Tensor:
         """Dropout on the LoRA path."""
         return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
+
+    # ---- for the adapters that files hold, and for classes in front, which may extend these -----------
+
+    def lora_scaling(self) -> float | Tensor:
+        """s, as the forward is to read it."""
+        return self.scaling
+
+    def lora_excess(self) -> Tensor:
+        """g − 1 for each output that has a magnitude, as the forward is to read it."""
+        return dora.excess(self)
+
+    def lora_ranks(self) -> Sequence[int]:
+        """The ranks of adapters that the layer can hold, the largest first; its own, if it has no room for others."""
+        return (self.r,)
+
+    def lora_padded(self, r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of an adapter of rank `r` at the layer's rank, if it has room; as they are where they do not fit."""
+        return A, B
+
+    def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
+        """r, lora_alpha, A and B of the layer's adapter at its own rank, from the layer's A and B, whole."""
+        return self.r, self.lora_alpha, A, B
+
+    def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
+        """Take over the settings of an adapter of one of `lora_ranks`, whose A and B are written next."""
+        self.r, self.lora_alpha, self.use_rslora, self.scaling = r, lora_alpha, use_rslora, scaling
+        self.awaits = None
+
+    def lora_refresh(self) -> None:
+        """Called when LoRA was disabled or enabled in the layer, and when its attributes were put back."""
 
     # ---- state --------------------------------------------------------------------------------------
 
@@ -272,8 +306,6 @@ class LoRALayer(Merging, nn.Module):
         if name == "weight" or name in _PARAMETERS:
             self._merged = self._squares = self._norms = None
             self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
-        if name == "scaling" or (name == "lora_A" and not switch.fits(self)):
-            switch.refresh(self)
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
@@ -298,7 +330,6 @@ class LoRALayer(Merging, nn.Module):
             trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
             fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        switch.refresh(self)
         return self
 
     # ---- printing and pickling ---------------------------------------------------------------------
@@ -316,10 +347,10 @@ class LoRALayer(Merging, nn.Module):
             value = getattr(self, name)
             if value != getattr(type(self), name):
                 words.append(f"{name}={value}")
-        return ", ".join([*words, *([f"padded_from={self.padded_from}"] if self.padded_from else [])])
+        return ", ".join(words)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
-            return new, type(self).__bases__, *reduced[2:]
+            return new, parts_of(type(self)), *reduced[2:]
         return reduced

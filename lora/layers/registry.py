@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.nn as nn
 
-if TYPE_CHECKING:
-    from lora.layers.layer import LoRALayer
-
 Base = type[nn.Module]
-Kind = type["LoRALayer"]
+Kind = type[Any]  # of a LoRALayer, whose file imports this one
 
 # A name stands for a class of a package that need not be installed.
 _kinds: dict[Base | str, Kind] = {}
@@ -66,9 +63,7 @@ def register(base: Base | str, kind: Kind) -> None:
     >>> torch.allclose(model(torch.ones(2, 4)), before, atol=1e-5)
     True
     """
-    from lora.layers.layer import LoRALayer
-
-    if not (isinstance(kind, type) and issubclass(kind, LoRALayer) and kind.base_class is nn.Module):
+    if not (isinstance(kind, type) and getattr(kind, "base_class", None) is nn.Module):
         raise TypeError(f"`kind` must be a mixin class that derives from lora.LoRALayer, got {kind!r}.")
     if not isinstance(base, str) and not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"`base` must be a subclass of nn.Module or the full name of one, got {base!r}.")
@@ -81,12 +76,16 @@ def kind_for(base: Base) -> Kind | None:
 
 
 def class_for(kind: Kind, base: Base) -> Kind:
-    """The class that is `kind` in front of `base`: a written one such as `lora.Linear`, or one made now."""
+    """The class that is `kind` in front of `base`: a written one such as `lora.Linear`, or one made now.
+
+    `kind` may also be a class for the front of LoRA layers, such as `lora.swapping.Swappable`; then `base` is theirs.
+    """
     if (kind, base) not in _classes:
-        # A subclass with a forward of its own (a quantised layer, say) computes more than W₀ x + b.
-        dense = any(base.forward is owner.forward for owner, _ in _registered(base))
-        namespace = {"__module__": base.__module__, "generated": True, "dense": dense}
-        type(base.__name__, (kind, base), namespace)  # `LoRALayer.__init_subclass__` enters it
+        namespace: dict[str, Any] = {"__module__": base.__module__, "generated": True}
+        if kind.base_class is nn.Module:
+            # A subclass with a forward of its own (a quantised layer, say) computes more than W₀ x + b.
+            namespace["dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))
+        _classes[kind, base] = type(base.__name__, (kind, base), namespace)
     return _classes[kind, base]
 
 
@@ -107,10 +106,21 @@ def enter(cls: Kind) -> None:
         _classes.setdefault((kind, cls.base_class), cls)
 
 
-def new(kind: Kind, base: Base) -> LoRALayer:
+def parts_of(cls: type) -> tuple[type, ...]:
+    """The classes that can be imported by name, of which `cls` is made: kinds, and at last a base."""
+    if not cls.__dict__.get("generated", False):
+        return (cls,)
+    kind, base = cls.__bases__
+    return kind, *parts_of(base)
+
+
+def new(*parts: Kind) -> nn.Module:
     """An empty instance of a generated class, which cannot be imported by name, for pickle to fill."""
-    cls = class_for(kind, base)
-    return cls.__new__(cls)
+    *kinds, cls = parts
+    for kind in reversed(kinds):
+        cls = class_for(kind, cls)
+    made: nn.Module = object.__new__(cls)
+    return made
 
 
 def _registered(base: Base) -> Iterator[tuple[Base, Kind]]:

@@ -13,7 +13,6 @@ from lora.layers.layer import LoRALayer
 from lora.models.matching import lora_layers
 from lora.models.training import has_moved, originals, resized_problems
 from lora.parallel.sharded import is_sharded
-from lora.swapping import switch
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
         vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
     for module in first:
         if isinstance(module, LoRALayer):
-            switch.turn(module)
+            module.lora_refresh()
 
 
 def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
@@ -72,7 +71,7 @@ def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
     for module in last:
         del vars(module)["lora_disabled"]
         if isinstance(module, LoRALayer):
-            switch.turn(module)
+            module.lora_refresh()
 
 
 def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

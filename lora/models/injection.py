@@ -41,7 +41,6 @@ from lora.models.training import (
     train_in_full,
 )
 from lora.parallel.replicas import wrapped
-from lora.swapping import switch
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             module._parameters.clear()
             module._parameters.update(own)
             if isinstance(module, LoRALayer):
-                switch.refresh(module)
+                module.lora_refresh()
         for parameter, data, trainable in parameters:
             parameter.data = data
             parameter.requires_grad_(trainable)

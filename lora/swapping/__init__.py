@@ -1,1 +1,263 @@
-"""Other adapters, of whatever rank, in a model that is compiled."""
+"""Room for other adapters in a model: any of them, of whatever rank, without compiling again.
+
+    y = W₀ x + b + where(on, s · B A drop(x), 0)        with DoRA also g − 1 = where(on, g − 1, 0)
+
+To `torch.compile` a number is a constant, and what it makes holds for one scaling, and for layers that are enabled. A
+tensor is an input. So a layer that is prepared has its scaling, and whether it is enabled, in a tensor as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lora.errors import raise_all
+from lora.layers import dora
+from lora.layers.layer import LoRALayer, alpha_of
+from lora.layers.registry import class_for
+from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
+from lora.models.matching import lora_layers, names_of, sharded_problems
+
+_TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
+
+
+class Swappable(LoRALayer):
+    """In front of a layer's class: the layer has room for adapters of up to its rank.
+
+    Attributes:
+        padded_from: rank and `lora_alpha` of the adapter that is in the layer.
+        lora_scale: (s, 1), which a compiler reads. `lora_scale_off` beside it is (0, 0). While the layer is disabled
+            the two are exchanged: both stay where they are in memory, as CUDA graphs need it, and a backward that is
+            still to come keeps the values of its forward.
+    """
+
+    base_class = LoRALayer
+
+    padded_from: tuple[int, float]
+    lora_scale: Tensor
+    _scales_exchanged: bool
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As a layer without room computes it; for a compiler from tensors, which a swap may change."""
+        if not self._is_traced():
+            return super().forward(input, *args, **kwargs)
+        y = self.base_forward(input, *args, **kwargs)
+        y = y + self._gated(self.lora_update(input) * self.lora_scaling()).to(y.dtype)
+        return dora.magnified(self, y) if self.use_dora else y
+
+    def lora_scaling(self) -> float | Tensor:
+        return self.lora_scale[0] if self._is_traced() else super().lora_scaling()
+
+    def lora_excess(self) -> Tensor:
+        excess = super().lora_excess()
+        return self._gated(excess) if self._is_traced() else excess
+
+    def _gated(self, values: Tensor) -> Tensor:
+        """What LoRA adds; zeros where the layer is disabled, whatever the adapter holds."""
+        return torch.where(self.lora_scale[1] != 0, values, 0)
+
+    def _is_traced(self) -> bool:
+        """Whether a compiler looks on, and the layer is in no state that only the plain forward knows."""
+        return torch.compiler.is_compiling() and self.lora_start is None and self.awaits is None
+
+    # ---- its tensors -------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "scaling" or (name == "lora_A" and not self._are_placed()):
+            self.lora_refresh()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Swappable:
+        super()._apply(fn, recurse)
+        self.lora_refresh()
+        return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def lora_refresh(self) -> None:
+        """Bring the two tensors up to date: in place, where their device and dtype are still right."""
+        if self._scales_exchanged != bool(self.lora_disabled):
+            self._buffers[_SCALE], self._buffers[_OFF] = self._buffers[_OFF], self._buffers[_SCALE]
+            self._scales_exchanged = not self._scales_exchanged
+        device, dtype = self._placement()
+        on, off = (_OFF, _SCALE) if self.lora_disabled else (_SCALE, _OFF)
+        for name, values in {on: (self.scaling, 1.0), off: (0.0, 0.0)}.items():
+            tensor = self._buffers[name]
+            if tensor is None or (tensor.device, tensor.dtype) != (device, dtype) or tensor.is_inference():
+                tensor = self._buffers[name] = torch.empty(2, dtype=dtype, device=device)
+            tensor[0].fill_(values[0])
+            tensor[1].fill_(values[1])
+
+    def _are_placed(self) -> bool:
+        """Whether the two tensors are where the parameters are."""
+        scale = self._buffers[_SCALE]
+        return scale is None or (scale.device, scale.dtype) == self._placement()
+
+    def _placement(self) -> tuple[torch.device, torch.dtype]:
+        # Whatever `.to()` makes of the parameters: a scaling has many digits.
+        return self.lora_A.device, torch.promote_types(self.lora_A.dtype, torch.float32)
+
+    # ---- between the rank of an adapter and that of the layer --------------------------------------------------
+
+    def lora_ranks(self) -> Sequence[int]:
+        return range(self.r, 0, -1)
+
+    def lora_padded(self, r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        fits = A.dim() == self.lora_A.dim() and B.dim() == self.lora_B.dim()
+        fits = fits and A.shape[0] * self.r == r * self.lora_A.shape[0] and A.shape[1:] == self.lora_A.shape[1:]
+        fits = fits and B.shape[1] * self.r == r * self.lora_B.shape[1] and B.shape[2:] == self.lora_B.shape[2:]
+        if r >= self.r or not fits or B.shape[0] != self.lora_B.shape[0]:
+            return A, B
+        return _at(self, A, B, self.lora_B.shape[1])
+
+    def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
+        r, lora_alpha = self.padded_from
+        q = block_rank(self, r)
+        if any(bool(factor.any()) for B_g, A_g in blocks_of(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
+            return super().lora_trimmed(A, B)
+        return r, lora_alpha, *_at(self, A, B, q)
+
+    def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
+        alpha = lora_alpha if r == self.r else alpha_of(scaling, self.r, use_rslora)
+        super().lora_take(self.r, alpha, scaling, use_rslora)
+        self.padded_from = r, lora_alpha
+
+    # ---- printing, and out of it again -------------------------------------------------------------------------
+
+    def adapter_repr(self) -> str:
+        return f"{super().adapter_repr()}, padded_from={self.padded_from}"
+
+    def detach(self, restore_layout: bool = True) -> None:
+        super().detach(restore_layout)
+        for name in ("padded_from", "_scales_exchanged"):
+            vars(self).pop(name)
+        for name in _TENSORS:
+            self._buffers.pop(name)
+            self._non_persistent_buffers_set.discard(name)
+
+
+def prepare_for_swap(model: nn.Module, max_r: int) -> None:
+    """Make room for adapters of up to `max_r` in a model, so that it is compiled once for all of them.
+
+    Fills A and B of every layer up with zeros, to rank `max_r`, which changes nothing that the model computes: what is
+    zero stays zero in training. `lora.load_adapter` then takes adapters of any rank up to `max_r`, and
+    `lora.save_adapter` writes the one that is there at its own rank. Under `torch.compile` a layer reads its scaling,
+    and whether it is enabled, from a tensor:
+
+        y = W₀ x + b + where(on, s · B A drop(x), 0)
+
+    so that nothing is compiled again when an adapter is swapped, when `layer.scaling` is set, or in `lora.disabled`.
+    Without it the model computes as before, with larger A and B.
+
+    State dicts have the same keys, with A and B of rank `max_r`. The Parameter objects stay; an optimizer that has
+    seen them at their old size has to be made anew, and so has one that has trained another adapter: its momentum would
+    move what is zero. While a compiled model is disabled, gradients of A and B are zeros, not None. Prepare first, then
+    wrap, shard and compile.
+
+    Args:
+        model: a model with LoRA layers. It may have been prepared before, for a smaller rank.
+        max_r: the rank to make room for; factored convolutions whose groups do not divide it get the next one that
+            they divide.
+
+    Raises:
+        TypeError: `max_r` is not an integer.
+        ValueError: there is no LoRA layer, `max_r` is below the rank of one, its parameters are sharded, it waits for
+            data, started as a part of its base weight (PiSSA and the like), or is of a user's kind with a
+            `lora_forward` of its own. One error lists all, and the model is as it was.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2), lora.Linear(4, 4, r=3))
+    >>> lora.prepare_for_swap(model, max_r=8)
+    >>> model[0].lora_A.shape, model[0]
+    (torch.Size([8, 8]), Linear(in_features=8, out_features=4, bias=True, r=8, lora_alpha=4, ...padded_from=(2, 1)))
+    >>> other = torch.nn.Sequential(lora.Linear(8, 4, r=5), lora.Linear(4, 4, r=1))
+    >>> lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+    >>> [settings["r"] for settings in lora.adapter_of(model).modules.values()]
+    [5, 1]
+    """
+    if not isinstance(max_r, int) or isinstance(max_r, bool):
+        raise TypeError(f"`max_r` must be an integer, got {max_r!r}.")
+    layers = [layer for layer in lora_layers(model, "prepare_for_swap") if layer.r > 0]
+    names = names_of(model)
+    problems = [f"{names[m][0] or 'the model'}: {problem}" for m in names for problem in _problems(m, max_r)]
+    problems += sharded_problems(layers, names, "prepare the model, then shard it")
+    if not layers:
+        problems.append("no LoRA layer has a rank above 0.")
+    raise_all("prepare_for_swap: nothing was changed", problems)
+    grown = [_with_room_for(layer, max_r) for layer in layers]  # all that may fail, before anything is changed
+    for layer, larger in zip(layers, grown, strict=True):
+        _prepare(layer, larger)
+
+
+def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
+    """Why a module cannot be prepared, or has to be later."""
+    if isinstance(module, DistributedDataParallel):
+        yield "is wrapped in DistributedDataParallel, which knows the sizes of its parameters; prepare, then wrap."
+    if not isinstance(module, LoRALayer) or module.r == 0:
+        return
+    taken = [name for name in _TENSORS if hasattr(module, name)]
+    if taken and not isinstance(module, Swappable):
+        yield f"has tensors of its own by names that are needed: {', '.join(taken)}."
+    if module.lora_start is not None:
+        yield (
+            "its adapter started as a part of its base weight, without which it would be another model's; save it "
+            "with `lora.save_adapter`, and load it into the plain base model."
+        )
+    if module.awaits:
+        yield f"waits for data (`init_lora_weights={module.awaits!r}`); call `lora.calibrate` first."
+    if module.r > max_r:
+        yield f"`max_r` (={max_r}) must be at least its rank, {module.r}."
+    owner = next(cls for cls in type(module).__mro__ if "lora_forward" in vars(cls))
+    if owner.__module__.partition(".")[0] != "lora":
+        yield f"its kind has a `lora_forward` of its own ({owner.__name__}), which may take the scaling for a constant."
+    try:
+        module.block_rows()
+    except ValueError as error:
+        yield str(error)
+
+
+class _Larger(NamedTuple):
+    """What a layer with room has in the place of what it had. Gradients that there are not yet are anything."""
+
+    r: int
+    lora_alpha: float
+    values: tuple[Tensor, Tensor]
+    grads: tuple[Tensor, Tensor]
+
+
+def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
+    A, B = layer.lora_A, layer.lora_B
+    q = -(-max_r * B.shape[1] // layer.r)
+    r = layer_rank(layer, q)
+    dA, dB = (factor if factor.grad is None else factor.grad for factor in (A, B))
+    lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
+    return _Larger(r, lora_alpha, _at(layer, A, B, q), _at(layer, dA, dB, q))
+
+
+def _prepare(layer: LoRALayer, larger: _Larger) -> None:
+    own = layer.r, layer.lora_alpha
+    layer.r, layer.lora_alpha = larger.r, larger.lora_alpha
+    for parameter, value, grad in zip((layer.lora_A, layer.lora_B), larger.values, larger.grads, strict=True):
+        has_grad, parameter.grad = parameter.grad is not None, None
+        with torch.inference_mode(parameter.is_inference()):
+            parameter.data = value.clone() if parameter.is_inference() else value
+        parameter.grad = grad if has_grad else None
+    if not isinstance(layer, Swappable):
+        for name in _TENSORS:
+            layer.register_buffer(name, None, persistent=False)
+        layer.__class__ = class_for(Swappable, type(layer))
+        vars(layer).update(padded_from=own, _scales_exchanged=False)
+    layer.lora_refresh()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _at(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
+    pairs = [(B[:, :q], A[:q]) for B, A in blocks_of(layer, A, B)]
+    return tensors_of(layer, [padded(B, A, q) for B, A in pairs])

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora
-from lora.arithmetic.algebra import combine, scale, subtract
+from lora.arithmetic import combine, scale, subtract
 
 METHODS = ["cat", "svd", "linear", "ties", "dare"]
 kinds = pytest.mark.parametrize("kind", KINDS)

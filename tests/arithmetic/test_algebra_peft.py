@@ -6,7 +6,7 @@ import torch.nn as nn
 from peft import LoraConfig, get_peft_model
 
 import lora
-from lora.arithmetic.algebra import combine
+from lora.arithmetic import combine
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ from dense import assert_same, best, dense
 from toy_model import IDS, Model, snapshot
 
 import lora
-from lora.arithmetic.extraction import extract
+from lora.arithmetic import extract
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6), lambda W: [W], 5),

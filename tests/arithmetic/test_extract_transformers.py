@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora
-from lora.arithmetic.extraction import extract
+from lora.arithmetic import extract
 
 
 def test_a_fine_tuned_gpt2_at_full_rank(tmp_path):

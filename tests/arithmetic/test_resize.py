@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora
-from lora.arithmetic.resizing import resize
+from lora.arithmetic import resize
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 

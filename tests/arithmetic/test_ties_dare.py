@@ -9,7 +9,7 @@ from conftest import KINDS
 from dense import BLOCKS, adapter_of, assert_same, best, block_rank, dense, terms, total, with_module
 
 import lora
-from lora.arithmetic.algebra import combine
+from lora.arithmetic import combine
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import lora
 from lora.layers.linear import LinearLoRA
+from lora.swapping import Swappable
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without_dora = pytest.mark.parametrize("use_dora", [False, True])
@@ -148,7 +149,7 @@ def test_layers_of_rank_zero_stay_as_they_are():
     model = nn.Sequential(make("Linear"), make("Linear", r=0))
     lora.prepare_for_swap(model, 4)
     assert [layer.r for layer in model] == [4, 0]
-    assert not model[1].has_room
+    assert not isinstance(model[1], Swappable)
 
 
 def test_it_says_so_when_printed():
@@ -382,7 +383,7 @@ def test_merged_or_ejected_nothing_is_left_of_it(kind, out):
     assert not model[0]._buffers
     assert not model[0]._non_persistent_buffers_set
     lora.inject(model, target_modules=["0"], r=2)
-    assert not model[0].has_room
+    assert not isinstance(model[0], Swappable)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""An adapter from a full fine-tune: what changed in a model, at low rank."""
+"""Adapters by best approximation at a rank: of another adapter, or of what a full fine-tune changed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from torch import Tensor
 from lora.adapters import fingerprint
 from lora.adapters.adapter import Adapter
 from lora.adapters.rest import describe
-from lora.arithmetic.algebra import named
-from lora.arithmetic.resizing import rank_problems
-from lora.errors import join, raise_all
+from lora.adapters.single import with_rank
+from lora.arithmetic.algebra import check, copied, named, sound, widest
+from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import class_for, kind_for
-from lora.models.blocks import block_rank, cut, dense_spectrum, layer_rank, shares, smallest_rank, tensors_of
+from lora.models.blocks import (
+    Pair,
+    block_rank,
+    cut,
+    dense_spectrum,
+    layer_rank,
+    padded,
+    pairs_of,
+    shares,
+    smallest_rank,
+    spectrum,
+    tensors_of,
+)
 from lora.models.config import LoraConfig
 from lora.models.injection import adapter_dtype
 from lora.models.matching import Names, find_targets, names_of, why_not, without_wrappers
@@ -26,7 +38,83 @@ from lora.models.pretrained import name_of
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
 _FORMS = ("linear", "embedding", "conv")
-_WHAT = "no adapter is extracted"
+
+
+def rank_problems(r: Any, energy: Any) -> Iterator[str]:
+    """What is wrong with a choice of rank, by number or by the energy to keep."""
+    if (r is None) == (energy is None):
+        yield f"either `r` or `energy` must be given, got {r!r} and {energy!r}."
+    if r is not None and not is_count(r, 1):
+        yield f"`r` must be an integer of at least 1, got {r!r}."
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        yield f"`energy` must be above 0 and at most 1, got {energy!r}."
+
+
+class Resized(NamedTuple):
+    """What `lora.resize` made: `adapter`, and for each module the share of Σσ² that was `kept`."""
+
+    adapter: Adapter
+    kept: dict[str, float]
+
+
+def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = None) -> Resized:
+    """The adapter at another rank: each module's update at its best approximation of that rank.
+
+    By QR of B and A and an SVD of their core, in float64; ΔW is not made. A rank above the one that there is fills up
+    with zeros and is exact, A and B to the bit. All splits of a merged linear layer, and all groups of a convolution,
+    have one rank. The scaling stays, and so does what trained in full. What goes beyond the update's own rank is zero
+    in A and in B, and does not train.
+
+    Args:
+        adapter: what to resize; it stays as it is.
+        r: the rank of every module.
+        energy: instead of `r`: for each module the smallest rank that keeps this share of Σσ², the squared singular
+            values of its update; at most the rank that there is.
+
+    Returns:
+        A pair of the adapter and, by module, the share of Σσ² that was kept.
+
+    Raises:
+        ValueError: neither `r` nor `energy` is given, or both, or one is out of range.
+        AdapterError: the adapter is not sound, a module is of a user's own kind, or `groups` of a factored convolution
+            do not divide `r`. One error lists all.
+
+    >>> import torch, lora
+    >>> settings = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
+    >>> settings["base"] = {"kind": "linear", "shape": [2, 2]}
+    >>> B = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> adapter, kept = lora.resize(lora.Adapter({"up": settings}, {"up.lora_A": torch.eye(2), "up.lora_B": B}), 1)
+    >>> adapter.update("up").round(decimals=4) + 0, round(kept["up"], 4)
+    (tensor([[3., 0.],
+            [0., 0.]]), 0.9)
+    """
+    what = "resize: nothing was computed"
+    raise_all(what, rank_problems(r, energy))
+    check([adapter], what)
+    result, kept = copied(adapter), {}
+    with Problems(what, AdapterError) as problems:
+        for name, settings in result.modules.items():
+            with problems.at(name):
+                layer = adapter.layer(name)
+                pairs, kept[name] = _resized(layer, r, energy)
+                result.modules[name] = with_rank(settings, layer_rank(layer, pairs[0][0].shape[1]))
+                result.tensors.update(named(name, tensors_of(layer, pairs), widest(adapter.pair(name))))
+    return Resized(sound(result, what), kept)
+
+
+def _resized(layer: LoRALayer, r: int | None, energy: float | None) -> tuple[list[Pair], float]:
+    """The blocks at another rank, and the share of the energy that they keep."""
+    now, pairs = layer.lora_B.shape[1], pairs_of(layer)
+    q = 0 if r is None else block_rank(layer, r)
+    if q >= now:
+        return [padded(B, A, q) for B, A in pairs], 1.0
+    spectra = [spectrum(B, A) for B, A in pairs]
+    share = shares(spectra)
+    if energy is not None:
+        q = block_rank(layer, layer_rank(layer, smallest_rank(share, energy)))
+    if q == now:
+        return pairs, 1.0
+    return [cut(part, q) for part in spectra], float(share[min(q, len(share)) - 1])
 
 
 class Extracted(NamedTuple):
@@ -82,23 +170,23 @@ def extract(
     >>> list(adapter.modules), adapter.trained_in_full, round(kept["0"], 4)
     (['0'], ['0.bias'], 1.0)
     """
-    raise_all(_WHAT, rank_problems(r, energy))
-    raise_all(_WHAT, _mismatches(base, finetuned))
+    what = "extract: nothing was computed"
+    raise_all(what, rank_problems(r, energy))
+    raise_all(what, _mismatches(base, finetuned))
     names = names_of(base)
     changes = _Changes(base, finetuned, names)
-    layers, problems = _layers(base, names, changes, target_modules, exclude_modules)
-    full = changes.in_full(layers)
-    problems += changes.problems(full)
-    for name, layer in layers.items():
-        try:
-            block_rank(layer, r or layer.r)
-        except ValueError as error:
-            problems.append(f"{name}: {error} A layer outside `target_modules` is kept in full.")
-    if not layers and not problems:
-        problems.append(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
-    raise_all(_WHAT, problems)
-    adapted = {join(name, "weight") for name in layers}
-    rest = describe(names, {id(changes.ours[name]) for name in full}, adapted)
+    with Problems(what) as problems:
+        layers = _layers(base, names, changes, target_modules, exclude_modules, problems)
+        full = changes.in_full(layers)
+        problems.add(*changes.problems(full))
+        for name, layer in layers.items():
+            try:
+                block_rank(layer, r or layer.r)
+            except ValueError as error:
+                problems.add(f"{name}: {error} A layer outside `target_modules` is kept in full.")
+        if not layers and not problems:
+            problems.add(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
+    rest = describe(names, {id(changes.ours[name]) for name in full}, {join(name, "weight") for name in layers})
     adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base), rest=rest), {}
     for name, layer in layers.items():
         settings, pair, kept[name] = _approximated(layer, changes.theirs[join(name, "weight")], r, energy)
@@ -106,8 +194,7 @@ def extract(
         adapter.tensors.update(named(name, pair, adapter_dtype(layer)))
     for name in full:
         adapter.tensors[name] = changes.theirs[name].detach().to("cpu", changes.ours[name].dtype, copy=True)
-    raise_all(_WHAT, adapter.problems())
-    return Extracted(adapter, kept)
+    return Extracted(sound(adapter, what), kept)
 
 
 def _approximated(
@@ -134,13 +221,15 @@ class _Changes:
 
     def __init__(self, base: nn.Module, finetuned: nn.Module, names: Names) -> None:
         self.ours, self.theirs = _tensors(base), _tensors(finetuned)
-        # A tensor that has several names is one entry here.
-        self.known_as: dict[int, list[str]] = {}
+        self.known_as: dict[int, list[str]] = {}  # a tensor that has several names is one entry here
         for module, known in names.items():
-            for own in _own_tensors(module):
-                keys = [join(without_wrappers(name), own) for name in known]
-                self.known_as.setdefault(id(self.ours[keys[0]]), []).extend(keys)
+            for own, tensor in _own_tensors(module).items():
+                self.known_as.setdefault(id(tensor), []).extend(join(without_wrappers(name), own) for name in known)
         self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
+
+    def names_of_tensor(self, name: str) -> list[str]:
+        """All names of the tensor that has this one."""
+        return self.known_as[id(self.ours[name])]
 
     def in_full(self, layers: dict[str, LoRALayer]) -> list[str]:
         """The first names of the tensors that differ, and that no layer's adapter changes."""
@@ -149,34 +238,40 @@ class _Changes:
 
     def problems(self, full: Sequence[str]) -> Iterator[str]:
         """Tensors that are one in the base model, have to be kept in full, and are several in the other."""
-        for keys in self.known_as.values():
-            if keys[0] in full and any(_differs(self.theirs[keys[0]], self.theirs[key]) for key in keys):
+        for keys in map(self.names_of_tensor, full):
+            if any(_differs(self.theirs[keys[0]], self.theirs[key]) for key in keys):
                 yield f"{', '.join(keys)}: one tensor in `base`, and different ones in `finetuned`."
 
 
 def _layers(
-    base: nn.Module, names: Names, changes: _Changes, target_modules: Any, exclude_modules: Any
-) -> tuple[dict[str, LoRALayer], list[str]]:
-    """The layers to adapt, by their first names, as LoRA layers that share the base's tensors; and complaints."""
+    base: nn.Module,
+    names: Names,
+    changes: _Changes,
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+    problems: Problems,
+) -> dict[str, LoRALayer]:
+    """The layers to adapt, by their first names, as LoRA layers that share the base's tensors."""
     config = LoraConfig(
         target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
     )
-    targets, problems = find_targets(base, names, config)
+    targets, unmatched = find_targets(base, names, config)
+    problems.add(*unmatched)
     layers: dict[str, LoRALayer] = {}
     for module in targets:
         name = without_wrappers(names[module][0])
         reason = why_not(base, names[module], module)
         layer = None if reason else _lora_twin(module)
-        if layer is None and target_modules is not None:
-            problems.append(f"{name}: {reason or 'its update cannot be known from its weight.'}")
         if layer is not None:
             layers[name] = layer
+        elif target_modules is not None:
+            problems.add(f"{name}: {reason or 'its update cannot be known from its weight.'}")
     adapted = {join(without_wrappers(name), "weight") for module in targets for name in names[module]}
-    for name in list(layers):
-        keys = changes.known_as[id(changes.ours[join(name, "weight")])]
-        if not changes.changed & set(keys) or not adapted.issuperset(keys):
-            del layers[name]
-    return layers, problems
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if changes.changed & (keys := set(changes.names_of_tensor(join(name, "weight")))) and keys <= adapted
+    }
 
 
 def _lora_twin(module: nn.Module) -> LoRALayer | None:
@@ -203,7 +298,7 @@ def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
     ours, theirs = _tensors(base), _tensors(finetuned)
     yield from (f"{name} is missing in `finetuned`." for name in ours if name not in theirs)
     yield from (f"{name} is missing in `base`." for name in theirs if name not in ours)
-    for name in ours.keys() & theirs.keys():
+    for name in (name for name in ours if name in theirs):
         a, b = ours[name], theirs[name]
         wrong = [what for what, tensor in (("base", a), ("finetuned", b)) if not _has_values(tensor)]
         if wrong:
