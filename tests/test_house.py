@@ -47,7 +47,7 @@ WRONG_WAY = {
     "adapters.rest": ("parallel.sharded",),
     "layers.conv": ("models.shapes",),
     "layers.embedding": ("models.shapes",),
-    "layers.kind": ("models.places", "models.shapes", "parallel.replicas"),
+    "layers.kind": ("models.model", "models.shapes", "parallel.replicas"),
     "layers.layer": ("models.shapes", "parallel.replicas", "parallel.sharded"),
     "layers.linear": ("models.shapes",),
     "layers.merged_linear": ("models.shapes",),
@@ -57,6 +57,7 @@ WRONG_WAY = {
     "models.injection": ("parallel.replicas",),
     "models.learnt": ("adapters.single",),
     "models.matching": ("parallel.sharded",),
+    "models.model": ("parallel.sharded",),
     "models.start": ("parallel.sharded",),
     "models.training": ("parallel.rows", "parallel.sharded"),
 }

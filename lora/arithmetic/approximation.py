@@ -33,8 +33,8 @@ from lora.models.blocks import (
 )
 from lora.models.config import LoraConfig
 from lora.models.injection import adapter_dtype
-from lora.models.matching import Names, find_targets, names_of, why_not, without_wrappers
-from lora.models.pretrained import name_of
+from lora.models.matching import find_targets, why_not
+from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of, owned_tensors, without_wrappers
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
 _FORMS = ("linear", "embedding", "conv")
@@ -221,10 +221,11 @@ class _Changes:
 
     def __init__(self, base: nn.Module, finetuned: nn.Module, names: Names) -> None:
         self.ours, self.theirs = _tensors(base), _tensors(finetuned)
-        self.known_as: dict[int, list[str]] = {}  # a tensor that has several names is one entry here
-        for module, known in names.items():
-            for own, tensor in _own_tensors(module).items():
-                self.known_as.setdefault(id(tensor), []).extend(join(without_wrappers(name), own) for name in known)
+        # A tensor that has several names is one entry here.
+        self.known_as = {
+            id(group[0].tensor): [without_wrappers(name) for one in group for name in one.names]
+            for group in by_tensor(one for one in owned_tensors(names) if is_persistent(one))
+        }
         self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
 
     def names_of_tensor(self, name: str) -> list[str]:

@@ -11,21 +11,20 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter, parameters_of
 from lora.arithmetic.distances import blocks, distance, relative
-from lora.cli.options import Subparsers, add_command, add_json, finite, number, path_argument, print_json, read
-from lora.cli.progress import progress
+from lora.cli import (
+    SETTINGS,
+    Subparsers,
+    add_adapter,
+    add_argument,
+    add_command,
+    finite,
+    number,
+    print_json,
+    progress,
+    read,
+)
 from lora.errors import join, table
 
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "scaling",
-    "splits",
-    "enable_lora",
-    "factored",
-)
 _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
 
 
@@ -33,8 +32,8 @@ def add(commands: Subparsers) -> None:
     """Enter the command."""
     about = "say how far apart two adapters are, with exit code 0 if they are the same function and 1 if not"
     parser = add_command(commands, run, "diff", about, "diff before.safetensors after.safetensors")
-    parser.add_argument("a", type=path_argument, metavar="A", help="an adapter in any format")
-    parser.add_argument("b", type=path_argument, metavar="B", help="another")
+    for name in "AB":
+        add_adapter(parser, name.lower(), name)
     parser.add_argument(
         "--tolerance",
         type=number,
@@ -42,7 +41,7 @@ def add(commands: Subparsers) -> None:
         metavar="T",
         help="relative distance up to which updates are the same (default: 1e-6, a few roundings of float32)",
     )
-    add_json(parser)
+    add_argument(parser, "--json")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,7 +89,7 @@ def _identical(a: Adapter, b: Adapter, name: str) -> bool:
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    yield from ((key, [a.get(key), b.get(key)]) for key in _SETTINGS if a.get(key) != b.get(key))
+    yield from ((key, [a.get(key), b.get(key)]) for key in SETTINGS if a.get(key) != b.get(key))
     for key in _BASE:
         theirs, ours = a["base"].get(key), b["base"].get(key)
         if theirs != ours and theirs is not None and ours is not None:  # not every format knows the base

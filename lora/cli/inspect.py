@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,51 +15,42 @@ from typing import Any
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter, parameters_of
+from lora.adapters.files import replace_file
 from lora.adapters.formats import read_adapter
 from lora.arithmetic.distances import blocks
-from lora.cli.options import (
+from lora.cli import (
+    SETTINGS,
     Subparsers,
+    add_adapter,
+    add_argument,
     add_command,
-    add_json,
-    add_overwrite,
     check_output,
+    dtype_word,
     finite,
     number,
     path_argument,
     print_json,
+    progress,
 )
-from lora.cli.plot import heat_map
-from lora.cli.progress import progress
 from lora.errors import join, table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "scaling",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "splits",
-    "enable_lora",
-    "factored",
-)
 
 
 def add(commands: Subparsers) -> None:
     """Enter the command."""
     about = "say what an adapter trained, how large its updates are, and whether anything is wrong with it"
     parser = add_command(commands, run, "inspect", about, "inspect adapter.safetensors --plot norms.png")
-    parser.add_argument("file", type=path_argument, metavar="FILE", help="an adapter in any format")
+    add_adapter(parser, "file", "FILE")
     parser.add_argument(
         "--plot", type=path_argument, metavar="OUT.png", help="draw the updates' norms, layers x projections"
     )
     parser.add_argument(
         "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
     )
-    add_json(parser)
-    add_overwrite(parser)
+    add_argument(parser, "--json")
+    add_argument(parser, "--overwrite")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,7 +85,8 @@ def examine(adapter: Adapter) -> dict[str, Any]:
         "base_model": adapter.base_model,
         "modules": modules,
         "trained_in_full": [
-            {"name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor)} for name, tensor in full.items()
+            {"name": name, "shape": list(tensor.shape), "dtype": dtype_word(tensor.dtype)}
+            for name, tensor in full.items()
         ],
         "modules_to_save": adapter.modules_to_save,
         "kept": adapter.kept,
@@ -120,8 +115,8 @@ def _module(adapter: Adapter, name: str, problems: list[str]) -> dict[str, Any]:
         "name": name,
         "kind": base.get("kind"),
         "shape": base.get("shape"),
-        "dtype": ", ".join(dict.fromkeys(map(_dtype, own.values()))),
-        **{key: settings[key] for key in _SETTINGS if key in settings},
+        "dtype": ", ".join(dict.fromkeys(dtype_word(tensor.dtype) for tensor in own.values())),
+        **{key: settings[key] for key in SETTINGS if key in settings},
         "norm": finite(norm),
         "relative_norm_estimate": finite(norm / _size(base)) if measured else None,
         # r must do for the most demanding split: the largest says whether a smaller one would.
@@ -144,10 +139,6 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     }
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 # ---- as a text ---------------------------------------------------------------------------------------------------
@@ -194,3 +185,62 @@ def _number(of: Mapping[str, Any], key: str) -> str:
 
 def _shape(shape: Any) -> str:
     return " x ".join(map(str, shape)) if isinstance(shape, list) else "?"
+
+
+# ---- as a plot -----------------------------------------------------------------------------------------------------
+
+
+def heat_map(norms: Mapping[str, float | None], path: Path) -> None:
+    """Draw each module's norm at its layer and projection; modules without a norm are left blank.
+
+    Raises:
+        ValueError: matplotlib is not installed, or does not know the kind of file that the name ends with.
+    """
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+        backend = importlib.import_module("matplotlib.backends.backend_agg")
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    rows, columns, values = grid(norms)
+    figure = figures.Figure(figsize=(2.5 + 0.7 * len(columns), 2 + 0.28 * len(rows)), layout="constrained")
+    backend.FigureCanvasAgg(figure)  # objects of our own: pyplot's state is the user's
+    axes = figure.subplots()
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylabel("layer")
+    axes.set_facecolor("lightgrey")
+    figure.colorbar(image, ax=axes, label="norm of the update")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:] or "png")
+    replace_file(path, drawn.getvalue())
+
+
+def grid(norms: Mapping[str, float | None]) -> tuple[list[str], list[str], list[list[float]]]:
+    """Rows (layers), columns (projections) and values, NaN where there is none.
+
+    >>> grid({"layers.0.q": 1.0, "layers.1.q": 2.0, "head": 3.0})
+    (['-', '0', '1'], ['q', 'head'], [[nan, 3.0], [1.0, nan], [2.0, nan]])
+    """
+    if not norms:
+        raise ValueError("there is no module to draw.")
+    places = {name: _place(name) for name in norms}
+    stacks = {stack for stack, layer, _ in places.values() if layer is not None}
+    cells = {}
+    for name, (stack, layer, rest) in places.items():
+        column = f"{stack}.{rest}" if layer is not None and len(stacks) > 1 else rest
+        cells[layer, column] = norms[name]
+    layers = sorted({layer for layer, _ in cells}, key=lambda layer: -1 if layer is None else layer)
+    columns = list(dict.fromkeys(column for _, column in cells))
+    values = [[_value(cells.get((layer, column))) for column in columns] for layer in layers]
+    return ["-" if layer is None else str(layer) for layer in layers], columns, values
+
+
+def _value(norm: float | None) -> float:
+    return math.nan if norm is None else norm
+
+
+def _place(name: str) -> tuple[str, int | None, str]:
+    """What stands before the first number in a name, the number, and what stands after it."""
+    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name)
+    return (found[1] or "", int(found[2]), found[3] or "") if found else ("", None, name)

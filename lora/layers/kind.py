@@ -16,7 +16,7 @@ from lora.models.shapes import Init
 
 if TYPE_CHECKING:
     from lora.layers.layer import LoRALayer
-    from lora.models.places import Place
+    from lora.models.model import Place
     from lora.parallel.replicas import InStep
 
 Shape = tuple[int, ...]
@@ -39,7 +39,7 @@ class LayerKind:
     base_written: bool = True
     awaits: str | None = None
     injected: bool = False
-    #: What the parents of an injected layer know of it (`lora.models.places`).
+    #: What the parents of an injected layer know of it (`lora.models.model`).
     lora_place: Place | None = None
     #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.layers.vocabulary`).
     lora_resizing: bool = False

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import raise_all
+from lora.errors import join, raise_all
 from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.quantized import is_writable
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
-from lora.models import places
 from lora.models.config import LoraConfig, for_module
 from lora.models.initialization import begin, problems_of_start
-from lora.models.matching import (
+from lora.models.matching import find_saved, find_targets, why_not
+from lora.models.model import (
+    Memory,
     Names,
-    Spans,
-    find_saved,
-    find_targets,
+    forget_children,
+    initialized_parameters,
     lora_layers,
     names_of,
-    own_forwards,
+    own_forward_problems,
+    owned_tensors,
+    remember_layers,
+    remember_values,
     sharded_problems,
-    why_not,
+    undo_on_error,
 )
 from lora.models.report import AdaptedModule, InjectionReport
 from lora.models.start import give_back
@@ -106,14 +108,14 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             problems.append(f"{names[module][0]}: {error}")
     problems += [*wrapped(names), *_untrainable(names)]
     raise_all("inject: nothing was changed", problems)
-    with all_or_nothing(model):
+    with undo_on_error(model.modules()):
         layers = adapt(plans)
-        places.remember(names, layers)
+        remember_layers(names, layers)
         raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
-        places.remember_values(names)
+        remember_values(names)
         begin(layers, config.init_lora_weights)
     return _report(model, names, targets, tuple(names[module][0] for module in saved))
 
@@ -143,7 +145,11 @@ def eject(model: nn.Module) -> None:
     layers = lora_layers(model, "eject", replaced=True)
     instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
     names = names_of(model)
-    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names), *resized_problems(model)]
+    problems = [
+        *sharded_problems(layers, names, instead),
+        *own_forward_problems(layers, names),
+        *resized_problems(model),
+    ]
     raise_all("eject: nothing was changed", problems)
     for layer in layers:
         give_back(layer)
@@ -158,7 +164,7 @@ def eject(model: nn.Module) -> None:
                 else:  # a buffer that has grown, or is another one now
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
-            places.forget(module)
+            forget_children(module)
             quantized.set_up(module, False)
     restored: set[int] = set()
     for layer in layers:
@@ -178,33 +184,6 @@ def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
         layer.attach(**plan.settings)
         layer.injected = True
     return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put every module's class, attributes and flags back if the block raises; values must not be written in it."""
-    modules = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in model.modules()]
-    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in initialized_parameters(model)]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, own in modules:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(own)
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        for parameter, data, trainable in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trainable)
-        raise
-
-
-def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters but those of lazy modules, which have no values yet."""
-    return [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
 
 
 def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
@@ -250,12 +229,10 @@ def _untrainable(names: Names) -> Iterator[str]:
 
 
 def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
-    owners = Spans[str]()
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        owners.add(tensor, name)
+    memory = Memory(owned_tensors(names))
     rows, layers = [], [layer for layer in targets if isinstance(layer, LoRALayer)]
     for layer in layers:
-        own = {f"{name}.weight".lstrip(".") for name in names[layer]}
+        tied = [name for one in memory.sharing(layer.weight) for name in one.names]
         rows.append(
             AdaptedModule(
                 names=names[layer],
@@ -264,7 +241,7 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
                 r=layer.r,
                 scaling=layer.scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in owners.sharing(layer.weight) if name not in own),
+                tied_to=tuple(name for name in tied if name not in [join(known, "weight") for known in names[layer]]),
             )
         )
     parameters = initialized_parameters(model)

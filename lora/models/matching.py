@@ -4,111 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar
 
 import torch.nn as nn
-from torch import Tensor
 
 from lora.errors import did_you_mean
-from lora.functional.fused import is_dense
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
-from lora.models import places
 from lora.models.bypassed import bypass_of
 from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
-from lora.parallel.sharded import is_fully_sharded, is_sharded, settle
-
-T = TypeVar("T")
-Names = dict[nn.Module, tuple[str, ...]]
-
-
-def names_of(model: nn.Module) -> Names:
-    """Every module with all the names by which it is reached, in the model's order."""
-    names: Names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
-
-
-def without_wrappers(name: str) -> str:
-    """A module's name without the parts that torch's wrappers put in it: that of the model as it was written."""
-    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in torch's data-parallel wrappers, which put `module.` in front of every name, compiled or not."""
-    while True:
-        compiled = model._modules.get("_orig_mod")
-        if compiled is not None:
-            model = compiled
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
-            return model
-
-
-def lora_layers(
-    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
-) -> list[LoRALayer]:
-    """The model's LoRA layers, each once.
-
-    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed.
-    """
-    settle(model)
-    places.adopt(model)
-    if not replaced:
-        places.check(model, what)
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
-    if not layers and not none:
-        raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
-    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
-    if computed:
-        raise ValueError(f"{what}: a weight of {', '.join(computed)} is computed, by a parametrization; remove that.")
-    return layers
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether calls go to a forward of the instance, not to its class's (which accelerate's hooks leave behind)."""
-    forward = vars(module).get("forward")
-    theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
-    return forward is not None and theirs != (type(module).forward, module)
-
-
-def own_forwards(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:
-    """A complaint for each layer whose instance goes on calling a forward of LoRA's when it is a plain layer again."""
-    for layer in layers:
-        if has_own_forward(layer):
-            yield (
-                f"{names[layer][0] or 'the model'}: has a forward of its instance, which would go on calling LoRA's; "
-                "remove it first, as `accelerate.hooks.remove_hook_from_module` and `Accelerator.unwrap_model(model, "
-                "keep_fp32_wrapper=False)` do."
-            )
-
-
-def sharded_problems(layers: Iterable[LoRALayer], names: Names, instead: str) -> Iterator[str]:
-    """A complaint for each layer of which this rank has only a part, and what to do instead."""
-    for layer in layers:
-        if any(map(is_sharded, layer._parameters.values())):
-            yield f"{names[layer][0]}: is sharded; {instead}."
-
-
-def tied_to(layer: LoRALayer, owners: Spans[nn.Module], names: Names) -> str:
-    """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
-    tied = {*owners.sharing(layer.weight)} - {layer}
-    return ", ".join(names[other][0] for other in names if other in tied)
-
-
-def owners_of(names: Names) -> Spans[nn.Module]:
-    """Which module owns which memory."""
-    owners = Spans[nn.Module]()
-    for module in names:
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            owners.add(tensor, module)
-    return owners
+from lora.models.model import Memory, Names, has_own_forward, is_lazy, owned_tensors, unwrapped
+from lora.parallel.sharded import is_fully_sharded, is_sharded
 
 
 def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:
@@ -152,17 +58,15 @@ def find_saved(
     problems: list[str] = []
     saved = _to_save(model, names, config, problems)
     asked, task = set(_select("modules_to_save", config.modules_to_save or (), names, [])), config.task_type
-    adapted = Spans[nn.Module]()
-    for module in targets:
-        if module._parameters.get("weight") is not None and not is_lazy(module):
-            adapted.add(module._parameters["weight"], module)
+    known = {module: names[module] for module in targets if not is_lazy(module)}
+    adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
     for module in saved:
         name = names[module][0]
         if is_lazy(module):
             problems.append(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
             continue
         inside = [part for part in module.modules() if part in targets]
-        tied = {part for parameter in module.parameters() for part in adapted.sharing(parameter)} - set(inside)
+        tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - set(inside)
         wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
         for hold, found in wrong.items():
             if found:
@@ -208,7 +112,10 @@ def why_not(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     if "weight" not in {**module._parameters, **module._buffers}:
         return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
     if has_own_forward(module):
-        return "has a forward of its instance, as accelerate's hooks leave there, which bypasses ours; remove it first."
+        return (
+            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
+            "remove the hook first."
+        )
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
@@ -224,11 +131,6 @@ def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The module of this name, and all that it is a part of."""
     parts = name.split(".")
     return (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
-
-
-def is_lazy(module: nn.Module) -> bool:
-    """Whether a module waits for its first input to know its shape."""
-    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
 
 
 def clashing_names(module: nn.Module) -> list[str]:
@@ -265,30 +167,3 @@ def _select(
             hint = did_you_mean(target, (name for known in names.values() for name in known if name))
             problems.append(f"`{option}` {target!r} matches no {what}{hint}.")
     return [module for module in names if module in found]
-
-
-class Spans(Generic[T]):
-    """What owns which memory: finds out whether writing one tensor writes another."""
-
-    def __init__(self) -> None:
-        self._spans: dict[int, list[tuple[int, int, T]]] = {}
-
-    def add(self, tensor: Tensor | None, owner: T) -> None:
-        """Enter the owner of a tensor."""
-        if tensor is not None:
-            storage, start, stop = _span(tensor)
-            self._spans.setdefault(storage, []).append((start, stop, owner))
-
-    def sharing(self, tensor: Tensor) -> list[T]:
-        """The owners of tensors that share memory with this one; two Parameters may share one storage."""
-        storage, start, stop = _span(tensor)
-        return [owner for i, j, owner in self._spans.get(storage, []) if i < stop and start < j]
-
-
-def _span(tensor: Tensor) -> tuple[int, int, int]:
-    """The storage, and begin and end in it; another tensor's identity, where memory cannot be looked at."""
-    if not is_dense(tensor) or tensor.numel() == 0:
-        return id(tensor), 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, size = int(tensor.storage_offset()), tensor.element_size()
-    return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size

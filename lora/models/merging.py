@@ -14,15 +14,15 @@ from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
 from lora.layers.registry import plain_base
-from lora.models import places
-from lora.models.matching import (
+from lora.models.model import (
+    Memory,
     Names,
+    forget_children,
     lora_layers,
     names_of,
-    own_forwards,
-    owners_of,
+    own_forward_problems,
+    owned_tensors,
     sharded_problems,
-    tied_to,
     without_wrappers,
 )
 from lora.models.report import MergedModule, MergeReport
@@ -59,10 +59,10 @@ def merge(model: nn.Module) -> MergeReport:
     """
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
-    owners = owners_of(names)
-    problems = [*_problems(layers, names), *own_forwards(lora_layers(model, "merge"), names)]
+    memory = Memory(owned_tensors(names))
+    problems = [*_problems(layers, names), *own_forward_problems(lora_layers(model, "merge"), names)]
     for layer in layers:
-        others = tied_to(layer, owners, names)
+        others = memory.tied_to(layer)
         if others:
             problems.append(
                 f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
@@ -74,7 +74,7 @@ def merge(model: nn.Module) -> MergeReport:
         layer.detach()
     for module in model.modules():
         forget_originals(module)
-        places.forget(module)
+        forget_children(module)
         quantized.set_up(module, False)
     return MergeReport(tuple(rows))
 

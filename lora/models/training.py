@@ -14,7 +14,7 @@ from lora.layers import quantized
 from lora.layers.layer import LoRALayer
 from lora.layers.partitioned import partitioned_problems
 from lora.layers.quantized import is_writable
-from lora.models import places
+from lora.models.model import check_none_replaced
 from lora.parallel.rows import in_model_order
 from lora.parallel.sharded import in_normal_mode, reordered, settle
 
@@ -89,7 +89,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     ['0.bias', '0.lora_A', '0.lora_B']
     """
     settle(model)
-    places.check(model, "lora_state_dict")
+    check_none_replaced(model, "lora_state_dict")
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for module in model.modules():
         if trains_in_full(module):
