@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 
 from lora.errors import raise_all
-from lora.layers.settings import settings_problems
-from lora.models.shapes import Init, init_problem
+from lora.layers.layer import settings_problems
+from lora.layers.starts import Init, init_problem
 from lora.models.training import BIAS_CHOICES
 
 T = TypeVar("T")

@@ -8,24 +8,17 @@ the layer was given back on purpose. Both survive deepcopy and pickle; a part of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch.nn as nn
 
 from lora.errors import join, raise_all
+from lora.layers.kind import Place
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
 
 _CHILDREN = "lora_children"
 # What a module remembers goes to one that is made anew from it, as `convert_sync_batchnorm` does.
 _REMEMBERED, _ATTRIBUTES = "lora_remembered", ("lora_originals", "lora_in_full", "lora_kept")
-
-
-@dataclass(eq=False)
-class Place:
-    """What a parent knows of a child that was adapted."""
-
-    adapted: bool = True
 
 
 def remember(names: Mapping[nn.Module, Sequence[str]], layers: Iterable[LoRALayer]) -> None:
