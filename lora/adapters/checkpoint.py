@@ -19,11 +19,22 @@ from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models import places
-from lora.models.injection import adapt, all_or_nothing
+from lora.models.injection import adapt
 from lora.models.learnt import difference
-from lora.models.matching import Names, lora_layers, names_of, obstacles, unreadable, unwrapped, without_wrappers
-from lora.models.pretrained import name_of, resized_embeddings
+from lora.models.model import (
+    Names,
+    lora_layers,
+    name_of,
+    names_of,
+    obstacles,
+    remember_layers,
+    remember_values,
+    resized_embeddings,
+    undo_on_error,
+    unreadable,
+    unwrapped,
+    without_wrappers,
+)
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
@@ -144,14 +155,14 @@ def load_adapter(
     fit = Fit(model, adapter, check_base)
     problems = ranks.from_all(fit.problems + (wrappers if fit.plans else []))
     raise_all(f"{what} is not loaded", problems, AdapterError)
-    with all_or_nothing(model):
-        places.remember(fit.names, adapt(fit.plans))
+    with undo_on_error(model.modules()):
+        remember_layers(fit.names, adapt(fit.plans))
         if fit.plans:
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
-        places.remember_values(fit.names)
+        remember_values(fit.names)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:

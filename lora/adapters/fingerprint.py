@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import is_count, is_number
-from lora.functional.tensors import is_plain
+from lora.functional.fused import is_plain
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lora.adapters.single import with_rank
 from lora.errors import is_number, raise_all, table
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Inputs, Statistic, Step, observe
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import tensors_of
 from lora.models.initialization import unroundable, unwritable
-from lora.models.matching import Names, lora_layers, names_of, sharded_problems
+from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
-from lora.models.start import all_or_none, start_from
+from lora.models.start import start_from, undo_start_on_error
 
 _WHAT = "calibrate: nothing was changed"
 
@@ -134,7 +134,7 @@ def calibrate(
         its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
         starts.update(method.start(its, options))
     modules = []
-    with all_or_none(layers):
+    with undo_start_on_error(layers):
         for layer, method in waiting.items():
             start = starts[layer]
             modules.append(CalibratedModule(names[layer][0], str(layer.awaits), _rank(start), start.share))

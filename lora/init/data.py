@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.init.observe import Gradients, Inputs
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import Pair, Spectrum

@@ -11,14 +11,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import is_count, join, raise_all, table
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
 from lora.models.initialization import unwritable
-from lora.models.matching import Names, lora_layers, names_of, without_wrappers
+from lora.models.model import Names, lora_layers, names_of, without_wrappers
 from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
-from lora.models.start import all_or_none, remember_start, start_from
+from lora.models.start import remember_start, start_from, undo_start_on_error
 
 _WHAT = "loftq: nothing was changed"
 _NOTHING_LOST = "no LoRA layer has a base that is quantised; there is no loss to make up for."
@@ -106,7 +106,7 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
         problems += [f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)]
     raise_all(_WHAT, [*problems, *(unwritable(layers, names) if steps > 1 else ())])
     modules = []
-    with all_or_none(layers):
+    with undo_start_on_error(layers):
         for layer in layers:
             weight = _original(layer, names, weights)
             assert weight is not None, "_problems() has looked"

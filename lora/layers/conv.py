@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
-from lora.functional.tensors import autocasts, refuse_storage, without_autocast
+from lora.functional.fused import autocasts, refuse_storage, without_autocast
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register

@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.functional.fused import is_plain, without_autocast
 from lora.functional.magnitude import magnify
-from lora.functional.tensors import is_plain, without_autocast
 from lora.layers import weights
 from lora.layers.cache import remembered
 from lora.layers.kind import LayerKind, Shape

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Lookup, lora_embedding
-from lora.functional.tensors import sample_slice
 from lora.layers.kind import Shape
 from lora.layers.registry import register
 from lora.layers.starts import Init
 from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import sample_slice
 
 
 class EmbeddingLoRA(WithVocabulary):

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(eq=False)
 class Place:
-    """What the parents of an injected layer know of it (`lora.models.places`)."""
+    """What the parents of an injected layer know of it (`lora.models.model`)."""
 
     adapted: bool = True
 

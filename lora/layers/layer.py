@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_count, is_number
-from lora.functional.tensors import is_plain, same_values, sparing, without_autocast
+from lora.functional.fused import is_plain, without_autocast
 from lora.layers import starts, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
 from lora.layers.registry import new, parts_of
+from lora.layers.weights import same_values, sparing
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 # What a layer keeps beside its settings and parameters.
@@ -355,3 +356,7 @@ class LoRALayer(Magnitudes):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, parts_of(type(self)), *reduced[2:]
         return reduced
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Adapted, lora_linear
-from lora.functional.linear import add_up_, spread
-from lora.functional.tensors import sample_slice, without_autocast
+from lora.functional.fused import without_autocast
+from lora.functional.linear import add_slices_, up_slices
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register
 from lora.layers.starts import Init
 from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import sample_slice
 
 # How many rows of a weight in low precision are merged at a time.
 _PART = 512
@@ -62,7 +63,7 @@ class LinearLoRA(WithVocabulary):
         return F.linear(x, A)  # (..., in_features) -> (..., r)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
-        return spread(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
+        return up_slices(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
 
     def weight_shape(self) -> Shape:
         in_features, out_features = self.features(self)
@@ -73,7 +74,7 @@ class LinearLoRA(WithVocabulary):
         return [(0, self.features(self)[1])]
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+        return self.stored(up_slices(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
 
     def merge_into(self, out: Tensor) -> Tensor:
         exact = torch.promote_types(out.dtype, torch.float32)
@@ -106,7 +107,7 @@ class LinearLoRA(WithVocabulary):
         return self.stored(self.stored(weight)[:, columns]), A[:, columns]
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
+        add_slices_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
         return weight
 
     @classmethod

@@ -23,6 +23,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora.functional.fused import is_plain, is_storage
+
 F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")
@@ -343,3 +345,42 @@ def split_up_problems(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[
                 f"{name} is empty: DeepSpeed's ZeRO-3 keeps its {tuple(whole_shape(tensor))} in parts; do this within "
                 "`deepspeed.zero.GatheredParameters(parameters)`."
             )
+
+
+# ---- plain ---------------------------------------------------------------------------------------------------------
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one to the rounding of the less precise of their dtypes."""
+    if a.shape != b.shape or not (is_plain(a) and is_plain(b)):
+        return True  # nothing can be said
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    a, b = a.detach().double(), b.detach().to(a.device).double()
+    return bool((a - b).norm() <= 16 * eps * b.norm())
+
+
+def sample_slice(matrix: Tensor, values: int = 2**17) -> slice:
+    """Every so many rows or columns of a matrix: enough for this many values, all of a small one."""
+    return slice(None, None, max(1, matrix.numel() // values))
+
+
+def sparing(fn: Callable[[Tensor], Tensor], spared: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, for `nn.Module._apply`, but `spared` tensors are not cast to dtypes that weights are only stored in.
+
+    Where `fn` would do that, they go to its device alone, and keep their values and their dtype.
+    """
+    kept = {id(tensor): tensor for tensor in spared if not is_storage(tensor.dtype)}
+
+    def spare(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return tensor.to(new.device) if id(tensor) in kept and is_storage(new.dtype) else new
+
+    return spare
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether values can be copied into a tensor here: not of `torch.inference_mode` outside it, nor expanded."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return True  # others have ways of their own
+    expanded = any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())

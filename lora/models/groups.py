@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from lora.errors import is_number, raise_all
 from lora.layers.layer import LoRALayer
-from lora.models.matching import lora_layers
+from lora.models.model import lora_layers
 from lora.models.training import is_bias
 
 # Norms whose weights need not be vectors.

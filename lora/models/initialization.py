@@ -12,7 +12,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.starts import Init
 from lora.models import spectral, start
 from lora.models.blocks import Pair
-from lora.models.matching import Names, lora_layers, names_of, owners_of, sharded_problems, tied_to
+from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems
 
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
@@ -77,9 +77,9 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
 def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
     """Why the base weights of layers cannot be written, or should not."""
     yield from sharded_problems(layers, names, "start it so before the model is sharded")
-    owners = owners_of(names)
+    memory = Memory(owned_tensors(names))
     for layer in layers:
-        others = tied_to(layer, owners, names)
+        others = memory.tied_to(layer)
         if others:
             yield f"{names[layer][0]}: its weight is tied to that of {others}, which would change too."
         if layer.weight.is_meta:
@@ -116,7 +116,7 @@ def _is_of_weight(how: Init) -> bool:
 
 def begin(layers: Sequence[LoRALayer], how: Init) -> None:
     """Start layers from their pretrained weights, all or none."""
-    with start.all_or_none(layers):
+    with start.undo_start_on_error(layers):
         for layer in layers:
             start.give_back(layer)
             layer.init_lora_weights = how

@@ -3,29 +3,68 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all
-from lora.functional.tensors import is_plain, is_storage
+from lora.errors import join, raise_all, table
+from lora.functional.fused import is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
-from lora.models import places
-from lora.models.matching import (
+from lora.models.model import (
+    Memory,
     Names,
+    forget_children,
     lora_layers,
     names_of,
-    own_forwards,
-    owners_of,
+    own_forward_problems,
+    owned_tensors,
     sharded_problems,
-    tied_to,
     without_wrappers,
 )
-from lora.models.report import MergedModule, MergeReport
 from lora.models.training import forget_originals
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost.
+
+    Of one that was packed also how, and the share of the update that packing the merged weight again would lose.
+    """
+
+    name: str
+    dtype: str
+    lost: float
+    packed: str | None = None
+    lost_packed: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `lora.merge` did: how much of each module's update was lost to rounding.
+
+    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 where the update went in whole, 1 where rounding
+    took as much as there was. Of a large matrix it is measured on evenly spaced columns, half a million values or more.
+    """
+
+    modules: tuple[MergedModule, ...]
+
+    @property
+    def lost(self) -> float:
+        """The largest loss of any module."""
+        return max((module.lost for module in self.modules), default=0.0)
+
+    def __str__(self) -> str:
+        rows = [(m.name, m.dtype, f"{100 * m.lost:.2f} %") for m in self.modules]
+        header = ("module", "dtype", "update lost to rounding")
+        if not any(m.packed for m in self.modules):
+            return table(header, rows)
+        again = [(m.packed or "-", _percent(m.lost_packed)) for m in self.modules]
+        wide = [(*row, *more) for row, more in zip(rows, again, strict=True)]
+        return table((*header, "was packed as", "lost if packed again"), wide)
 
 
 def merge(model: nn.Module) -> MergeReport:
@@ -58,10 +97,10 @@ def merge(model: nn.Module) -> MergeReport:
     """
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
-    owners = owners_of(names)
-    problems = [*_problems(layers, names), *own_forwards(lora_layers(model, "merge"), names)]
+    memory = Memory(owned_tensors(names))
+    problems = [*_problems(layers, names), *own_forward_problems(lora_layers(model, "merge"), names)]
     for layer in layers:
-        others = tied_to(layer, owners, names)
+        others = memory.tied_to(layer)
         if others:
             problems.append(
                 f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
@@ -73,7 +112,7 @@ def merge(model: nn.Module) -> MergeReport:
         layer.detach()
     for module in model.modules():
         forget_originals(module)
-        places.forget(module)
+        forget_children(module)
         weights.prepare_training(module, False)
     return MergeReport(tuple(rows))
 
@@ -207,3 +246,7 @@ def _surely_finite(layer: LoRALayer) -> bool:
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor)  # in one pass, with nothing made; NaN makes both of them NaN
     return max(-float(low), float(high))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import is_count, raise_all
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
 

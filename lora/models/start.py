@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import without_autocast
+from lora.functional.fused import without_autocast
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, tensors_of
+from lora.models.model import undo_on_error
 
 
 @torch.no_grad()
@@ -62,30 +63,19 @@ def give_back(layer: LoRALayer) -> None:
 
 
 @contextmanager
-def all_or_none(layers: Sequence[LoRALayer]) -> Iterator[None]:
+def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
     """Put the layers' adapters and starts back if the block raises, and base weights that it wrote, to rounding."""
-    before = [(layer, dict(vars(layer)), dict(layer._parameters), _values(layer)) for layer in layers]
-    try:
-        yield
-    except BaseException:
-        for layer, attributes, parameters, values in before:
-            other_start = layer.lora_start is not attributes.get("lora_start")
-            if other_start:
-                give_back(layer)
-            vars(layer).clear()
-            vars(layer).update(attributes)
-            layer._parameters.clear()
-            layer._parameters.update(parameters)
-            if other_start:
-                _take_out(layer)
-            with torch.no_grad():
-                for name, value in values.items():
-                    getattr(layer, name).copy_(value)
-        raise
-
-
-def _values(layer: LoRALayer) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in layer.lora_parameters()}
+    starts = [(layer, layer.lora_start, layer.base_written) for layer in layers]
+    with undo_on_error(layers, [factor for layer in layers for _, factor in layer.lora_parameters()]):
+        try:
+            yield
+        except BaseException:
+            for layer, start, base_written in starts:
+                if layer.lora_start is not start:
+                    give_back(layer)
+                    layer.lora_start, layer.base_written = start, base_written
+                    _take_out(layer)
+            raise
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import join, raise_all
-from lora.functional.tensors import is_writable
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models import places
+from lora.layers.weights import is_writable
+from lora.models.model import check_none_replaced
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -86,7 +86,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     ['0.bias', '0.lora_A', '0.lora_B']
     """
     weights.reshard(model)
-    places.check(model, "lora_state_dict")
+    check_none_replaced(model, "lora_state_dict")
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for module in model.modules():
         if trains_in_full(module):

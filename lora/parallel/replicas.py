@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from lora.functional.tensors import is_plain
+from lora.functional.fused import is_plain
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded
 

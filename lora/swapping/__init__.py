@@ -20,7 +20,7 @@ from lora.errors import raise_all
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
 from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
-from lora.models.matching import lora_layers, names_of, sharded_problems
+from lora.models.model import lora_layers, names_of, sharded_problems
 
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
 

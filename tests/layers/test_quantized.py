@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -229,6 +231,22 @@ def test_functions_that_are_none():
     with pytest.raises(TypeError, match="`why_not_train` must be a function"):
         lora.register_weight(Packed, Packed.unpack, Packed.pack, why_not_train="no")
     assert weights.packing_of(Packed()) is None
+
+
+def test_a_row_may_be_a_string_which_is_imported_when_such_a_weight_is_met(monkeypatch):
+    rows = types.ModuleType("rows_of_a_wing")
+    rows.PACKED = weights.Packing(Packed.unpack, Packed.pack)
+    monkeypatch.setitem(sys.modules, rows.__name__, rows)
+    name = f"{Packed.__module__}.Packed"
+    table = weights._PACKINGS
+    table[name] = "rows_of_a_wing:PACKED"
+    weights.read_weight(nn.Linear(2, 2))
+    assert table[name] == "rows_of_a_wing:PACKED"
+    layer = adapted(Packed())
+    assert table[name] is rows.PACKED
+    table[name] = "rows_of_a_wing:PACKED"
+    pickle.loads(pickle.dumps(layer))  # compiled as the first thing, it would be too late: no import is traced
+    assert table[name] is rows.PACKED
 
 
 # ---- LoRA on them ---------------------------------------------------------------------------------------------------
