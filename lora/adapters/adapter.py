@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import is_number, join
-from lora.layers.layer import LoRALayer, alpha_of
+from lora.layers.layer import LoRALayer, alpha_of, settings_problems
 from lora.layers.registry import kind_for
-from lora.layers.settings import settings_problems
 from lora.models.injection import Plan, adapt
 
 PARAMETERS = ("lora_A", "lora_B")

@@ -13,7 +13,7 @@ from lora.adapters.adapter import Adapter, ModuleAdapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 
 NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 Form = tuple[ModuleAdapter, Tensor, Tensor]

@@ -17,7 +17,7 @@ from lora.adapters.base import Base, difference, sample_difference
 from lora.adapters.single import Form, as_single
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import (
     Pair,
     block_rank,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.single import as_single
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, pairs_of, spectrum
 
 
