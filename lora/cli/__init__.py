@@ -16,7 +16,7 @@ import torch
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path, check_place, kind
-from lora.adapters.formats import FILES, place_of, read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
 from lora.errors import AdapterError
 
 if TYPE_CHECKING:  # generic for type checkers only
@@ -25,7 +25,6 @@ else:
     Subparsers = argparse._SubParsersAction
 
 T = TypeVar("T")
-FORMATS = ("lora", "peft", "portable")
 _FLAGS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON and nothing else"},
     "--overwrite": {"action": "store_true", "help": "replace what is there"},
@@ -70,7 +69,9 @@ def add_output(parser: argparse.ArgumentParser, **format: Any) -> None:
     """Enter where to write an adapter, and in which format."""
     parser.add_argument("out", metavar="OUT", help="a file or a folder for the format lora, a folder for the others")
     about = "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1"
-    parser.add_argument("--format", choices=FORMATS, help=about, **format)
+    parser.add_argument(
+        "--format", choices=[name for name, entry in FORMATS.items() if entry.write is not None], help=about, **format
+    )
 
 
 def path_argument(text: str) -> Path:
@@ -121,9 +122,10 @@ def output(arguments: argparse.Namespace, inputs: Sequence[Path]) -> Path:
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str = "file") -> None:
     """OSError or ValueError if the file or folder `out` cannot be written, or must not replace what is there."""
     whole = Path(os.path.realpath(out))
+    files = {file for format in FORMATS.values() for file in format.files}
     for given in inputs:
         real = Path(os.path.realpath(given))
-        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in FILES)):
+        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in files)):
             raise ValueError(f"{out} must not be an input, hold one or be inside one: {given}.")
     check_place(out, wanted)
     if kind(out) and not overwrite:

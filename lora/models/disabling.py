@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora.errors import join, raise_all
 from lora.layers.layer import LoRALayer
+from lora.layers.weights import is_sharded
 from lora.models.model import lora_layers
 from lora.models.training import has_moved, originals, resized_problems
-from lora.parallel.sharded import is_sharded
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 
 from lora.errors import join, raise_all
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import is_writable
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
+from lora.layers.weights import is_writable
 from lora.models.config import LoraConfig, for_module
 from lora.models.initialization import begin, problems_of_start
 from lora.models.matching import find_saved, find_targets, why_not
@@ -25,6 +25,7 @@ from lora.models.model import (
     initialized_parameters,
     lora_layers,
     names_of,
+    obstacles,
     own_forward_problems,
     owned_tensors,
     remember_layers,
@@ -42,7 +43,6 @@ from lora.models.training import (
     resized_problems,
     train_in_full,
 )
-from lora.parallel.replicas import wrapped
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
             plans.append(_plan(model, names[module], module, config))
         except ValueError as error:
             problems.append(f"{names[module][0]}: {error}")
-    problems += [*wrapped(names), *_untrainable(names)]
+    problems += [*obstacles(names), *_untrainable(names)]
     raise_all("inject: nothing was changed", problems)
     with undo_on_error(model.modules()):
         layers = adapt(plans)
@@ -165,7 +165,7 @@ def eject(model: nn.Module) -> None:
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             forget_children(module)
-            quantized.set_up(module, False)
+            weights.prepare_training(module, False)
     restored: set[int] = set()
     for layer in layers:
         layer.detach(restore_layout=id(layer.weight) not in restored)
@@ -223,7 +223,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 def _untrainable(names: Names) -> Iterator[str]:
     """Modules whose packed weights give wrong gradients, be they adapted or not."""
     for module, known in names.items():
-        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
+        reason = weights.why_not_train(module) if "weight" in module._parameters else None
         if reason:
             yield f"{known[0]}: {reason}"
 

@@ -11,10 +11,10 @@ from lora.errors import did_you_mean
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
+from lora.layers.weights import is_fully_sharded, is_sharded
 from lora.models.bypassed import bypass_of
 from lora.models.config import HEADS, LoraConfig, name_matches, pattern_matches
 from lora.models.model import Memory, Names, has_own_forward, is_lazy, owned_tensors, unwrapped
-from lora.parallel.sharded import is_fully_sharded, is_sharded
 
 
 def find_targets(model: nn.Module, names: Names, config: LoraConfig) -> tuple[list[nn.Module], list[str]]:

@@ -10,13 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import join, raise_all
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.partitioned import partitioned_problems
-from lora.layers.quantized import is_writable
+from lora.layers.weights import is_writable
 from lora.models.model import check_none_replaced
-from lora.parallel.rows import in_model_order
-from lora.parallel.sharded import in_normal_mode, reordered, settle
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -50,19 +47,19 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B']
     """
-    settle(model)
+    weights.reshard(model)
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     if freeze_A:
         trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
-        quantized.set_up(module, True)
+        weights.prepare_training(module, True)
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
         remember_trained(model)
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that LoRA trains.
 
@@ -88,7 +85,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     >>> list(lora.lora_state_dict(model, bias="lora_only"))
     ['0.bias', '0.lora_A', '0.lora_B']
     """
-    settle(model)
+    weights.reshard(model)
     check_none_replaced(model, "lora_state_dict")
     trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
     for module in model.modules():
@@ -97,12 +94,12 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = model.state_dict(keep_vars=True)
     state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
-    raise_all("lora_state_dict is not whole", partitioned_problems(state.items()))
+    raise_all("lora_state_dict is not whole", weights.split_up_problems(state.items()))
     owners = {id(p): (module, own) for module in model.modules() for own, p in module._parameters.items()}
     values = {name: tensor.detach() for name, tensor in state.items()}
     for name, tensor in state.items():
         if id(tensor) in owners:  # not a buffer
-            values[name] = reordered(*owners[id(tensor)], values[name], in_model_order)
+            values[name] = weights.of(*owners[id(tensor)], values[name]).in_model_order()
     return values
 
 
