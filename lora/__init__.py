@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from lora import reports as reports
 from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter

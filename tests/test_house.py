@@ -3,7 +3,7 @@
     functional ← layers ← models ← adapters        a ring imports rings inside it, and no wing
     init, quantized, parallel, …                   a wing imports rings; another wing only if `WINGS` says so
     errors                                         imports nothing of lora; everything may import it
-    __init__, __main__                             the doors: import everything; nothing imports them
+    __init__, __main__, reports                    the doors: import everything; nothing imports them
 
 All imports count: those inside functions and those for type checkers, too. A module that a table names by a string,
 for it to be imported when it is needed, does not.
@@ -36,7 +36,7 @@ WINGS = {
     "arithmetic": (),
     "cli": ("arithmetic",),
 }
-DOORS = ("__init__", "__main__")
+DOORS = ("__init__", "__main__", "reports")
 CELLAR = "errors"
 MOST_LINES = 450
 

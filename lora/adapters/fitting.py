@@ -20,8 +20,7 @@ from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
-from lora.models.injection import Plan
-from lora.models.matching import why_not
+from lora.models.injection import Plan, refusal
 from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
@@ -147,7 +146,7 @@ class Fit:
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")
 
     def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
-        reason = why_not(model, self.names[module], module)
+        reason = refusal(model, self.names[module], module)
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)

@@ -31,9 +31,8 @@ from lora.models.blocks import (
     spectrum,
     tensors_of,
 )
-from lora.models.config import LoraConfig
-from lora.models.injection import adapter_dtype
-from lora.models.matching import find_targets, why_not
+from lora.models.config import LoraConfig, find_targets
+from lora.models.injection import adapter_dtype, refusal
 from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of, owned_tensors, without_wrappers
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
@@ -256,12 +255,11 @@ def _layers(
     config = LoraConfig(
         target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
     )
-    targets, unmatched = find_targets(base, names, config)
-    problems.add(*unmatched)
+    targets = find_targets(base, names, config, problems)
     layers: dict[str, LoRALayer] = {}
     for module in targets:
         name = without_wrappers(names[module][0])
-        reason = why_not(base, names[module], module)
+        reason = refusal(base, names[module], module)
         layer = None if reason else _lora_twin(module)
         if layer is not None:
             layers[name] = layer
@@ -278,7 +276,7 @@ def _layers(
 def _lora_twin(module: nn.Module) -> LoRALayer | None:
     """The module as a LoRA layer, its tensors shared and it itself untouched; None if its kind says too little."""
     kind = kind_for(type(module))
-    assert kind is not None, "why_not() has looked"
+    assert kind is not None, "refusal() has looked"
     twin: Any = copy.copy(module)
     twin.__dict__["_parameters"] = {
         own: None if parameter is None else nn.Parameter(parameter.detach(), False)

@@ -30,8 +30,7 @@ from lora.cli.folder import (
 )
 from lora.errors import AdapterError, Problems, join
 from lora.layers.layer import LoRALayer
-from lora.models.merging import rounding_lost
-from lora.models.report import MergedModule, MergeReport
+from lora.models.merging import MergedModule, MergeReport, rounding_lost
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that can be merged into
 

@@ -196,9 +196,9 @@ def test_a_link_stays_a_link(tmp_path):
 # ---- words that are of the wrong kind --------------------------------------------------------------------------
 
 WRONG = {
-    "splits": ((2, 1, 1), "`splits` must say by pattern"),
-    "enable_lora": ([True, False], "`enable_lora` must say by pattern"),
-    "rank_pattern": (["0"], "`rank_pattern` must say by pattern"),
+    "splits": ((2, 1, 1), "`splits` must map patterns to values, for example {'qkv_proj': "),
+    "enable_lora": ([True, False], "`enable_lora` must map patterns to values, for example {'qkv_proj': "),
+    "rank_pattern": (["0"], "`rank_pattern` must map patterns to values, for example {'qkv_proj': "),
     "target_modules": ([0], "`target_modules` must be a list of names, got [0]."),
     "modules_to_save": ("head", "`modules_to_save` must be a list of names, got the string 'head'."),
     "use_rslora": ("yes", "`use_rslora` must be True or False, got 'yes'."),
