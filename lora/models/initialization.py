@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch.nn as nn
 
 from lora.errors import raise_all
-from lora.layers import weights
+from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
-from lora.models import shapes, spectral, start
+from lora.layers.starts import Init
+from lora.models import spectral, start
 from lora.models.blocks import Pair
 from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems
-from lora.models.shapes import Init
 
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
@@ -55,7 +55,7 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     (True, True)
     """
     layers = [layer for layer in lora_layers(model, "initialize") if layer.r > 0]
-    problem = shapes.init_problem(init_lora_weights)
+    problem = starts.init_problem(init_lora_weights)
     raise_all("initialize: nothing was changed", [problem] if problem else [])
     raise_all("initialize: nothing was changed", problems_of_start(layers, names_of(model), init_lora_weights))
     begin(layers, init_lora_weights)
@@ -63,11 +63,11 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
 
 def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
     """Why layers cannot start in this way, as far as can be told before it is tried."""
-    if how in shapes.OF_ORIGINAL:
+    if how in starts.OF_ORIGINAL:
         yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
-    if not isinstance(how, str) or how in shapes.OF_DATA:  # what waits for data writes later
+    if not isinstance(how, str) or how in starts.OF_DATA:  # what waits for data writes later
         return
-    if shapes.needs_more(how):
+    if starts.needs_more(how):
         yield from unwritable(layers, names)
         yield from unroundable(layers, names)
     for layer in layers:
@@ -100,8 +100,7 @@ def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
     """Why one layer cannot start in this way."""
     if how == "orthogonal":
         yield from spectral.block_problems(layer)
-        if layer.lora_B.shape[1] % 2:
-            yield shapes.ODD.format(layer.lora_B.shape[1])
+        yield from filter(None, [starts.odd_problem(layer)])
     if not _is_of_weight(how) or layer.weight.is_meta:
         return
     found = [*spectral.scaling_problems(layer)] if how != "olora" else []
@@ -112,7 +111,7 @@ def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
 
 
 def _is_of_weight(how: Init) -> bool:
-    return isinstance(how, str) and (how in shapes.OF_WEIGHT or shapes.niter_of(how) is not None)
+    return isinstance(how, str) and (how in starts.OF_WEIGHT or starts.niter_of(how) is not None)
 
 
 def begin(layers: Sequence[LoRALayer], how: Init) -> None:
@@ -127,4 +126,4 @@ def begin(layers: Sequence[LoRALayer], how: Init) -> None:
 
 
 def _pairs(layer: LoRALayer, how: str) -> list[Pair]:
-    return spectral.olora(layer) if how == "olora" else spectral.pissa(layer, shapes.niter_of(how))
+    return spectral.olora(layer) if how == "olora" else spectral.pissa(layer, starts.niter_of(how))
