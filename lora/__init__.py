@@ -9,6 +9,7 @@ from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.arithmetic import Extracted, Resized, combine, extract, resize, scale, subtract
 from lora.errors import AdapterError
+from lora.formats import enter as _enter_formats
 from lora.init.calibration import calibrate
 from lora.init.quantization import loftq
 from lora.layers.conv import Conv1d, Conv2d, Conv3d
@@ -16,16 +17,25 @@ from lora.layers.embedding import Embedding
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Linear
 from lora.layers.merged_linear import MergedLinear
-from lora.layers.quantized import register_weight
 from lora.layers.registry import register
+from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
 from lora.models.initialization import initialize
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
+from lora.models.model import OBSTACLES, UNREADABLE
 from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
+from lora.parallel.replicas import check_dropout, check_in_step, flattened, wrapped
 from lora.swapping import prepare_for_swap
 
+# What the wings add to the rings' tables.
+LoRALayer.checks += (check_in_step, check_dropout)
+OBSTACLES.append(wrapped)
+UNREADABLE.append(flattened)
+
 __version__ = "0.1.0"
+
+_enter_formats()
 
 
 def __getattr__(name: str) -> Any:

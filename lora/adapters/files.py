@@ -1,19 +1,34 @@
-"""Files and folders that users name: opened and replaced in one place, where the system's errors become sentences.
+"""Files that users name: paths and the system's errors in words, JSON of bounded length, and safetensors files.
 
-The class of an error stays what it is, and so does `errno`. Its text says which path is meant, as the user wrote it,
-what must hold, and what was found.
+The class of a system's error stays what it is, and so does `errno`. Its text says which path is meant, as the user
+wrote it, what must hold, and what was found.
+
+A safetensors file is 8 bytes with the header's length, the header (JSON), and the tensors' bytes, without holes.
+`safetensors` checks the header; here stands what it lets through, and what it costs to find out.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
+import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora.errors import AdapterError, raise_all
 
 _KINDS = {
     stat.S_IFREG: "file",
@@ -172,3 +187,250 @@ def _nowhere(path: Path) -> str:
 
 def _tilde(path: Path) -> str:
     return " Python does not expand `~`; os.path.expanduser does." if str(path).startswith("~") else ""
+
+
+# ---- what a stranger says --------------------------------------------------------------------------------------------
+
+_LONGEST_NAME = 512
+_LONGEST_JSON = 2**24  # bytes, of a configuration or an index
+_MOST_PROBLEMS = 20
+
+
+def short(said: object, most: int = 80) -> str:
+    """A stranger's value for an error: one line of bounded length."""
+    if not isinstance(said, (str, int, float, type(None))):
+        return type(said).__name__
+    text = ascii(said[:most] if isinstance(said, str) else said)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def name_problem(name: str) -> str | None:
+    """Why a string may not name a tensor, if so. Names become parts of paths, and lines on a screen, elsewhere."""
+    if not 0 < len(name) <= _LONGEST_NAME:
+        return f"{short(name)} must have 1 to {_LONGEST_NAME} characters"
+    if not name.isprintable() or ".." in name or "/" in name or "\\" in name:
+        return f"{short(name)} must have no '..', '/', '\\' or control characters"
+    return None
+
+
+def refuse(path: Path, kind: str, problems: Iterable[str]) -> None:
+    """Raise one AdapterError with all problems, or the first of very many; none is raised if there is none."""
+    problems = list(problems)
+    more = [f"and {len(problems) - _MOST_PROBLEMS} more."] if len(problems) > _MOST_PROBLEMS else []
+    raise_all(f"{path} is not a {kind} file", problems[:_MOST_PROBLEMS] + more, AdapterError)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; AdapterError if it is too long, or something else."""
+    with reading(path), open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > _LONGEST_JSON:
+            raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {size}.")
+        file.seek(0)
+        text = file.read(size)
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} must hold an object, got a {type(content).__name__}.")
+    return content
+
+
+# ---- safetensors -----------------------------------------------------------------------------------------------------
+
+HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+MOST_DIMENSIONS = 64
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file, its values not read: they are the file's bytes `start` to `stop`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, limit: int = HEADER_LIMIT) -> Header:
+    """Read and check the header of a safetensors file, and no tensor.
+
+    Args:
+        path: the file.
+        limit: how many bytes the header may have. Longer ones are read only if the tensors are 4 times as long, so that
+            a small file never costs much. Default: 8 MiB.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        AdapterError: the file is not a safetensors file; says what is wrong.
+    """
+    with reading(path), open_file(path) as file:
+        return _header(file, path, limit)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors, which own their memory, and its metadata.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        AdapterError: the file is not a safetensors file, or it has a checksum and was changed after that was written.
+    """
+    with reading(path), open_file(path) as file:
+        header = _header(file, path, HEADER_LIMIT)
+        try:
+            tensors = {name: _tensor(file, entry) for name, entry in header.tensors.items()}
+        except (RuntimeError, MemoryError):  # torch's allocator raises the first
+            raise AdapterError(f"{path} does not fit into memory.") from None
+        except EOFError:
+            raise AdapterError(f"{path} has changed while it was read.") from None
+    if header.metadata.get("sha256") not in (None, checksum(tensors, header.metadata)):
+        raise AdapterError(f"{path} is damaged: its content has changed since it was written (`sha256` says so).")
+    return tensors, header.metadata
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a checksum: the old file or the new one is there, whenever this is killed.
+
+    Raises:
+        OSError: there is no folder to write it to, or it cannot be written.
+        AdapterError: `read_tensors` could not read such a file; nothing is written.
+    """
+    replace_file(path, packed(path, tensors, metadata))
+
+
+def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file with a checksum; AdapterError if `read_tensors` could not read it."""
+    unknown = (f"{name} has the dtype {t.dtype}." for name, t in tensors.items() if t.dtype not in _WORDS)
+    raise_all(f"{path} is not written", unknown, AdapterError)
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        ready[name] = plain.clone() if storage in storages else plain  # safetensors refuses shared storage
+        storages.add(storage)
+    said = {**metadata, "format": "pt"}
+    content: bytes = safetensors.torch.save(ready, {**said, "sha256": checksum(ready, said)})
+    _parsed(path, _header_text(io.BytesIO(content), path, HEADER_LIMIT))
+    return content
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all names, dtypes, shapes and bytes of tensors, and of all metadata but `sha256` itself.
+
+    >>> import torch
+    >>> a, b = (checksum({"A": torch.ones(shape)}, {"format": "pt"}) for shape in [(2, 3), (3, 2)])
+    >>> len(a), a == b
+    (64, False)
+    """
+    rest = {key: value for key, value in metadata.items() if key != "sha256"}
+    about = {name: [_WORDS[tensor.dtype], *tensor.shape] for name, tensor in tensors.items()}
+    digest = hashlib.sha256(json.dumps([rest, about], sort_keys=True).encode("ascii"))
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _header(file: BinaryIO, path: Path, limit: int) -> Header:
+    text = _header_text(file, path, limit)
+    try:
+        with safetensors.safe_open(path, "np"):  # parses the header, and asks whether it fits the file
+            pass
+    except safetensors.SafetensorError as error:
+        refuse(path, "safetensors", [f"its header is wrong: {short(str(error), 200)}."])
+    return _parsed(path, text)
+
+
+def _header_text(file: BinaryIO, path: Path, limit: int) -> bytes:
+    """The header of an open file, if it is not too long for what follows it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    data = size - 8 - length
+    if len(first) < 8 or data < 0:
+        refuse(path, "safetensors", [f"its {size} bytes are too few: it is cut short, or something else."])
+    allowed = min(max(limit, data // 4), _LONGEST_HEADER)
+    if length > allowed:
+        refuse(path, "safetensors", [f"its header may have {allowed} bytes, and has {length}."])
+    return file.read(length)
+
+
+def _parsed(path: Path, text: bytes) -> Header:
+    """The header that `safetensors` has taken; AdapterError that lists what it should not have taken."""
+    try:
+        said = json.loads(text, object_pairs_hook=_object)
+    except ValueError as error:
+        refuse(path, "safetensors", [f"its header is wrong: {short(str(error), 200)}."])
+    metadata = said.pop("__metadata__", None) or {}
+    problems = [] if text.startswith(b"{") else ["its header must begin with '{'."]
+    entries: dict[str, Entry] = {}
+    for name, about in said.items():
+        if problem := name_problem(name):
+            problems.append(f"the name {problem}.")
+        elif problem := _entry_problem(about):
+            problems.append(f"{short(name)} {problem}.")
+        else:
+            start, stop = (8 + len(text) + offset for offset in about["data_offsets"])
+            entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, stop)
+    refuse(path, "safetensors", problems)
+    return Header(entries, metadata)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"it has {twice!r} twice")
+    return made
+
+
+def _entry_problem(about: Any) -> str | None:
+    if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
+        return "must have a dtype, a shape and data_offsets, and nothing else"
+    word, shape = about["dtype"], about["shape"]
+    if not isinstance(word, str) or word not in DTYPES:
+        return f"has the dtype {short(word)}, which is none of {', '.join(DTYPES)}"
+    if len(shape) > MOST_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**60:
+        return f"must have a shape of at most {MOST_DIMENSIONS} sizes and fewer than 2**60 values"
+    return None
+
+
+def _tensor(file: io.BufferedReader, entry: Entry) -> Tensor:
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy().data) < len(data):
+        raise EOFError
+    return data.view(entry.dtype).view(entry.shape)

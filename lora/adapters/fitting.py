@@ -16,14 +16,14 @@ from lora.adapters.fitted import fitted, renamed
 from lora.adapters.rest import differences, own_tensors
 from lora.adapters.single import NO_ROOM
 from lora.errors import join
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import is_writable
 from lora.layers.registry import adapted_class, kind_for
+from lora.layers.weights import is_writable
 from lora.models.injection import Plan, refusal
 from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
-from lora.parallel import sharded
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
@@ -211,7 +211,7 @@ class Fit:
         """Take from the file only the rows that the model does not have: resizing has added them."""
         start = module.lora_start if isinstance(module, LoRALayer) else None
         ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
-        ours = sharded.gathered(module, "weight", ours).detach()
+        ours = weights.of(module, "weight", ours).whole().detach()
         theirs = self.adapter.tensors[name].to(ours.device)
         same, near = _common_rows(ours, theirs)
         self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))

@@ -1,27 +1,128 @@
-"""Files that adapters come in: which formats there are, and which one a file has."""
+"""An adapter in a file: our own format, and the table of all formats, by which adapters are read and written.
+
+Ours is one safetensors file, with everything that its tensors mean in the metadata.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
 
-from lora.adapters import native
-from lora.adapters.adapter import PARAMETERS, Adapter
-from lora.adapters.files import as_path, kind, open_file, reading
-from lora.adapters.safe import read_header, read_tensors
-from lora.adapters.single import portable
+from lora.adapters.adapter import Adapter
+from lora.adapters.files import as_path, kind, open_file, read_header, read_tensors, write_tensors
 from lora.errors import AdapterError, is_number, raise_all
-from lora.formats import flat, from_peft, peft
-from lora.formats.pickled import read_torch
 
-_WRITERS: dict[str, Callable[[Adapter, Path, Iterable[str]], None]] = {
-    "lora": lambda adapter, path, names: native.write(adapter, path),
-    "peft": peft.write,
-    "portable": lambda adapter, path, names: peft.write(portable(adapter), path, names),
-}
-_PEFTS = (peft.CONFIG, *from_peft.READERS)
-FILES = (native.FILE, *_PEFTS)  # that an adapter's folder is read by
+VERSION = 2
+FILE = "adapter.safetensors"  # in a folder
+_ABOUT = ("modules", "trained_in_full", "modules_to_save", "base_model")
+# An entry of its own, which readers of version 2 that do not know it pass over: what of the base model is in the file
+# though it did not train, and what is known of the rest.
+REST = "rest"
+
+
+class Format(NamedTuple):
+    """How adapters of one format are recognised, read and written.
+
+    Attributes:
+        owner: whose format it is, for errors.
+        write: writes an adapter to a path, given the names of all modules of the model, if they are known. None where
+            the format is only read.
+        read: reads what is at a path; the second argument is the `lora_alpha` that a user gave, or None.
+        reads: whether what is at a path is of this format.
+        claims: whether a file would be read in this format for its name, whatever is in it.
+        files: the names of the files by which a folder is of this format.
+    """
+
+    owner: str
+    write: Callable[[Adapter, Path, Iterable[str]], None] | None = None
+    read: Callable[[Path, float | None], Adapter] | None = None
+    reads: Callable[[Path], bool] = lambda path: False
+    claims: Callable[[Path], bool] = lambda path: False
+    files: tuple[str, ...] = ()
+
+
+# ---- our format ------------------------------------------------------------------------------------------------------
+
+
+def _write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
+    about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
+    write_tensors(path, adapter.tensors, {"lora": json.dumps(about), **rest_as_metadata(adapter)})
+
+
+def _read(path: Path, lora_alpha: float | None) -> Adapter:
+    """Read what `_write` wrote; AdapterError if it is something else."""
+    said = read_header(path).metadata
+    if "lora" not in said:
+        raise AdapterError(
+            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
+        )
+    about = _about(said["lora"])
+    version = about.get("version", VERSION)
+    if version != VERSION:  # asked first: another version may have other parts, or another checksum
+        raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
+    tensors, metadata = read_tensors(path)
+    if metadata != said:
+        raise AdapterError(f"{path} has changed while it was read.")
+    if not _is_sound(about):
+        raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
+    if "sha256" not in metadata:
+        raise AdapterError(f"{path} has no checksum: its metadata has no entry 'sha256'.")
+    kept, rest = rest_of(metadata, path)
+    return Adapter(tensors=tensors, kept=kept, rest=rest, **{part: about[part] for part in _ABOUT})
+
+
+def rest_as_metadata(adapter: Adapter) -> dict[str, str]:
+    """What an adapter knows of the rest of its base model, as an entry of a file's metadata."""
+    if not (adapter.kept or adapter.rest):
+        return {}
+    return {REST: json.dumps({"kept": adapter.kept, "tensors": adapter.rest}, separators=(",", ":"))}
+
+
+def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """What `rest_as_metadata` wrote: `kept` and `rest` of an adapter; AdapterError if it is something else."""
+    if REST not in metadata:
+        return [], {}
+    about = _about(metadata[REST])
+    kept, rest = about.get("kept"), about.get("tensors")
+    if about.keys() != {"kept", "tensors"} or not _are_names(kept) or not _are_objects(rest):
+        raise AdapterError(
+            f"{path} is not an adapter: what its metadata says under {REST!r} is not what belongs there."
+        )
+    return kept, rest
+
+
+def _about(text: str) -> dict[str, Any]:
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _is_sound(about: dict[str, Any]) -> bool:
+    if about.keys() != {"version", *_ABOUT}:
+        return False
+    modules, *names, base_model = (about[part] for part in _ABOUT)
+    return (
+        _are_objects(modules) and all(_are_names(part) for part in names) and isinstance(base_model, (str, type(None)))
+    )
+
+
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_objects(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+# ---- all formats -----------------------------------------------------------------------------------------------------
+
+# By name. Wings enter theirs; what none of them recognises is read as ours.
+FORMATS: dict[str, Format] = {"lora": Format("lora", _write, _read, files=(FILE,))}
 
 
 def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = None, check: bool = True) -> Adapter:
@@ -48,48 +149,38 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     """
     if lora_alpha is not None and not is_number(lora_alpha):
         raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
-    adapter = _read(as_path(path), lora_alpha)
+    format, place = _found(as_path(path))
+    assert format.read is not None, "it has recognised the file"
+    adapter = format.read(place, lora_alpha)
     if lora_alpha is not None and adapter.format != "loralib":
         raise TypeError(
             f"`lora_alpha` is for loralib's files; {path} is in the format {adapter.format!r}, which says it."
         )
     if check:
-        raise_all(f"{path} is not loaded", adapter.problems(), AdapterError)
+        raise_all(f"read_adapter: {path} is not loaded", adapter.problems(), AdapterError)
     return adapter
 
 
-def _read(path: Path, lora_alpha: float | None) -> Adapter:
-    if kind(path) == "folder":
-        if not kind(path / native.FILE):
-            return from_peft.read(path)
-        path = _only_ours(path)
-    elif _is_pefts(path):
-        return from_peft.read(path)
-    with reading(path), open_file(path) as file:
-        start = file.read(9)
-    old_pickle = start[:1] == b"\x80" and start[8:] != b"{"  # by torch before 1.6; at this place headers begin
-    if start[:4] == b"PK\x03\x04" or old_pickle:
-        return flat.from_state_dict(path, read_torch(path), lora_alpha)
-    header = read_header(path)
-    if "lora" not in header.metadata and any(name.rpartition(".")[2] in PARAMETERS for name in header.tensors):
-        return flat.from_state_dict(path, read_tensors(path)[0], lora_alpha)
-    return native.read(path, header.metadata)
+def _found(path: Path) -> tuple[Format, Path]:
+    """The format of what is at a path, and what is to be read: of a folder with a file of ours, that file."""
+    if kind(path) == "folder" and kind(path / FILE):
+        theirs = _beside(path, "lora")
+        if theirs:
+            owner = next(format.owner for format in FORMATS.values() if theirs[0] in format.files)
+            raise AdapterError(
+                f"{path} may hold two adapters, lora's in {FILE} and {owner}'s in {', '.join(theirs)}: name the file "
+                f"that is meant, {path / FILE} or {path / theirs[0]}."
+            )
+        path = path / FILE
+        with open_file(path):  # an OSError, if it is no file
+            pass
+    return next((format for format in FORMATS.values() if format.reads(path)), FORMATS["lora"]), path
 
 
-def _only_ours(folder: Path) -> Path:
-    """The file of lora's in a folder that has one; AdapterError if there are files of PEFT's as well."""
-    theirs = [name for name in _PEFTS if kind(folder / name)]
-    if theirs:
-        raise AdapterError(
-            f"{folder} may hold two adapters, lora's in {native.FILE} and PEFT's in {', '.join(theirs)}: name the file "
-            f"that is meant, {folder / native.FILE} or {folder / theirs[0]}."
-        )
-    return folder / native.FILE
-
-
-def _is_pefts(path: Path) -> bool:
-    """Whether a file is read as one of a folder of PEFT's."""
-    return path.name in _PEFTS and kind(path.parent / peft.CONFIG) is not None
+def _beside(folder: Path, format: str) -> list[str]:
+    """The files in a folder by which it would be of another format than this."""
+    others = dict.fromkeys(name for other in FORMATS.values() for name in other.files)
+    return [name for name in others if name not in FORMATS[format].files and kind(folder / name)]
 
 
 def place_of(path: str | os.PathLike[str], format: str) -> Path:
@@ -102,18 +193,18 @@ def place_of(path: str | os.PathLike[str], format: str) -> Path:
     place = as_path(path)
     there = kind(place, to_write=True)
     folder = format != "lora" or there == "folder" or os.fspath(path).endswith(("/", os.sep))
-    others = _PEFTS if format == "lora" else (native.FILE,)
-    beside = [name for name in others if kind(place / name)] if folder else []
+    beside = _beside(place, format) if folder else []
     if beside:
         raise FileExistsError(
             f"{place} has {', '.join(beside)} of another adapter; with one beside it in the format {format!r}, nobody "
             "could tell which is meant: remove what is there, or choose another folder."
         )
-    if not folder and (place.name == peft.CONFIG or _is_pefts(place)):
+    taken = next((other for other in FORMATS.values() if not folder and other.claims(place)), None)
+    if taken is not None:
         raise FileExistsError(
-            f"{place} is the name of a file of PEFT's format, as which it would be read: choose another."
+            f"{place} is the name of a file of {taken.owner}'s format, as which it would be read: choose another."
         )
-    return place / native.FILE if folder and format == "lora" else place
+    return place / FILE if folder and format == "lora" else place
 
 
 def write_adapter(
@@ -144,13 +235,14 @@ def write_adapter(
     >>> sorted(os.listdir(os.path.join(folder, "theirs")))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if format not in _WRITERS:
-        raise ValueError(f"`format` must be one of {', '.join(map(repr, _WRITERS))}, got {format!r}.")
+    writers = {name: entry.write for name, entry in FORMATS.items() if entry.write is not None}
+    if format not in writers:
+        raise ValueError(f"`format` must be one of {', '.join(map(repr, writers))}, got {format!r}.")
     place = place_of(path, format)
-    raise_all(f"{path} is not written", adapter.problems(), AdapterError)
+    raise_all(f"write_adapter: {path} is not written", adapter.problems(), AdapterError)
     if adapter.format == "loralib":
         raise AdapterError(
-            f"{path} is not written: what kind of layers a file of loralib's is for, only its model knows. Load it "
-            "into the model with `lora.load_adapter(model, file, lora_alpha=…)`, and save that."
+            f"write_adapter: {path} is not written: what kind of layers a file of loralib's is for, only its model "
+            "knows. Load it into the model with `lora.load_adapter(model, file, lora_alpha=…)`, and save that."
         )
-    _WRITERS[format](adapter, place, module_names)
+    writers[format](adapter, place, module_names)

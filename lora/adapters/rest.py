@@ -17,11 +17,10 @@ from torch import Tensor
 from lora.adapters.fingerprint import values_of
 from lora.errors import is_count, is_number, join
 from lora.functional.fused import is_storage
-from lora.layers import partitioned
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models.model import Names, Owned, owned_tensors, without_wrappers
 from lora.models.training import originals
-from lora.parallel import sharded
 
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
@@ -58,10 +57,9 @@ def describe(names: Names, held: Container[int], adapted: Container[str]) -> dic
 
 def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = "") -> dict[str, Any]:
     """Shape and sample of one tensor; of one that is sharded, or of which rows have moved, its module says more."""
-    if partitioned.is_partitioned(tensor):
-        whole: Any = tensor
-        return {"shape": list(whole.ds_shape), "sample": None}
-    part: Tensor = tensor.to_local() if sharded.is_sharded(tensor) else tensor
+    if weights.is_split_up(tensor):
+        return {"shape": weights.whole_shape(tensor), "sample": None}
+    part = weights.of(module, own, tensor).part()
     if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
         return {"shape": None, "sample": None}
     # What is only stored in its dtype, float8 say, no two tools round alike.

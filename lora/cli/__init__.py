@@ -16,7 +16,7 @@ import torch
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path, check_place, kind
-from lora.adapters.formats import FILES, place_of, read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
 from lora.errors import AdapterError
 
 if TYPE_CHECKING:  # generic for type checkers only
@@ -25,7 +25,6 @@ else:
     Subparsers = argparse._SubParsersAction
 
 T = TypeVar("T")
-FORMATS = ("lora", "peft", "portable")
 # What `inspect` and `diff` say of a module's settings, in this order.
 SETTINGS = (
     "r",
@@ -38,6 +37,15 @@ SETTINGS = (
     "enable_lora",
     "factored",
 )
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--json": {"action": "store_true", "help": "print JSON and nothing else"},
+    "--overwrite": {"action": "store_true", "help": "replace what is there"},
+    "--no-check-base": {
+        "dest": "check_base",
+        "action": "store_false",
+        "help": "do not check, by sampled values, that the base weights are the same",
+    },
+}
 # What the library's errors advise, and what it is called here.
 _ADVICE = {"`check_base=False`": "`--no-check-base`", "give `lora_alpha`,": "give `--lora-alpha`,"}
 _BAR = 30  # characters
@@ -47,9 +55,9 @@ _BAR = 30  # characters
 
 
 def add_command(
-    commands: Subparsers, run: Callable[[argparse.Namespace], int], name: str, about: str, example: str
+    commands: Subparsers, run: Callable[[argparse.Namespace], int], name: str, about: str, example: str, *flags: str
 ) -> argparse.ArgumentParser:
-    """Enter a command, which `run` does and whose help has an example."""
+    """Enter a command, which `run` does, whose help has an example, and which has these of the shared flags."""
     parser = commands.add_parser(
         name,
         help=about,
@@ -59,17 +67,23 @@ def add_command(
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
+    for flag in flags:
+        parser.add_argument(flag, **_FLAGS[flag])
     return parser
-
-
-def add_argument(parser: argparse.ArgumentParser, name: str, **more: Any) -> None:
-    """Enter one of the arguments that several commands have."""
-    parser.add_argument(name, **_ARGUMENTS[name], **more)
 
 
 def add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str) -> None:
     """Enter an argument that names an adapter."""
     parser.add_argument(name, type=path_argument, metavar=metavar, help="an adapter in any format")
+
+
+def add_output(parser: argparse.ArgumentParser, **format: Any) -> None:
+    """Enter where to write an adapter, and in which format."""
+    parser.add_argument("out", metavar="OUT", help="a file or a folder for the format lora, a folder for the others")
+    about = "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1"
+    parser.add_argument(
+        "--format", choices=[name for name, entry in FORMATS.items() if entry.write is not None], help=about, **format
+    )
 
 
 def path_argument(text: str) -> Path:
@@ -90,22 +104,6 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"must be finite, got {text}")
     return value
-
-
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "out": {"metavar": "OUT", "help": "a file or a folder for the format lora, a folder for the others"},
-    "--format": {
-        "choices": FORMATS,
-        "help": "lora: one file; peft: PEFT's folder; portable: that with one rank and scaling 1",
-    },
-    "--json": {"action": "store_true", "help": "print JSON and nothing else"},
-    "--overwrite": {"action": "store_true", "help": "replace what is there"},
-    "--no-check-base": {
-        "dest": "check_base",
-        "action": "store_false",
-        "help": "do not compare sampled values of the base weights with those that the adapter remembers",
-    },
-}
 
 
 # ---- adapters in and out -------------------------------------------------------------------------------------------
@@ -136,10 +134,11 @@ def output(arguments: argparse.Namespace, inputs: Sequence[Path]) -> Path:
 def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str = "file") -> None:
     """OSError or ValueError if the file or folder `out` cannot be written, or must not replace what is there."""
     whole = Path(os.path.realpath(out))
+    files = {file for format in FORMATS.values() for file in format.files}
     for given in inputs:
         real = Path(os.path.realpath(given))
-        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in FILES)):
-            raise ValueError(f"{out} must not be an input, or hold one, or be in one: {given}.")
+        if whole in (real, *real.parents, *(Path(os.path.realpath(real / name)) for name in files)):
+            raise ValueError(f"{out} must not be an input, hold one or be inside one: {given}.")
     check_place(out, wanted)
     if kind(out) and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it.")
@@ -166,9 +165,9 @@ def in_options(message: str) -> str:
     return message
 
 
-def print_json(content: object) -> None:
-    """On stdout, which then holds nothing else."""
-    print(json.dumps(content, indent=2, allow_nan=False))
+def show(found: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print what a command found, as a text or as JSON."""
+    print(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
 
 
 def finite(value: float) -> float | None:

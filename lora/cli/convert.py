@@ -9,51 +9,37 @@ from pathlib import Path
 from lora.adapters.files import as_path
 from lora.arithmetic import combine, resize
 from lora.arithmetic.algebra import METHODS
-from lora.cli import Subparsers, add_adapter, add_argument, add_command, number, output, progress, read, write
+from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, write
 from lora.errors import table
 
 
 def add(commands: Subparsers) -> None:
     """Enter the commands that write adapters."""
-    about = "write an adapter in another format"
-    parser = add_command(commands, run_convert, "convert", about, "convert adapter.safetensors folder --format peft")
+    about, example = "write an adapter in another format", "convert adapter.safetensors folder --format peft"
+    parser = add_command(commands, run_convert, "convert", about, example, "--overwrite")
     add_adapter(parser, "file", "IN")
-    add_argument(parser, "out")
-    add_argument(parser, "--format", required=True)
-    add_argument(parser, "--overwrite")
+    add_output(parser, required=True)
 
     about = "add up adapters, each with a weight"
     example = "combine both.safetensors one.safetensors=0.7 two.safetensors=0.3 --method svd --r 16"
-    parser = add_command(commands, run_combine, "combine", about, example)
-    add_argument(parser, "out")
+    parser = add_command(commands, run_combine, "combine", about, example, "--no-check-base", "--overwrite")
+    add_output(parser, default="lora")
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter, and its weight if not 1")
-    parser.add_argument(
-        "--method", choices=[*METHODS], default="cat", help="as help(lora.combine) explains (default: cat)"
-    )
+    about = "how to add up, as help(lora.combine) explains (default: cat)"
+    parser.add_argument("--method", choices=[*METHODS], default="cat", help=about)
     parser.add_argument("--r", type=int, metavar="R", help="rank of the result, for svd, ties and dare")
-    parser.add_argument(
-        "--density",
-        type=number,
-        default=0.5,
-        metavar="D",
-        help="share that ties and dare keep (default: 0.5)",
-    )
+    about = "share of values that ties and dare keep (default: 0.5)"
+    parser.add_argument("--density", type=number, default=0.5, metavar="D", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of dare (default: 0)")
-    add_argument(parser, "--no-check-base")
-    add_argument(parser, "--format", default="lora")
-    add_argument(parser, "--overwrite")
 
-    about = "bring an adapter to another rank, at the best approximation of it"
-    parser = add_command(commands, run_resize, "resize", about, "resize adapter.safetensors small.safetensors --r 8")
+    about, example = "write an adapter at another rank", "resize adapter.safetensors small.safetensors --r 8"
+    parser = add_command(commands, run_resize, "resize", about, example, "--overwrite")
     add_adapter(parser, "file", "IN")
-    add_argument(parser, "out")
+    add_output(parser, default="lora")
     rank = parser.add_mutually_exclusive_group(required=True)
     rank.add_argument("--r", type=int, metavar="R", help="the rank of every module")
-    rank.add_argument(
-        "--energy", type=number, metavar="E", help="the smallest rank that keeps this share of the squared norm"
-    )
-    add_argument(parser, "--format", default="lora")
-    add_argument(parser, "--overwrite")
+    about = "the smallest rank of each module that keeps this share of its squared norm"
+    rank.add_argument("--energy", type=number, metavar="E", help=about)
 
 
 def run_convert(arguments: argparse.Namespace) -> int:

@@ -11,18 +11,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter, parameters_of
 from lora.arithmetic.distances import blocks, distance, relative
-from lora.cli import (
-    SETTINGS,
-    Subparsers,
-    add_adapter,
-    add_argument,
-    add_command,
-    finite,
-    number,
-    print_json,
-    progress,
-    read,
-)
+from lora.cli import SETTINGS, Subparsers, add_adapter, add_command, finite, number, progress, read, show
 from lora.errors import join, table
 
 _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
@@ -30,27 +19,18 @@ _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
 
 def add(commands: Subparsers) -> None:
     """Enter the command."""
-    about = "say how far apart two adapters are, with exit code 0 if they are the same function and 1 if not"
-    parser = add_command(commands, run, "diff", about, "diff before.safetensors after.safetensors")
+    about = "compare two adapters; the exit code is 0 if they are the same function, and 1 if not"
+    parser = add_command(commands, run, "diff", about, "diff before.safetensors after.safetensors", "--json")
     for name in "AB":
         add_adapter(parser, name.lower(), name)
-    parser.add_argument(
-        "--tolerance",
-        type=number,
-        default=1e-6,
-        metavar="T",
-        help="relative distance up to which updates are the same (default: 1e-6, a few roundings of float32)",
-    )
-    add_argument(parser, "--json")
+    about = "relative distance up to which updates are the same (default: 1e-6, a few roundings of float32)"
+    parser.add_argument("--tolerance", type=number, default=1e-6, metavar="T", help=about)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare two adapters; 0 if they are the same function, 1 if not."""
     found = compare(read(arguments.a), read(arguments.b), arguments.tolerance)
-    if arguments.json:
-        print_json(found)
-    else:
-        print(_text(found))
+    show(found, _text(found), arguments.json)
     return 0 if found["same"] else 1
 
 

@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.adapters.files import kind, open_file, reading, writing
-from lora.adapters.header import Entry, read_object
-from lora.adapters.safe import read_header
+from lora.adapters.files import Entry, kind, open_file, read_header, read_object, reading, writing
 from lora.cli import progress
 from lora.errors import raise_all
 

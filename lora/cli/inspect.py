@@ -22,15 +22,14 @@ from lora.cli import (
     SETTINGS,
     Subparsers,
     add_adapter,
-    add_argument,
     add_command,
     check_output,
     dtype_word,
     finite,
     number,
     path_argument,
-    print_json,
     progress,
+    show,
 )
 from lora.errors import join, table
 
@@ -40,17 +39,14 @@ _KINDS = ("linear", "embedding", "conv")
 
 def add(commands: Subparsers) -> None:
     """Enter the command."""
-    about = "say what an adapter trained, how large its updates are, and whether anything is wrong with it"
-    parser = add_command(commands, run, "inspect", about, "inspect adapter.safetensors --plot norms.png")
+    about = "show what an adapter trained, how large its updates are, and whether anything is wrong with it"
+    example = "inspect adapter.safetensors --plot norms.png"
+    parser = add_command(commands, run, "inspect", about, example, "--json", "--overwrite")
     add_adapter(parser, "file", "FILE")
-    parser.add_argument(
-        "--plot", type=path_argument, metavar="OUT.png", help="draw the updates' norms, layers x projections"
-    )
-    parser.add_argument(
-        "--lora-alpha", type=number, metavar="X", help="lora_alpha of training, for loralib's files, which lack it"
-    )
-    add_argument(parser, "--json")
-    add_argument(parser, "--overwrite")
+    about = "draw the norms of the updates, layers x projections"
+    parser.add_argument("--plot", type=path_argument, metavar="OUT.png", help=about)
+    about = "the lora_alpha of training, which loralib's files lack"
+    parser.add_argument("--lora-alpha", type=number, metavar="X", help=about)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,10 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = examine(_read(arguments.file, arguments.lora_alpha))
     if arguments.plot:
         heat_map({module["name"]: module["norm"] for module in found["modules"]}, arguments.plot)
-    if arguments.json:
-        print_json(found)
-    else:
-        print(_text(found))
+    show(found, _text(found), arguments.json)
     return 1 if found["problems"] else 0
 
 
@@ -224,23 +217,14 @@ def grid(norms: Mapping[str, float | None]) -> tuple[list[str], list[str], list[
     """
     if not norms:
         raise ValueError("there is no module to draw.")
-    places = {name: _place(name) for name in norms}
-    stacks = {stack for stack, layer, _ in places.values() if layer is not None}
-    cells = {}
-    for name, (stack, layer, rest) in places.items():
-        column = f"{stack}.{rest}" if layer is not None and len(stacks) > 1 else rest
-        cells[layer, column] = norms[name]
-    layers = sorted({layer for layer, _ in cells}, key=lambda layer: -1 if layer is None else layer)
+    places = {name: re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name) for name in norms}  # around the first number
+    stacks = {found[1] for found in places.values() if found}
+    cells: dict[tuple[int, str], float | None] = {}  # by layer, -1 for none, and column
+    for name, found in places.items():
+        stack, layer, rest = found.groups("") if found else ("", "-1", name)
+        cells[int(layer), f"{stack}.{rest}" if found and len(stacks) > 1 else rest] = norms[name]
+    layers = sorted({layer for layer, _ in cells})
     columns = list(dict.fromkeys(column for _, column in cells))
-    values = [[_value(cells.get((layer, column))) for column in columns] for layer in layers]
-    return ["-" if layer is None else str(layer) for layer in layers], columns, values
-
-
-def _value(norm: float | None) -> float:
-    return math.nan if norm is None else norm
-
-
-def _place(name: str) -> tuple[str, int | None, str]:
-    """What stands before the first number in a name, the number, and what stands after it."""
-    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", name)
-    return (found[1] or "", int(found[2]), found[3] or "") if found else ("", None, name)
+    drawn = [[cells.get((layer, column)) for column in columns] for layer in layers]
+    values = [[math.nan if norm is None else norm for norm in row] for row in drawn]
+    return ["-" if layer < 0 else str(layer) for layer in layers], columns, values

@@ -17,17 +17,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.bare import bare_layer
 from lora.adapters.files import open_file
 from lora.adapters.rest import describe_tensor, difference
-from lora.cli import (
-    Subparsers,
-    add_adapter,
-    add_argument,
-    add_command,
-    check_output,
-    dtype_word,
-    path_argument,
-    print_json,
-    read,
-)
+from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
 from lora.cli.folder import (
     ModelFolder,
     check_replaced,
@@ -47,16 +37,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of we
 
 def add(commands: Subparsers) -> None:
     """Enter the command."""
-    about = "write an adapter into a model's safetensors files, with a few tensors in memory at a time"
-    parser = add_command(commands, run, "merge", about, "merge Phi-3-mini-4k-instruct adapter.safetensors merged")
-    parser.add_argument(
-        "base", type=path_argument, metavar="BASE", help="a folder with model.safetensors, or with shards and an index"
-    )
+    about = "merge an adapter into a model's safetensors files, with few tensors in memory at a time"
+    example = "merge Phi-3-mini-4k-instruct adapter.safetensors merged"
+    parser = add_command(commands, run, "merge", about, example, "--no-check-base", "--json", "--overwrite")
+    about = "a folder with model.safetensors, or with shards and an index"
+    parser.add_argument("base", type=path_argument, metavar="BASE", help=about)
     add_adapter(parser, "adapter", "ADAPTER")
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write")
-    add_argument(parser, "--no-check-base")
-    add_argument(parser, "--json")
-    add_argument(parser, "--overwrite")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,17 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(model.path / path, folder / path)
     report = merge.report()
-    if arguments.json:
-        modules = [vars(module) for module in report.modules]
-        files = {"copied": [path.as_posix() for path in copied], "left_out": [path.as_posix() for path in left_out]}
-        print_json({"modules": modules, "lost": report.lost, "replaced": [*merge.full], **files})
-        return 0
-    print(report)
-    for key in merge.full:
-        print(f"replaced: {key}, which the adapter holds in full")
-    for path in left_out:
-        print(f"not copied: {path}, which holds other weights than the merged ones")
-    print(f"{out}: {len(model.shards)} safetensors and {len(copied)} other files")
+    found = {
+        "modules": [vars(module) for module in report.modules],
+        "lost": report.lost,
+        "replaced": [*merge.full],
+        "copied": [path.as_posix() for path in copied],
+        "left_out": [path.as_posix() for path in left_out],
+    }
+    lines = [str(report)]
+    lines += [f"replaced: {key}, which the adapter holds in full" for key in merge.full]
+    lines += [f"not copied: {path}, which holds other weights than the merged ones" for path in left_out]
+    lines.append(f"{out}: {len(model.shards)} safetensors and {len(copied)} other files")
+    show(found, "\n".join(lines), arguments.json)
     return 0
 
 
@@ -117,8 +105,8 @@ class FolderMerge:
         entry, base = self.model.entry(key), self.adapter.modules[name]["base"]
         if entry.dtype not in _DTYPES:
             raise ValueError(
-                f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
-                "merge into the weights that it was made of."
+                f"its base weight is {entry.dtype}, which is quantised or not floating-point: "
+                "merge into the weights that it was made from."
             )
         beyond = base.get("beyond_weight")
         if beyond:

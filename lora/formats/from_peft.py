@@ -14,10 +14,8 @@ from torch import Tensor
 
 from lora.adapters import fingerprint
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
-from lora.adapters.files import kind
-from lora.adapters.header import read_object, short
-from lora.adapters.native import FILE, rest_of
-from lora.adapters.safe import read_tensors
+from lora.adapters.files import kind, read_object, read_tensors, short
+from lora.adapters.formats import FILE, rest_of
 from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
@@ -59,6 +57,17 @@ _REFUSED_SETTINGS = (
 _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
 
+def claims(path: Path) -> bool:
+    """Whether a file is read as one of a folder of PEFT's."""
+    names = (CONFIG, *READERS)
+    return path.name in names and (path.name == CONFIG or kind(path.parent / CONFIG) is not None)
+
+
+def reads(path: Path) -> bool:
+    """Whether there is a folder, or a file of PEFT's: what other formats keep in a folder they have been asked for."""
+    return kind(path) == "folder" or claims(path)
+
+
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
     whole = kind(path) == "folder"
@@ -69,11 +78,11 @@ def read(path: Path) -> Adapter:
         names += [FILE] if whole else []  # which would have been read, and not as PEFT's
         raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
-    raise_all(f"{folder} is not loaded", _config_problems(config), AdapterError)
+    raise_all(f"read_adapter: {folder} is not loaded", _config_problems(config), AdapterError)
     tensors, metadata = READERS[file.name](file)
     pairs, full, problems = _sort(tensors)
     adapter = _adapter(config, pairs, full, problems)
-    raise_all(f"{folder} is not loaded", problems, AdapterError)
+    raise_all(f"read_adapter: {folder} is not loaded", problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
     _tell_bases(adapter, metadata)
     kept, rest = rest_of(metadata, file)

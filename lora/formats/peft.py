@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import check_place, kind, replace_file, writing
-from lora.adapters.native import rest_as_metadata
-from lora.adapters.safe import packed
+from lora.adapters.files import check_place, kind, packed, replace_file, writing
+from lora.adapters.formats import rest_as_metadata
 from lora.adapters.single import Form, singles
 from lora.errors import AdapterError, raise_all
 from lora.models.training import is_bias
@@ -37,7 +36,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
         names: of all modules of the model, where it is there: a target that is also the end of another module's name
             is then written as part of a regular expression, which PEFT matches as a whole.
     """
-    what = f"{path} is not written"
+    what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
     check_place(path, "folder")

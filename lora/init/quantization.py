@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.errors import is_count, join, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import is_packed
+from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
 from lora.models.initialization import unwritable
 from lora.models.model import Names, lora_layers, names_of, without_wrappers

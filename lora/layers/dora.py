@@ -25,8 +25,8 @@ _PART = 2**20  # values of a weight that are summed at a time
 
 
 @torch.no_grad()
-def norms(layer: LoRALayer) -> Tensor:
-    """‖W₀ + s · B A‖ for each output that has a magnitude, in float32, or float64 where the weight is."""
+def squared_norms(layer: LoRALayer) -> Tensor:
+    """‖W₀ + s · B A‖² for each output that has a magnitude, in float32, or float64 where the weight is."""
     weight, rows, s = layer.base_weight(), layer.block_rows(), layer.lora_scaling()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
@@ -36,8 +36,7 @@ def norms(layer: LoRALayer) -> Tensor:
         for W, A, B in zip(layer.weight_blocks(weight), As, Bs, strict=True):  # (rows, cols), (q, cols), (rows, q)
             cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype
             added.append(((2 * s * cross + s * s * (B @ (A @ A.T))) * B).sum(1))  # (rows)
-        square = _base_squares(layer, weight, dtype) + torch.cat(added)
-        return layer.over_ranks(square).clamp(min=0).sqrt()  # rounding may leave less than nothing
+        return _base_squares(layer, weight, dtype) + torch.cat(added)
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from lora.functional import Lookup, lora_embedding
 from lora.layers import vocabulary
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import sample_slice
 from lora.layers.registry import register
+from lora.layers.weights import sample_slice
 from lora.models.shapes import Init
 
 

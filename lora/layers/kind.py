@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.derived import Derived
 from lora.models.shapes import Init
 
 if TYPE_CHECKING:
     from lora.layers.layer import LoRALayer
     from lora.models.model import Place
-    from lora.parallel.replicas import InStep
 
 Shape = tuple[int, ...]
 
@@ -43,15 +42,12 @@ class LayerKind:
     lora_place: Place | None = None
     #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.layers.vocabulary`).
     lora_resizing: bool = False
-    #: How the layer computes on its rank's shards (`lora.parallel`); None if it is not sharded so.
-    lora_parallel: Callable[[Any, Any], Any] | None = None
-    #: The splits, and among how many ranks each of them is divided.
-    divided_splits: tuple[tuple[int, ...], int] | None = None
     _merged: Derived | None = None
     _squares: Derived | None = None
     _norms: Derived | None = None
     _subclassed: bool = False
-    _in_step: InStep | None = None
+    #: What a check has found, which holds until the layer's tensors are cast or moved.
+    _checked: Any = None
 
     training: bool
     weight: Tensor
@@ -105,7 +101,7 @@ class LayerKind:
         """W₀, dense, as the base layer's function uses it."""
         if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # soon said: DoRA asks in every forward
             return self.weight
-        return quantized.read_weight(self)  # type: ignore[arg-type]
+        return weights.read_weight(self)  # type: ignore[arg-type]
 
     def weight_shape(self) -> Shape:
         """The shape of W₀, dense."""
@@ -125,10 +121,6 @@ class LayerKind:
     def over_outputs(self, adapted: Tensor) -> Tensor:
         """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
         return adapted
-
-    def over_ranks(self, squares: Tensor) -> Tensor:
-        """The squares of the weight's norms, from those of the part of it that this rank has: all of it, mostly."""
-        return squares
 
     def block_rows(self) -> list[int]:
         """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""

@@ -9,8 +9,8 @@ A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -18,16 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_number
-from lora.layers import dora, quantized
+from lora.layers import dora, weights
 from lora.layers.kind import Shape
 from lora.layers.merging import Merging
-from lora.layers.quantized import same_values, sparing
 from lora.layers.registry import enter, new, parts_of
 from lora.layers.settings import settings_problems
+from lora.layers.weights import same_values, sparing
 from lora.models import shapes
 from lora.models.shapes import Init
-from lora.parallel import sharded
-from lora.parallel.replicas import check_in_step
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -44,6 +42,14 @@ def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
 
 
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+
+
+def needs_no_data(layer: LoRALayer, input: Tensor) -> None:
+    """RuntimeError in training where A and B are still to be made from data."""
+    if layer.awaits and layer.training:
+        raise RuntimeError(
+            f"`init_lora_weights={layer.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
+        )
 
 
 class LoRALayer(Merging, nn.Module):
@@ -65,6 +71,9 @@ class LoRALayer(Merging, nn.Module):
 
     From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     """
+
+    #: What is checked before each forward with LoRA: wings add functions of a layer and its input, which raise.
+    checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,7 +127,7 @@ class LoRALayer(Merging, nn.Module):
         """ValueError if a layer of this class cannot have magnitudes."""
         if not cls.magnitudes(base, shape_B):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.dense and quantized.packing_of(base) is None:
+        if not cls.dense and weights.packing_of(base) is None:
             raise ValueError(
                 f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
                 "forward of its own; `lora.register_weight` teaches how to read it."
@@ -131,10 +140,9 @@ class LoRALayer(Merging, nn.Module):
         """
         if self.lora_place is not None:
             self.lora_place.adapted = False
-        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step", "lora_place", "lora_resizing")
+        derived = ("_merged", "_squares", "_norms", "_subclassed", "_checked", "lora_place", "lora_resizing")
         made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
-        divided = ("lora_parallel",)
-        for name in (*_PARAMETERS, *made, *divided, *derived, *self.settings, "forward"):
+        for name in (*_PARAMETERS, *made, *derived, *self.settings, "forward"):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
@@ -153,7 +161,8 @@ class LoRALayer(Merging, nn.Module):
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
-        with sharded.written_whole(self, *(name for name, _ in self.lora_parameters()), read=read) as whole:
+        names = [name for name, _ in self.lora_parameters()]
+        with weights.ranks_of(self).written_whole(self, *names, read=read) as whole:
             shapes.from_shapes(whole, self.init_lora_weights)
         self.awaits = self.init_lora_weights if self.init_lora_weights in shapes.OF_DATA else None
         self.lora_start = None
@@ -161,18 +170,22 @@ class LoRALayer(Merging, nn.Module):
 
     def norms(self) -> Tensor:
         """‖W₀ + s · B A‖ for each output that has a magnitude."""
-        return dora.norms(self)
+        return self.squared_norms().clamp(min=0).sqrt()  # rounding may leave less than nothing
+
+    def squared_norms(self) -> Tensor:
+        """‖W₀ + s · B A‖², as rounding leaves it."""
+        return dora.squared_norms(self)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
         if self.use_dora:
-            norms = sharded.with_whole(self, "weight", "lora_A", "lora_B").norms()
-            sharded.write(self, "lora_magnitude", self.lora_magnitude, norms)
+            norms = weights.ranks_of(self).with_whole(self, "weight", "lora_A", "lora_B").norms()
+            weights.of(self, "lora_magnitude").write(norms)
 
     def write_base(self, weight: Tensor) -> None:
         """Give the base layer another weight: copied, or quantised as the one that is there."""
-        quantized.write_weight(self, weight)
+        weights.write_weight(self, weight)
 
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
@@ -196,18 +209,14 @@ class LoRALayer(Merging, nn.Module):
             return self.pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
             return self.forward_with(input, self.merged_weight(), *args, **kwargs)
-        if self.awaits and self.training:
-            raise RuntimeError(
-                f"`init_lora_weights={self.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
-            )
-        check_in_step(self)
-        if self.lora_parallel is not None:
-            divided: Tensor = self.lora_parallel(self, input)
-            return divided
-        if self.training and self.lora_dropout:
-            sharded.check_dropout(self, input)
+        for check in self.checks:
+            check(self, input)
         y = self.lora_forward(input, *args, **kwargs)
-        return dora.magnified(self, y) if self.use_dora else y
+        return self.magnified(y) if self.use_dora else y
+
+    def magnified(self, y: Tensor) -> Tensor:
+        """g ⊙ (y − b) + b."""
+        return dora.magnified(self, y)
 
     def pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
@@ -293,10 +302,10 @@ class LoRALayer(Merging, nn.Module):
             self.awaits = None
 
     def _has_weight(self, weight: Tensor) -> bool:
-        return same_values(sharded.full(weight), sharded.gathered(self, "weight", self.weight))
+        return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
 
     def _has_untrained_magnitude(self) -> bool:
-        whole = sharded.with_whole(self, "weight", *_PARAMETERS)
+        whole = weights.ranks_of(self).with_whole(self, "weight", *_PARAMETERS)
         return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -324,7 +333,7 @@ class LoRALayer(Merging, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
-        self._in_step = None
+        self._checked = None
         if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
             own = self._parameters.items()
             trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
@@ -354,3 +363,7 @@ class LoRALayer(Merging, nn.Module):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, parts_of(type(self)), *reduced[2:]
         return reduced
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

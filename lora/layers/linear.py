@@ -16,9 +16,9 @@ from lora.functional.linear import add_slices_, up_slices
 from lora.layers import vocabulary
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import sample_slice
 from lora.layers.registry import register
 from lora.layers.settings import split_settings
+from lora.layers.weights import sample_slice
 from lora.models.shapes import Init
 
 # How many rows of a weight in low precision are merged at a time.

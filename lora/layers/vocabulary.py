@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora.parallel import sharded
+from lora.layers.weights import is_sharded
 
 if TYPE_CHECKING:
     from lora.layers.layer import LoRALayer
@@ -36,7 +36,7 @@ def follow(layer: LoRALayer, factor: str, dim: int, size: int, rows: Tensor) -> 
             f"DoRA's magnitudes go with norms over all {before} ids, of which {size} are left: they cannot follow. The "
             "weight is cut already: load the model again, call `resize_token_embeddings` first, and then `lora.inject`."
         )
-    if sharded.is_sharded(parameter):
+    if is_sharded(parameter):
         raise ValueError("the adapter is sharded and cannot follow; call `resize_token_embeddings` first, then inject.")
     _write(parameter, resized(parameter, dim, size))
     if layer.lora_start is not None:

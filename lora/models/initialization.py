@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch.nn as nn
 
 from lora.errors import raise_all
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models import shapes, spectral, start
 from lora.models.blocks import Pair
@@ -89,7 +89,7 @@ def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
 def unroundable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
     """Packed weights, of which taking a part and packing the rest again would lose more than the part is worth."""
     for layer in layers:
-        if quantized.is_packed(layer):
+        if weights.is_packed(layer):
             yield (
                 f"{names[layer][0]}: its base weight is packed, and packing what is left of it again would change the "
                 "model; start before quantising, or use `lora.loftq`."

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 
 from lora.errors import Problems, join, table
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import is_writable
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
+from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
 from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
 from lora.models.initialization import begin, problems_of_start
 from lora.models.model import (
@@ -26,6 +26,7 @@ from lora.models.model import (
     is_lazy,
     lora_layers,
     names_of,
+    obstacles,
     own_forward_problems,
     owned_tensors,
     remember_layers,
@@ -42,8 +43,6 @@ from lora.models.training import (
     resized_problems,
     train_in_full,
 )
-from lora.parallel.replicas import wrapped
-from lora.parallel.sharded import is_fully_sharded, is_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,7 +154,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for module in targets:
             with problems.at(names[module][0]):
                 plans.append(_plan(model, names[module], module, config))
-        problems.add(*wrapped(names), *_untrainable(names))
+        problems.add(*obstacles(names), *_untrainable(names))
     with undo_on_error(model.modules()):
         layers = adapt(plans)
         remember_layers(names, layers)
@@ -211,7 +210,7 @@ def eject(model: nn.Module) -> None:
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             forget_children(module)
-            quantized.set_up(module, False)
+            weights.prepare_training(module, False)
     restored: set[int] = set()
     for layer in layers:
         layer.detach(restore_layout=id(layer.weight) not in restored)
@@ -363,7 +362,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 def _untrainable(names: Names) -> Iterator[str]:
     """Modules whose packed weights give wrong gradients, be they adapted or not."""
     for module, known in names.items():
-        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
+        reason = weights.why_not_train(module) if "weight" in module._parameters else None
         if reason:
             yield f"{known[0]}: {reason}"
 

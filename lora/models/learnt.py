@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.adapters.single import Form, with_rank
 from lora.layers.layer import LoRALayer
-from lora.layers.quantized import same_values
+from lora.layers.weights import same_values
 from lora.models.blocks import Pair, blocks_of, tensors_of
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lora.errors import join, raise_all, table
 from lora.functional.fused import is_plain, is_storage
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.partitioned import partitioned_problems
 from lora.layers.registry import plain_base
 from lora.models.model import (
     Memory,
@@ -114,7 +113,7 @@ def merge(model: nn.Module) -> MergeReport:
     for module in model.modules():
         forget_originals(module)
         forget_children(module)
-        quantized.set_up(module, False)
+        weights.prepare_training(module, False)
     return MergeReport(tuple(rows))
 
 
@@ -187,15 +186,15 @@ def _merge_packed(layer: LoRALayer, name: str, lost: float) -> MergedModule:
 def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
     """‖pack(W) − W‖ / ‖W − W₀‖."""
     twin = copy.deepcopy(layer)
-    quantized.write_weight(twin, merged)
+    weights.write_weight(twin, merged)
     exact = torch.promote_types(merged.dtype, torch.float32)
-    update, error = merged.to(exact) - before.to(exact), quantized.read_weight(twin).to(exact) - merged.to(exact)
+    update, error = merged.to(exact) - before.to(exact), weights.read_weight(twin).to(exact) - merged.to(exact)
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
 
 def _packed_as_known(layer: LoRALayer) -> bool:
     """Whether the base weight is packed, and can be read."""
-    return quantized.packing_of(layer) is not None
+    return weights.packing_of(layer) is not None
 
 
 @torch.no_grad()
@@ -217,7 +216,7 @@ def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
     problems = [*sharded_problems(layers, names, instead)]
     for layer in layers:
         own = ((join(names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
-        problems += partitioned_problems(own)
+        problems += weights.split_up_problems(own)
     for layer in [] if problems else layers:
         if layer.weight.is_meta:
             problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,12 +14,18 @@ from torch import Tensor
 from lora.errors import join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
-from lora.parallel.sharded import is_sharded, settle
+from lora.layers.weights import is_sharded, reshard
 
 Names = dict[nn.Module, tuple[str, ...]]
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
+
+
+#: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+#: The same of what keeps a model's parameters in a form that cannot be read, or written.
+UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
 
 
 def names_of(model: nn.Module) -> Names:
@@ -136,7 +142,7 @@ def lora_layers(
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
     layer, unless that is allowed.
     """
-    settle(model)
+    reshard(model)
     _adopt(model)
     if not replaced:
         check_none_replaced(model, what)
@@ -158,6 +164,18 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
     return forward is not None and theirs != (type(module).forward, module)
+
+
+def obstacles(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper of a model, or in it, that would not know what is put in now."""
+    for find in (*UNREADABLE, *OBSTACLES):
+        yield from find(names)
+
+
+def unreadable(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper that keeps parameters in a form of its own."""
+    for find in UNREADABLE:
+        yield from find(names)
 
 
 def own_forward_problems(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lora.functional.fused import without_autocast
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import undo_on_error
-from lora.parallel.sharded import like
 
 
 @torch.no_grad()
@@ -93,4 +93,4 @@ def _started(layer: LoRALayer, dtype: torch.dtype) -> Tensor:
     A, B, scaling = layer.lora_start
     with without_autocast(layer.lora_A.device):
         started = layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling
-    return like(layer, "weight", layer.weight, started)
+    return weights.of(layer, "weight").sharded_like(started)

@@ -11,13 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems, is_number, join
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.partitioned import partitioned_problems
-from lora.layers.quantized import is_writable
+from lora.layers.weights import is_sharded, is_writable
 from lora.models.model import adapter_of_module, check_none_replaced, lora_layers, names_of, owned_tensors
-from lora.parallel.rows import in_model_order
-from lora.parallel.sharded import in_normal_mode, is_sharded, reordered, settle
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -54,19 +51,19 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B']
     """
-    settle(model)
+    weights.reshard(model)
     trained = _trained(model, bias)
     if freeze_A:
         trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
-        quantized.set_up(module, True)
+        weights.prepare_training(module, True)
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
         _remember_trained(model)
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that LoRA trains.
 
@@ -92,7 +89,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     >>> list(lora.lora_state_dict(model, bias="lora_only"))
     ['0.bias', '0.lora_A', '0.lora_B']
     """
-    settle(model)
+    weights.reshard(model)
     check_none_replaced(model, "lora_state_dict")
     trained = _trained(model, bias)
     for module in model.modules():
@@ -101,12 +98,12 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
     with Problems("lora_state_dict: a tensor is in parts") as problems:
-        problems.add(*partitioned_problems(state.items()))
+        problems.add(*weights.split_up_problems(state.items()))
     owners = {id(one.tensor): one for one in owned_tensors(names_of(model))}
     values = {}
     for name, tensor in state.items():
         one = owners[id(tensor)]
-        values[name] = reordered(one.module, one.own, tensor.detach(), in_model_order)
+        values[name] = weights.of(one.module, one.own, tensor.detach()).in_model_order()
     return values
 
 

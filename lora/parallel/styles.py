@@ -37,9 +37,9 @@ from lora.parallel.dividing import (
     state_in_model_order,
     state_in_rank_order,
 )
+from lora.parallel.dtensor import dim_of_rows, in_rank_order
 from lora.parallel.gradients import clip_grad_norm_, sum_gradients
 from lora.parallel.local import ColwiseEmbedding, ColwiseLinear, RowwiseEmbedding, RowwiseLinear
-from lora.parallel.rows import dim_of_rows, in_rank_order
 
 __all__ = [
     "ColwiseParallel",

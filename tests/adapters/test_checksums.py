@@ -12,7 +12,7 @@ from tensor_files import entry, raw, refused, same
 from toy_model import AdapterFile, snapshot
 
 import lora
-from lora.adapters import safe
+from lora.adapters import files
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_the_checksum_is_what_the_format_says():
     data = np.array([1, 2], "<i2").tobytes() + np.array(0.5, "<f4").tobytes()
     tensors = {"b": torch.tensor(0.5), "a": torch.tensor([[1], [2]], dtype=torch.int16)}
     metadata = {"lora": "Ä", "sha256": "old", "format": "pt"}
-    assert safe.checksum(tensors, metadata) == hashlib.sha256(about + data).hexdigest()
+    assert files.checksum(tensors, metadata) == hashlib.sha256(about + data).hexdigest()
 
 
 T = torch.arange(1.0, 7.0)
@@ -43,29 +43,29 @@ CHANGES = {
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_a_change_after_the_checksum_is_found(path, changes):
     tensors = {"a": T, "b": -T}
-    safe.write_tensors(path, tensors, {"x": "y"})
-    metadata = safe.read_tensors(path)[1]
+    files.write_tensors(path, tensors, {"x": "y"})
+    metadata = files.read_tensors(path)[1]
     safetensors.torch.save_file({name: t.clone() for name, t in (tensors | changes).items()}, path, metadata)
-    refused(safe.read_tensors, path, "its content has changed since it was written")
+    refused(files.read_tensors, path, "its content has changed since it was written")
 
 
 @pytest.mark.parametrize("changes", [{"x": "z"}, {"z": "y"}, {"sha256": "0" * 64}, {"sha256": ""}], ids=str)
 def test_a_change_of_metadata_is_found(path, changes):
-    safe.write_tensors(path, {"a": T}, {"x": "y"})
-    metadata = safe.read_tensors(path)[1]
+    files.write_tensors(path, {"a": T}, {"x": "y"})
+    metadata = files.read_tensors(path)[1]
     safetensors.torch.save_file({"a": T}, path, metadata | changes)
-    refused(safe.read_tensors, path, "its content has changed since it was written")
+    refused(files.read_tensors, path, "its content has changed since it was written")
     safetensors.torch.save_file({"a": T}, path, {key: value for key, value in metadata.items() if key != "x"})
-    refused(safe.read_tensors, path, "its content has changed since it was written")
+    refused(files.read_tensors, path, "its content has changed since it was written")
 
 
 def test_another_order_or_padding_is_no_change(path):
-    safe.write_tensors(path, {"a": T, "b": -T}, {"x": "y"})
-    metadata = safe.read_tensors(path)[1]
+    files.write_tensors(path, {"a": T, "b": -T}, {"x": "y"})
+    metadata = files.read_tensors(path)[1]
     header = {"b": entry(shape=[6], offsets=[0, 24]), "a": entry(shape=[6], offsets=[24, 48])}
     header["__metadata__"] = dict(reversed(metadata.items()))
     path.write_bytes(raw(json.dumps(header, indent=4).encode(), (-T).numpy().tobytes() + T.numpy().tobytes()))
-    same(safe.read_tensors(path)[0], {"b": -T, "a": T})
+    same(files.read_tensors(path)[0], {"b": -T, "a": T})
 
 
 # ---- lora's own files ----------------------------------------------------------------------------------------------

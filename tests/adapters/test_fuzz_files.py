@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from toy_model import Model, content, snapshot
 
 import lora
-from lora.adapters import safe
+from lora.adapters import files
 from lora.formats.pickled import read_torch
 
 MANY = settings(max_examples=300)
-READERS = {"safetensors": safe.read_tensors, "torch": read_torch, "lora": lora.read_adapter}
+READERS = {"safetensors": files.read_tensors, "torch": read_torch, "lora": lora.read_adapter}
 PAIRS = {
     f"base_model.model.layers.{i}.q_proj.lora_{part}.weight": torch.randn(shape)
     for i in range(2)
@@ -100,7 +100,7 @@ def test_headers_that_are_nearly_right(path, sizes, off):
 
 def _as_safetensors_reads(path):
     got = []
-    if error_of(lambda: got.append(safe.read_tensors(path))):
+    if error_of(lambda: got.append(files.read_tensors(path))):
         return False
     ((tensors, metadata),) = got
     assert bits(tensors) == bits(safetensors.torch.load_file(path))
@@ -247,14 +247,14 @@ def test_any_flipped_bit_of_a_file_of_loras_is_found(native, path, data):
 
 
 def test_every_flipped_bit_of_a_small_file_is_found(path):
-    safe.write_tensors(path, {"a": torch.tensor([1.0]), "b": torch.ones(2, 1)}, {"x": "y"})
+    files.write_tensors(path, {"a": torch.tensor([1.0]), "b": torch.ones(2, 1)}, {"x": "y"})
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         got = []
-        error = error_of(lambda got=got: got.append(safe.read_tensors(path)[0]))
+        error = error_of(lambda got=got: got.append(files.read_tensors(path)[0]))
         in_key_of_checksum = b"sha256" not in content
         assert error or in_key_of_checksum, f"bit {bit} may be flipped"
 

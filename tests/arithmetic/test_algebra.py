@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import KINDS, example, make
+from conftest import STORED, example, make
 from dense import (
     BLOCKS,
     absolute,
@@ -30,7 +30,7 @@ import lora
 from lora.arithmetic import combine, scale, subtract
 
 METHODS = ["cat", "svd", "linear", "ties", "dare"]
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", STORED)
 
 
 # ---- cat, svd, linear ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 import lora
-from lora.adapters.safe import checksum
+from lora.adapters.files import checksum
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import KINDS, WITH_DROPOUT, make, randomised
+from conftest import KINDS, LAYERS, WITH_DROPOUT, make, randomised
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -40,7 +40,7 @@ class Compiled:
 
 def sized(kind, batch, length, dtype=torch.float32):
     """An input of this batch and length: sizes that no other dimension has, which dynamo would take for the same."""
-    _, arguments, shape = KINDS[kind]
+    _, arguments, shape = LAYERS[kind]
     if kind == "Embedding":
         return torch.randint(arguments["num_embeddings"], (batch, length))
     if kind.startswith("Conv"):

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import DTYPES, KINDS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from conftest import DTYPES, KINDS, STORED, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from counting import Operations
 from torch import nn
 
 import lora
@@ -181,7 +182,7 @@ def test_a_state_dict_that_does_not_fit_raises(kind, change):
 # ---- 7. the fast path equals the plain path ---------------------------------------------------------------------
 
 
-@each_kind
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["train", "eval", "served"])
 def test_every_path_computes_the_equation_in_every_dtype(kind, dtype, mode):
@@ -252,6 +253,19 @@ def test_the_merged_weight_is_computed_once_and_kept(kind):
     assert not first.requires_grad
 
 
+@each_kind
+def test_served_from_it_a_layer_computes_no_more_than_its_base(kind):
+    layer, x = make(kind), example(kind)
+    served(layer, x)
+    with Operations() as ours:
+        served(layer, x)
+    with Operations() as theirs, torch.no_grad():
+        layer.base_forward(x)
+    with Operations() as trained:
+        layer(x)
+    assert ours.flops == theirs.flops < trained.flops
+
+
 @pytest.mark.parametrize("change", [lambda layer: layer.train(), lambda layer: layer.double()])
 def test_train_and_a_change_of_dtype_drop_the_merged_weight_and_eval_alone_computes_none(change):
     layer, x = make("Linear"), example("Linear")
@@ -270,7 +284,7 @@ def test_without_merge_weights_no_merged_weight_is_kept():
     assert_equation(layer, x)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", STORED)
 def test_the_merged_weight_is_rounded_once_from_a_sum_in_float32(kind):
     layer = make(kind, dtype=torch.bfloat16, r=4)
     served(layer, example(kind, torch.bfloat16))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import (
     KINDS,
+    LAYERS,
     WITH_DROPOUT,
     assert_equation,
     example,
@@ -89,7 +90,7 @@ def test_a_merged_weight_is_not_pickled():
 @pytest.mark.parametrize("how", ["to_empty", "assign"])
 def test_made_on_meta_it_becomes_the_layer_that_its_state_dict_says(kind, how):
     source, x = make(kind), example(kind)
-    layer = KINDS[kind][0](**KINDS[kind][1], r=2, lora_alpha=3, device="meta")
+    layer = LAYERS[kind][0](**LAYERS[kind][1], r=2, lora_alpha=3, device="meta")
     assert all(parameter.is_meta for parameter in layer.parameters())
     if how == "to_empty":
         layer.to_empty(device="cpu").load_state_dict(source.state_dict())
@@ -124,7 +125,7 @@ def test_default_dtype_and_device_are_used(kind):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            layer = KINDS[kind][0](**KINDS[kind][1], r=2)
+            layer = LAYERS[kind][0](**LAYERS[kind][1], r=2)
     finally:
         torch.set_default_dtype(before)
     assert {(p.dtype, p.device.type) for p in layer.parameters()} == {(torch.float64, "meta")}
@@ -292,4 +293,4 @@ def test_parametrized_tensors_count_in_every_mode(kind, name):
         layer.parametrizations[name].original.mul_(2)
         assert_equation(layer, x)
     parametrize.remove_parametrizations(layer, name)
-    assert type(layer) is KINDS[kind][0]
+    assert type(layer) is LAYERS[kind][0]

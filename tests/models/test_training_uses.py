@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from conftest import KINDS, LAYERS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
 from magnitudes import dora, input_of
 from torch import nn
 from torch.func import functional_call
@@ -160,7 +160,7 @@ def test_a_default_device_is_for_new_layers_and_not_for_those_that_are_adapted(k
         torch.set_default_device("meta")
     try:
         with torch.device("meta"):
-            made = KINDS[kind][0](**KINDS[kind][1], r=2)
+            made = LAYERS[kind][0](**LAYERS[kind][1], r=2)
             lora.inject(base, target_modules=[""], r=2)
             y = base(x)
     finally:
@@ -174,7 +174,7 @@ def test_a_default_device_is_for_new_layers_and_not_for_those_that_are_adapted(k
 
 @each_kind
 def test_skipping_initialisation_leaves_a_layer_that_can_be_reset_or_loaded(kind):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer, other, x = nn.utils.skip_init(cls, **arguments, r=2), cls(**arguments, r=2), example(kind)
     layer.reset_parameters()
     torch.testing.assert_close(layer(x), layer.base_forward(x))  # one factor is zero

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import KINDS, example, make, plain_twin
+from conftest import KINDS, STORED, example, make, plain_twin
 from torch import nn
 
 import lora
@@ -161,7 +161,7 @@ def test_it_says_so_when_printed():
 # ---- swapping ---------------------------------------------------------------------------------------------------
 
 
-@each_kind
+@pytest.mark.parametrize("kind", STORED)
 @with_and_without_dora
 def test_adapters_of_any_rank_load_and_are_saved_as_they_were(kind, use_dora, tmp_path):
     model, x = model_of(kind, use_dora=use_dora, dtype=torch.float64), example(kind, torch.float64)
