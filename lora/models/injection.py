@@ -16,7 +16,6 @@ from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
 from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
-from lora.models.initialization import begin, problems_of_start
 from lora.models.model import (
     Memory,
     Names,
@@ -34,7 +33,7 @@ from lora.models.model import (
     sharded_problems,
     undo_on_error,
 )
-from lora.models.start import give_back
+from lora.models.start import begin, give_back, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
