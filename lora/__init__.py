@@ -15,8 +15,7 @@ from lora.init.quantization import loftq
 from lora.layers.conv import Conv1d, Conv2d, Conv3d
 from lora.layers.embedding import Embedding
 from lora.layers.layer import LoRALayer
-from lora.layers.linear import Linear
-from lora.layers.merged_linear import MergedLinear
+from lora.layers.linear import Linear, MergedLinear
 from lora.layers.registry import register
 from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig

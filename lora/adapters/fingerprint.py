@@ -16,8 +16,7 @@ from lora.layers import weights
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.linear import Conv1DLoRA, LinearLoRA
-from lora.layers.merged_linear import MergedConv1DLoRA, MergedLinearLoRA
+from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
 from lora.models.start import pretrained_weight
 

@@ -19,7 +19,7 @@ from lora.adapters.rest import difference
 from lora.adapters.single import Form, as_single
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import (
     Pair,
     block_rank,

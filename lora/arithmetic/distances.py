@@ -11,7 +11,7 @@ from torch import Tensor
 from lora.adapters.adapter import Adapter
 from lora.adapters.bare import bare_layer
 from lora.adapters.single import as_single
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, pairs_of, spectrum
 
 

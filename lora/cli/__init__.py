@@ -25,18 +25,6 @@ else:
     Subparsers = argparse._SubParsersAction
 
 T = TypeVar("T")
-# What `inspect` and `diff` say of a module's settings, in this order.
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "scaling",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "splits",
-    "enable_lora",
-    "factored",
-)
 _FLAGS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON and nothing else"},
     "--overwrite": {"action": "store_true", "help": "replace what is there"},
@@ -168,15 +156,6 @@ def in_options(message: str) -> str:
 def show(found: dict[str, Any], text: str, as_json: bool) -> None:
     """Print what a command found, as a text or as JSON."""
     print(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
-
-
-def finite(value: float) -> float | None:
-    """The number, or None for what JSON has no word for.
-
-    >>> finite(1.5), finite(float("nan"))
-    (1.5, None)
-    """
-    return value if math.isfinite(value) else None
 
 
 def dtype_word(dtype: torch.dtype) -> str:

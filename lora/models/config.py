@@ -11,11 +11,11 @@ import torch
 import torch.nn as nn
 
 from lora.errors import Problems, did_you_mean
+from lora.layers.layer import settings_problems
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
-from lora.layers.settings import settings_problems
+from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
-from lora.models.shapes import Init, init_problem
 from lora.models.training import BIAS_CHOICES
 
 T = TypeVar("T")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import join, raise_all
+from lora.layers.kind import Place
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
@@ -207,13 +207,6 @@ _CHILDREN = "lora_children"
 # What a module remembers of the time before training is kept by its parent, too, for a module that is made anew from
 # it, as `convert_sync_batchnorm` does.
 _REMEMBERED, _ATTRIBUTES = "lora_remembered", ("lora_originals", "lora_in_full", "lora_kept")
-
-
-@dataclass(eq=False)
-class Place:
-    """What a parent knows of a child that was adapted."""
-
-    adapted: bool = True
 
 
 def remember_layers(names: Mapping[nn.Module, Sequence[str]], layers: Iterable[LoRALayer]) -> None:

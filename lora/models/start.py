@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lora.errors import Problems
 from lora.functional.fused import without_autocast
-from lora.layers import weights
+from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
-from lora.models import shapes, spectral
+from lora.layers.starts import Init
+from lora.models import spectral
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems, undo_on_error
-from lora.models.shapes import Init
 
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
@@ -64,7 +64,7 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     """
     layers = [layer for layer in lora_layers(model, "initialize") if layer.r > 0]
     with Problems("initialize: nothing was changed") as problems:
-        problems.add(*filter(None, [shapes.init_problem(init_lora_weights)]))
+        problems.add(*filter(None, [starts.init_problem(init_lora_weights)]))
         problems.raise_any()
         problems.add(*problems_of_start(layers, names_of(model), init_lora_weights))
     begin(layers, init_lora_weights)
@@ -80,11 +80,11 @@ def begin(layers: Sequence[LoRALayer], how: Init) -> None:
             if how == "olora":
                 start_from(layer, spectral.olora(layer), writes_base=True)
             elif _is_pissa(how):
-                start_from(layer, spectral.pissa(layer, shapes.niter_of(str(how))), writes_base=True)
+                start_from(layer, spectral.pissa(layer, starts.niter_of(str(how))), writes_base=True)
 
 
 def _is_pissa(how: Init) -> bool:
-    return isinstance(how, str) and (how == "pissa" or shapes.niter_of(how) is not None)
+    return isinstance(how, str) and (how == "pissa" or starts.niter_of(how) is not None)
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ def _is_pissa(how: Init) -> bool:
 
 def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
     """Why layers cannot start in this way, as far as can be told before it is tried."""
-    if how in shapes.OF_ORIGINAL:
+    if how in starts.OF_ORIGINAL:
         yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
-    if not isinstance(how, str) or how in shapes.OF_DATA:  # what waits for data writes later
+    if not isinstance(how, str) or how in starts.OF_DATA:  # what waits for data writes later
         return
-    if shapes.needs_more(how):
+    if starts.needs_more(how):
         yield from unwritable(layers, names)
         yield from unroundable(layers, names)
     for layer in layers:
@@ -129,8 +129,7 @@ def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
     """Why one layer cannot start in this way."""
     if how == "orthogonal":
         yield from spectral.block_problems(layer)
-        if layer.lora_B.shape[1] % 2:
-            yield shapes.ODD.format(layer.lora_B.shape[1])
+        yield from filter(None, [starts.odd_problem(layer)])
     if (how == "olora" or _is_pissa(how)) and not layer.weight.is_meta:
         yield from spectral.start_problems(layer, scales=how != "olora")
 
@@ -193,12 +192,12 @@ def give_back(layer: LoRALayer) -> None:
 @contextmanager
 def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
     """Put the layers' adapters and starts back if the block raises, and base weights that it wrote, to rounding."""
-    starts = [(layer, layer.lora_start, layer.base_written) for layer in layers]
+    before = [(layer, layer.lora_start, layer.base_written) for layer in layers]
     with undo_on_error(layers, [factor for layer in layers for _, factor in layer.lora_parameters()]):
         try:
             yield
         except BaseException:
-            for layer, start, base_written in starts:
+            for layer, start, base_written in before:
                 if layer.lora_start is not start:
                     give_back(layer)
                     layer.lora_start, layer.base_written = start, base_written

@@ -80,8 +80,11 @@ def _select(module: nn.Module | None, own: str, tensor: Tensor, order: Tensor) -
 class Sharded(Plain):
     """One of a module's own tensors that is a DTensor, of which a rank has a part; be it all of it."""
 
+    tensor: DTensor
+
     def part(self) -> Tensor:
-        return cast(Tensor, self.tensor.to_local())
+        part: Tensor = self.tensor.to_local()
+        return part
 
     @torch.no_grad()
     def whole(self) -> Tensor:
@@ -99,7 +102,7 @@ class Sharded(Plain):
     @torch.no_grad()
     def sharded_like(self, value: Tensor) -> Tensor:
         made = torch.empty_like(self.tensor, dtype=value.dtype)
-        self._replace(tensor=made).write(value)
+        of(self.module, self.own, made).write(value)
         return made
 
     def in_model_order(self) -> Tensor:
@@ -125,7 +128,7 @@ class Sharded(Plain):
 
     def _place(self) -> list[tuple[int, int]]:
         """Begin and size of this rank's part in each dimension, as torch's own checkpoints see it."""
-        (chunk,) = self.tensor.__create_chunk_list__()
+        (chunk,) = self.tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
         return list(zip(chunk.offsets, chunk.sizes, strict=True))
 
     @classmethod

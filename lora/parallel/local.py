@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from lora.functional import Lookup, lora_embedding
 from lora.layers.layer import LoRALayer, needs_no_data
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.parallel.replicas import check_in_step
 
 Dims = dict[str, int | None]

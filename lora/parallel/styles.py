@@ -26,8 +26,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
 from lora.errors import raise_all
 from lora.layers.embedding import EmbeddingLoRA
-from lora.layers.linear import LinearLoRA
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import LinearLoRA, MergedLinearLoRA
 from lora.models.model import by_tensor, names_of, owned_tensors, without_wrappers
 from lora.parallel.dividing import (
     divide,

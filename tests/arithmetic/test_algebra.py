@@ -33,6 +33,11 @@ METHODS = ["cat", "svd", "linear", "ties", "dare"]
 kinds = pytest.mark.parametrize("kind", STORED)
 
 
+def test_the_names_of_the_wing_are_names_of_the_library():
+    assert lora.arithmetic.__all__ == ["Extracted", "Resized", "combine", "extract", "resize", "scale", "subtract"]
+    assert all(getattr(lora.arithmetic, name) is getattr(lora, name) for name in lora.arithmetic.__all__)
+
+
 # ---- cat, svd, linear ------------------------------------------------------------------------------------------
 
 
