@@ -238,7 +238,7 @@ class LoRALayer(Magnitudes):
         super().reset_parameters()  # type: ignore[misc]
 
     def start_adapter(self) -> None:
-        """Initialise the adapter as `init_lora_weights` says, where that needs nothing but starts."""
+        """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
         names = [name for name, _ in self.lora_parameters()]
