@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.single import as_single
 from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, pairs_of, spectrum
 
@@ -89,7 +88,7 @@ def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     same = settings[0].form == settings[1].form
     pairs = []
     for adapter, about in zip((a, b), settings, strict=True):
-        about, A, B = (about, *adapter.pair(name)) if same else as_single(about, *adapter.pair(name))
+        about, A, B = (about, *adapter.pair(name)) if same else about.single(*adapter.pair(name))
         layer = about.layer(A, B)
         pairs.append([(B * layer.scaling, A) for B, A in pairs_of(layer)])
     return pairs[0], pairs[1]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter
+from lora.adapters.adapter import Adapter, Form
 from lora.adapters.files import check_place, kind, packed, replace_file, writing
 from lora.adapters.formats import rest_as_metadata
-from lora.adapters.single import Form, singles
 from lora.errors import AdapterError, raise_all
+from lora.formats.portable import singles
 from lora.layers.layer import alpha_of
 from lora.models.training import is_bias
 
