@@ -19,7 +19,7 @@ from lora.adapters.formats import FILE, rest_of
 from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 from lora.layers.settings import settings_problems
 from lora.models.training import is_bias
 
