@@ -55,7 +55,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from lora import parallel
-from lora.parallel import sharded
+from lora.layers import weights
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for one collective: a process that waits longer ends the run
 T = TypeVar("T")
@@ -131,10 +131,12 @@ class Ranks(loop.Alone):
     def whole(self, value: Any, parameter: Tensor | None = None) -> Any:
         if not isinstance(value, DTensor):
             return value
-        return value.full_tensor() if parameter is None else sharded.gathered(*self.owners[parameter], value).cpu()
+        return value.full_tensor() if parameter is None else weights.of(*self.owners[parameter], value).whole().cpu()
 
     def part(self, value: Any, parameter: Tensor) -> Any:
-        return sharded.like(*self.owners[parameter], parameter, value) if value.shape == parameter.shape else value
+        if value.shape != parameter.shape:
+            return value
+        return weights.of(*self.owners[parameter], parameter).sharded_like(value)
 
 
 class Loss(nn.Module):

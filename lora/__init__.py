@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from lora import reports as reports
 from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
@@ -14,18 +15,22 @@ from lora.init.quantization import loftq
 from lora.layers.conv import Conv1d, Conv2d, Conv3d
 from lora.layers.embedding import Embedding
 from lora.layers.layer import LoRALayer
-from lora.layers.linear import Linear
-from lora.layers.merged_linear import MergedLinear
-from lora.layers.quantized import register_weight
+from lora.layers.linear import Linear, MergedLinear
 from lora.layers.registry import register
+from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
-from lora.models.disabling import disabled
-from lora.models.groups import param_groups
-from lora.models.initialization import initialize
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
-from lora.models.training import lora_state_dict, mark_only_lora_as_trainable
+from lora.models.model import OBSTACLES, UNREADABLE
+from lora.models.start import initialize
+from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
+from lora.parallel.replicas import check_dropout, check_in_step, flattened, wrapped
 from lora.swapping import prepare_for_swap
+
+# What the wings add to the rings' tables.
+LoRALayer.checks += (check_in_step, check_dropout)
+OBSTACLES.append(wrapped)
+UNREADABLE.append(flattened)
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from lora import __version__
-from lora.cli import convert, diff, inspect, merging
-from lora.cli.options import in_options
+from lora.cli import convert, in_options, inspect, merging
 
-_COMMANDS = (inspect, convert, merging, diff)
+_COMMANDS = (inspect, convert, merging)
 _LONGEST = 300  # characters of an error of torch's or Python's
 
 

@@ -70,10 +70,20 @@ def raise_all(what: str, problems: Iterable[str], error: type[ValueError] = Valu
 
 
 def did_you_mean(target: str, names: Iterable[str]) -> str:
-    """A hint at names that are close to one that matched nothing; where none is, some of the names that there are."""
-    last_parts = {name.rsplit(".", 1)[-1] for name in names}
-    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], sorted(last_parts), n=3)
-    return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
+    """A hint for a name that matches nothing: names that are close to it, or else five of those that there are.
+
+    >>> did_you_mean("q_porj", ["layers.0.q_proj", "layers.0.act"])
+    " (did you mean 'q_proj'?)"
+    >>> did_you_mean("wq", ["layers", "layers.0", "layers.0.q_proj"])
+    " (names end in 'layers', 'q_proj', '0')"
+    """
+    ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
+    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], sorted(ends), n=3)
+    if close:
+        return f" (did you mean {', '.join(map(repr, close))}?)"
+    words = [repr(end) for end in sorted(ends, key=str.isdigit)]  # numbers, which say least, come last
+    listed = ", ".join([*words[:5], *(["…"] if words[5:] else [])])
+    return f" (names end in {listed})" if words else ""
 
 
 def join(module: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What all tests share: the hypothesis profile, a fixed seed, one layer of each kind, and an oracle from numpy."""
+"""What all tests share: the hypothesis profile, a fixed seed, layers of every kind, and an oracle from numpy."""
 
 import math
 import os
@@ -18,8 +18,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.load_profile("ci")
 torch.set_num_threads(1)
 
-# One layer of each kind and form: (class, arguments, shape of an input). Embeddings take ids.
-KINDS = {
+# One layer of each class and form: (class, arguments, shape of an input). Embeddings take ids.
+LAYERS = {
     "Linear": (lora.Linear, {"in_features": 6, "out_features": 5}, (2, 3, 6)),
     "Linear transposed": (lora.Linear, {"in_features": 6, "out_features": 5, "fan_in_fan_out": True}, (2, 3, 6)),
     "MergedLinear": (
@@ -32,11 +32,17 @@ KINDS = {
     "Conv2d": (lora.Conv2d, {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2}, (2, 4, 5, 6)),
     "Conv3d": (lora.Conv3d, {"in_channels": 2, "out_channels": 3, "kernel_size": 2}, (2, 2, 3, 4, 3)),
 }
-KINDS |= {
+LAYERS |= {
     f"{name} factored": (cls, {**arguments, "factored": True}, shape)
-    for name, (cls, arguments, shape) in KINDS.items()
+    for name, (cls, arguments, shape) in LAYERS.items()
     if name.startswith("Conv")
 }
+# One of each mechanism: a dense update, one in slices, a table that is looked up, a convolution's update as loralib
+# makes it, and as two convolutions. Other layers are one of these in other dimensions: test_conv.py and test_matrix.py
+# have them all.
+KINDS = ["Linear", "MergedLinear", "Embedding", "Conv2d", "Conv1d factored"]
+# And for what reads or writes weights: one that is stored the other way round, and one whose rank is shared by groups.
+STORED = [*KINDS, "Linear transposed", "Conv2d factored"]
 WITH_DROPOUT = [name for name in KINDS if name != "Embedding"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -70,13 +76,13 @@ def ranks():
 
 def make(kind: str, **arguments) -> lora.LoRALayer:
     """A layer of this kind, its A and B both random, so that the update is not zero."""
-    cls, defaults, _ = KINDS[kind]
+    cls, defaults, _ = LAYERS[kind]
     return randomised(cls(**{"r": 2, "lora_alpha": 3, **defaults, **arguments}))
 
 
 def example(kind: str, dtype: torch.dtype = torch.float32, **options) -> Tensor:
     """An input for a layer of this kind."""
-    _, arguments, shape = KINDS[kind]
+    _, arguments, shape = LAYERS[kind]
     if kind == "Embedding":
         return torch.randint(arguments["num_embeddings"], shape)
     return torch.randn(shape, dtype=dtype, **options)

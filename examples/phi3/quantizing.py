@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lora
-from lora.layers.quantized import is_packed, read_weight
+from lora.layers.weights import is_packed, read_weight
 from phi3.errors import UserError
 from phi3.settings import Settings
 from phi3.starting import LOFTQ

@@ -13,8 +13,7 @@ from lora.adapters import fingerprint
 from lora.adapters.bare import bare_layer
 from lora.adapters.rest import rest_problems
 from lora.errors import is_number, join
-from lora.layers.layer import LoRALayer
-from lora.layers.settings import settings_problems
+from lora.layers.layer import LoRALayer, settings_problems
 
 PARAMETERS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"

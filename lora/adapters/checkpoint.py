@@ -17,21 +17,29 @@ from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target, tied, trained_in_full
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.partitioned import partitioned_problems
-from lora.models import places
-from lora.models.injection import adapt, all_or_nothing
+from lora.models.injection import adapt
 from lora.models.learnt import difference
-from lora.models.matching import Names, lora_layers, names_of, unwrapped, without_wrappers
-from lora.models.pretrained import name_of, resized_embeddings
+from lora.models.model import (
+    Names,
+    lora_layers,
+    name_of,
+    names_of,
+    obstacles,
+    remember_layers,
+    remember_values,
+    resized_embeddings,
+    undo_on_error,
+    unreadable,
+    unwrapped,
+    without_wrappers,
+)
 from lora.models.start import pretrained_weight
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
-from lora.parallel import sharded
-from lora.parallel.replicas import flattened_problem, is_flattened, wrapped
-from lora.parallel.sharded import in_normal_mode
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "lora") -> None:
     """Save what LoRA trained in a model: one safetensors file, with ranks, scaling and splits inside.
 
@@ -68,8 +76,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
-    mesh = sharded.mesh_of(model)
-    adapter = _adapter_of(model, keep=sharded.is_first(mesh))
+    ranks = weights.ranks_of(model)
+    adapter = _adapter_of(model, keep=ranks.is_first)
 
     def write() -> None:
         names = names_of(model)
@@ -77,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
         known = [without_wrappers(name) for group in names.values() for name in group]
         write_adapter(adapter, path, format, module_names=known)
 
-    sharded.from_first(mesh, write)
+    ranks.on_first(write)
 
 
 def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
@@ -88,7 +96,7 @@ def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
     yield from tied(names, {*adapter.trained_in_full} - {*adapter.kept})
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def load_adapter(
     model: nn.Module,
     source: str | os.PathLike[str] | Adapter,
@@ -139,22 +147,22 @@ def load_adapter(
     >>> base[0].r
     2
     """
-    wrappers, model = [*wrapped(names_of(model))], unwrapped(model)
+    wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
-    mesh = sharded.mesh_of(model)
-    adapter, what = sharded.from_first(mesh, lambda: _sound(source, lora_alpha, to_send=mesh is not None))
+    ranks = weights.ranks_of(model)
+    adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
     raise_all(f"{what} is not loaded", _in_parts(names_of(model)), AdapterError)
     fit = Fit(model, adapter, check_base)
-    problems = sharded.from_all(mesh, fit.problems + (wrappers if fit.plans else []))
+    problems = ranks.from_all(fit.problems + (wrappers if fit.plans else []))
     raise_all(f"{what} is not loaded", problems, AdapterError)
-    with all_or_nothing(model):
-        places.remember(fit.names, adapt(fit.plans))
+    with undo_on_error(model.modules()):
+        remember_layers(fit.names, adapt(fit.plans))
         if fit.plans:
             for name in fit.adapter.modules_to_save:
                 train_in_full(fit.modules[name])
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
-        places.remember_values(fit.names)
+        remember_values(fit.names)
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -172,7 +180,7 @@ def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, t
     return source, what
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a model, without the model; it shares the model's tensors, but for layers with room for others.
 
@@ -252,13 +260,13 @@ def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -
 
 def _in_parts(names: Names) -> Iterator[str]:
     """A complaint for each wrapper or tensor that has the model's parameters in another form than the model."""
-    yield from (flattened_problem(known[0]) for module, known in names.items() if is_flattened(module))
+    yield from unreadable(names)
     for layer, known in names.items():
         if isinstance(layer, LoRALayer):
-            yield from partitioned_problems(
+            yield from weights.split_up_problems(
                 (join(without_wrappers(known[0]), own), parameter) for own, parameter in layer.lora_parameters()
             )
-    yield from partitioned_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
+    yield from weights.split_up_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
 
 
 def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -267,7 +275,7 @@ def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     about = {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
-        about, *pair = difference(sharded.with_whole(layer, *PARAMETERS), about)
+        about, *pair = difference(weights.ranks_of(layer).with_whole(layer, *PARAMETERS), about)
     else:
         about["r"], about["lora_alpha"], *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
     return about, tensors | dict(zip(PARAMETERS, pair, strict=True))
@@ -281,8 +289,8 @@ def _whole(module: nn.Module, own: str) -> Tensor:
     tensor: Tensor = getattr(module, own)
     if own == "weight" and isinstance(module, LoRALayer) and module.lora_start is not None:
         tensor = pretrained_weight(module)
-    whole = sharded.gathered(module, own, tensor)
-    return whole.cpu() if sharded.is_sharded(tensor) else whole
+    whole = weights.of(module, own, tensor).whole()
+    return whole.cpu() if weights.is_sharded(tensor) else whole
 
 
 def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[Target]) -> None:
@@ -316,7 +324,7 @@ def _write_all(targets: list[Target]) -> None:
     before = [tensor.clone() for tensor in tensors]
     try:
         for tensor, (module, own, value) in zip(tensors, targets, strict=True):
-            sharded.write(module, own, tensor, value)
+            weights.of(module, own, tensor).write(value)
     except BaseException:
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)

@@ -11,16 +11,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import is_count, is_number
-from lora.functional.tensors import is_plain
-from lora.layers import partitioned
+from lora.functional.fused import is_plain
+from lora.layers import weights
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.linear import Conv1DLoRA, LinearLoRA
-from lora.layers.merged_linear import MergedConv1DLoRA, MergedLinearLoRA
+from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
 from lora.models.start import pretrained_weight
-from lora.parallel import sharded
 
 # How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
 _SAMPLE, _TOLERANCE = 16, 0.01
@@ -124,7 +122,7 @@ def _sample(module: nn.Module) -> list[float] | None:
 
 def _has_values(weight: Any) -> bool:
     """Whether a weight, or each rank's part of it, is a plain tensor."""
-    return is_plain(weight.to_local() if sharded.is_sharded(weight) else weight)
+    return is_plain(weights.of(None, "weight", weight).part())
 
 
 def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> float | None:
@@ -138,9 +136,8 @@ def sample_difference(theirs: list[float] | None, ours: list[float] | None) -> f
 
 
 def _shape(layer: Any) -> list[int] | None:
-    if partitioned.is_partitioned(layer.weight):
-        return list(layer.weight.ds_shape)
-    return list(layer.weight.shape) if _has_values(layer.weight) or layer.weight.is_meta else None
+    known = weights.is_split_up(layer.weight) or _has_values(layer.weight) or layer.weight.is_meta
+    return weights.whole_shape(layer.weight) if known else None
 
 
 def sample_of(weight: Tensor) -> list[float] | None:
@@ -157,9 +154,5 @@ def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) ->
     if last < 0:
         return None
     places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
-    if module is not None and sharded.is_sharded(tensor):
-        values = sharded.values_at(module, own, tensor, places)
-    else:  # by indices: a transposed tensor is not copied
-        values = tensor.detach()[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.detach()[None]
-    sample: list[float] = values.double().tolist()
+    sample: list[float] = weights.of(module, own, tensor).values_at(places).double().tolist()
     return sample if all(map(math.isfinite, sample)) else None

@@ -17,10 +17,10 @@ from lora.adapters.single import Form, as_in
 from lora.errors import join
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import kind_for
 from lora.models.learnt import without_start
-from lora.models.matching import without_wrappers
+from lora.models.model import without_wrappers
 
 # What wrappers put in front of every name.
 _PREFIXES = ("base_model.model.", "module.", "_orig_mod.")

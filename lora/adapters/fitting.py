@@ -16,14 +16,14 @@ from lora.adapters.fitted import fitted, renamed
 from lora.adapters.rest import differences, own_tensors
 from lora.adapters.single import NO_ROOM
 from lora.errors import join
-from lora.functional.tensors import Spans, is_writable
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import adapted_class, kind_for
-from lora.models.injection import Plan
-from lora.models.matching import Names, names_of, why_not, without_wrappers
+from lora.layers.weights import is_writable
+from lora.models.injection import Plan, refusal
+from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
-from lora.parallel import sharded
 
 # The settings that give tensors their meaning, beside r: they must agree between a file and a model.
 _FORM = ("splits", "enable_lora", "factored")
@@ -146,7 +146,7 @@ class Fit:
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")
 
     def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
-        reason = why_not(model, self.names[module], module)
+        reason = refusal(model, self.names[module], module)
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)
@@ -211,7 +211,7 @@ class Fit:
         """Take from the file only the rows that the model does not have: resizing has added them."""
         start = module.lora_start if isinstance(module, LoRALayer) else None
         ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
-        ours = sharded.gathered(module, "weight", ours).detach()
+        ours = weights.of(module, "weight", ours).whole().detach()
         theirs = self.adapter.tensors[name].to(ours.device)
         same, near = _common_rows(ours, theirs)
         self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))
@@ -230,18 +230,15 @@ class Fit:
 
     def _find_ties(self) -> None:
         """Complain of tied tensors in the model for which the file has several values, or one of several."""
-        adapter, owners, shapes = self.adapter, Spans[str](), dict[str, torch.Size]()
-        for known, _, _, tensor in own_tensors(self.names):
-            for name in known:  # of a module that stands in several places, too
-                owners.add(tensor, name)
-                shapes[name] = tensor.shape
+        adapter, memory = self.adapter, Memory(own_tensors(self.names))
         targets = {name: self._target(name)[2] for name in adapter.trained_in_full}
         wanted = {name: tensor for name, tensor in targets.items() if tensor is not None}
         seen: set[str] = set()
         for name, tensor in wanted.items():
             if name in seen:
                 continue
-            group = [n for n in owners.sharing(tensor) if shapes[n] == tensor.shape]  # not a part of another
+            whole = [one for one in memory.sharing(tensor) if one.tensor.shape == tensor.shape]  # no part of another
+            group = [n for one in whole for n in one.names]
             ours, apart = [n for n in group if n in wanted], [n for n in group if n in adapter.rest]
             seen.update(ours)
             values = [adapter.tensors[n] for n in ours]
@@ -296,13 +293,9 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
 
 def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
     """A complaint for each of these parameters that the model has elsewhere, too: PEFT would train a copy of it."""
-    owners: dict[int, list[str]] = {}
-    for module, known in names.items():
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append(join(without_wrappers(known[0]), own))
     wanted = set(keys)
-    for group in owners.values():
+    for owners in by_tensor(owned_tensors(names)):
+        group = [without_wrappers(one.names[0]) for one in owners]
         ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
         if ours and others:
             yield f"{', '.join(ours)}: is one tensor with {', '.join(others)} in the model, and a copy of it in PEFT."

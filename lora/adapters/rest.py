@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from lora.adapters.fingerprint import values_of
 from lora.errors import is_count, is_number, join
-from lora.functional.tensors import is_storage
-from lora.layers import partitioned
+from lora.functional.fused import is_storage
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models.matching import Names, without_wrappers
+from lora.models.model import Names, Owned, owned_tensors, without_wrappers
 from lora.models.training import originals
-from lora.parallel import sharded
 
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
@@ -30,23 +29,12 @@ _NOT_THERE = "there was no such tensor in the model that the adapter was trained
 _NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Own(NamedTuple):
-    """One of a module's own parameters or buffers, under each of that module's names."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-    own: str
-    tensor: Tensor
-
-
-def own_tensors(names: Names) -> Iterator[Own]:
+def own_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and persistent buffer that belongs to no adapter; a tied one once for each module that has it."""
-    for module, known in names.items():
+    for known, module, own, tensor in owned_tensors(names):
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        unsaved = {*adapter, *module._non_persistent_buffers_set}
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and own not in unsaved and not nn.parameter.is_lazy(tensor):
-                yield Own(tuple(join(without_wrappers(name), own) for name in known), module, own, tensor)
+        if own not in {*adapter, *module._non_persistent_buffers_set} and not nn.parameter.is_lazy(tensor):
+            yield Owned(tuple(map(without_wrappers, known)), module, own, tensor)
 
 
 def describe(names: Names, held: Container[int], adapted: Container[str]) -> dict[str, dict[str, Any]]:
@@ -69,10 +57,9 @@ def describe(names: Names, held: Container[int], adapted: Container[str]) -> dic
 
 def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = "") -> dict[str, Any]:
     """Shape and sample of one tensor; of one that is sharded, or of which rows have moved, its module says more."""
-    if partitioned.is_partitioned(tensor):
-        whole: Any = tensor
-        return {"shape": list(whole.ds_shape), "sample": None}
-    part: Tensor = tensor.to_local() if sharded.is_sharded(tensor) else tensor
+    if weights.is_split_up(tensor):
+        return {"shape": weights.whole_shape(tensor), "sample": None}
+    part = weights.of(module, own, tensor).part()
     if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
         return {"shape": None, "sample": None}
     # What is only stored in its dtype, float8 say, no two tools round alike.

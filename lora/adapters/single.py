@@ -15,7 +15,7 @@ from lora.adapters.bare import bare_layer
 from lora.errors import AdapterError, is_number, join, raise_all
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.linear import MergedLinearLoRA
 
 NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 Form = tuple[dict[str, Any], Tensor, Tensor]

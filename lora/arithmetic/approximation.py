@@ -31,10 +31,9 @@ from lora.models.blocks import (
     spectrum,
     tensors_of,
 )
-from lora.models.config import LoraConfig
-from lora.models.injection import adapter_dtype
-from lora.models.matching import Names, find_targets, names_of, why_not, without_wrappers
-from lora.models.pretrained import name_of
+from lora.models.config import LoraConfig, find_targets
+from lora.models.injection import adapter_dtype, refusal
+from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of, owned_tensors, without_wrappers
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
 _FORMS = ("linear", "embedding", "conv")
@@ -221,10 +220,11 @@ class _Changes:
 
     def __init__(self, base: nn.Module, finetuned: nn.Module, names: Names) -> None:
         self.ours, self.theirs = _tensors(base), _tensors(finetuned)
-        self.known_as: dict[int, list[str]] = {}  # a tensor that has several names is one entry here
-        for module, known in names.items():
-            for own, tensor in _own_tensors(module).items():
-                self.known_as.setdefault(id(tensor), []).extend(join(without_wrappers(name), own) for name in known)
+        # A tensor that has several names is one entry here.
+        self.known_as = {
+            id(group[0].tensor): [without_wrappers(name) for one in group for name in one.names]
+            for group in by_tensor(filter(is_persistent, owned_tensors(names)))
+        }
         self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
 
     def names_of_tensor(self, name: str) -> list[str]:
@@ -255,12 +255,11 @@ def _layers(
     config = LoraConfig(
         target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
     )
-    targets, unmatched = find_targets(base, names, config)
-    problems.add(*unmatched)
+    targets = find_targets(base, names, config, problems)
     layers: dict[str, LoRALayer] = {}
     for module in targets:
         name = without_wrappers(names[module][0])
-        reason = why_not(base, names[module], module)
+        reason = refusal(base, names[module], module)
         layer = None if reason else _lora_twin(module)
         if layer is not None:
             layers[name] = layer
@@ -277,7 +276,7 @@ def _layers(
 def _lora_twin(module: nn.Module) -> LoRALayer | None:
     """The module as a LoRA layer, its tensors shared and it itself untouched; None if its kind says too little."""
     kind = kind_for(type(module))
-    assert kind is not None, "why_not() has looked"
+    assert kind is not None, "refusal() has looked"
     twin: Any = copy.copy(module)
     twin.__dict__["_parameters"] = {
         own: None if parameter is None else nn.Parameter(parameter.detach(), False)
@@ -311,16 +310,8 @@ def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under all their names."""
-    return {
-        join(without_wrappers(name), own): tensor
-        for name, module in model.named_modules(remove_duplicate=False)
-        for own, tensor in _own_tensors(module).items()
-    }
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    own = {**module._parameters, **module._buffers}
-    return {name: t for name, t in own.items() if t is not None and name not in module._non_persistent_buffers_set}
+    owned = filter(is_persistent, owned_tensors(names_of(model)))
+    return {without_wrappers(name): one.tensor for one in owned for name in one.names}
 
 
 def _has_values(tensor: Tensor) -> bool:

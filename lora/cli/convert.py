@@ -4,78 +4,42 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path
-from lora.arithmetic.algebra import combine
-from lora.arithmetic.approximation import resize
-from lora.cli.options import (
-    Subparsers,
-    add_check_base,
-    add_command,
-    add_format,
-    add_overwrite,
-    number,
-    output,
-    path_argument,
-    read,
-    write,
-)
-from lora.cli.progress import progress
+from lora.arithmetic import combine, resize
+from lora.arithmetic.algebra import METHODS
+from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, write
 from lora.errors import table
-
-METHODS = ("cat", "svd", "linear", "ties", "dare")
 
 
 def add(commands: Subparsers) -> None:
     """Enter the commands that write adapters."""
-    _add_convert(commands)
-    _add_combine(commands)
-    _add_resize(commands)
+    about, example = "write an adapter in another format", "convert adapter.safetensors folder --format peft"
+    parser = add_command(commands, run_convert, "convert", about, example, "--overwrite")
+    add_adapter(parser, "file", "IN")
+    add_output(parser, required=True)
 
-
-def _add_convert(commands: Subparsers) -> None:
-    about = "write an adapter in another format"
-    parser = add_command(commands, run_convert, "convert", about, "convert adapter.safetensors folder --format peft")
-    parser.add_argument("file", type=path_argument, metavar="IN", help="an adapter in any format")
-    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
-    add_format(parser, required=True)
-    add_overwrite(parser)
-
-
-def _add_combine(commands: Subparsers) -> None:
     about = "add up adapters, each with a weight"
     example = "combine both.safetensors one.safetensors=0.7 two.safetensors=0.3 --method svd --r 16"
-    parser = add_command(commands, run_combine, "combine", about, example)
-    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter and its weight, or 1")
-    parser.add_argument(
-        "--method", choices=METHODS, default="cat", help="docs at lora.arithmetic.algebra.combine (default: cat)"
-    )
+    parser = add_command(commands, run_combine, "combine", about, example, "--no-check-base", "--overwrite")
+    add_output(parser, default="lora")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="an adapter, and its weight if not 1")
+    about = "how to add up, as help(lora.combine) explains (default: cat)"
+    parser.add_argument("--method", choices=[*METHODS], default="cat", help=about)
     parser.add_argument("--r", type=int, metavar="R", help="rank of the result, for svd, ties and dare")
-    parser.add_argument(
-        "--density", type=number, default=0.5, metavar="D", help="share that ties and dare keep (default: 0.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of dare (default: 0)")
-    add_check_base(parser)
-    add_format(parser, default="lora")
-    add_overwrite(parser)
+    about = "share of values that ties and dare keep (default: 0.5)"
+    parser.add_argument("--density", type=number, default=0.5, metavar="D", help=about)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of dare (default: 0)")
 
-
-def _add_resize(commands: Subparsers) -> None:
-    about = "bring an adapter to another rank, at the best approximation of it"
-    parser = add_command(commands, run_resize, "resize", about, "resize adapter.safetensors small.safetensors --r 8")
-    parser.add_argument("file", type=path_argument, metavar="IN", help="an adapter in any format")
-    parser.add_argument("out", metavar="OUT", help="a file or a folder for lora, a folder for the others")
+    about, example = "write an adapter at another rank", "resize adapter.safetensors small.safetensors --r 8"
+    parser = add_command(commands, run_resize, "resize", about, example, "--overwrite")
+    add_adapter(parser, "file", "IN")
+    add_output(parser, default="lora")
     rank = parser.add_mutually_exclusive_group(required=True)
     rank.add_argument("--r", type=int, metavar="R", help="the rank of every module")
-    rank.add_argument(
-        "--energy", type=number, metavar="E", help="the smallest rank that keeps this share of the squared norm"
-    )
-    add_format(parser, default="lora")
-    add_overwrite(parser)
+    about = "the smallest rank of each module that keeps this share of its squared norm"
+    rank.add_argument("--energy", type=number, metavar="E", help=about)
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
@@ -101,14 +65,13 @@ def run_resize(arguments: argparse.Namespace) -> int:
     before = read(arguments.file)
     after, kept = resize(before, arguments.r, energy=arguments.energy)
     written = write(after, out, arguments.format)
-    print(table(("module", "r", "new r", "energy kept"), _rows(before, after, kept)))
+    rows = [
+        (name, before.modules[name]["r"], after.modules[name]["r"], f"{100 * share:.2f} %")
+        for name, share in kept.items()
+    ]
+    print(table(("module", "r", "new r", "energy kept"), rows))
     print(written)
     return 0
-
-
-def _rows(before: Adapter, after: Adapter, kept: dict[str, float]) -> Sequence[Sequence[object]]:
-    ranks = [{name: settings["r"] for name, settings in adapter.modules.items()} for adapter in (before, after)]
-    return [(name, ranks[0][name], ranks[1][name], f"{100 * share:.2f} %") for name, share in kept.items()]
 
 
 def _weighted(text: str) -> tuple[Path, float]:

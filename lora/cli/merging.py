@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,120 +15,100 @@ from torch import Tensor
 from lora.adapters import fingerprint
 from lora.adapters.adapter import Adapter
 from lora.adapters.bare import bare_layer
-from lora.adapters.files import kind, open_file, writing
+from lora.adapters.files import open_file
 from lora.adapters.rest import describe_tensor, difference
-from lora.cli.base import Base, keys_for, open_base, other_files
-from lora.cli.options import (
-    Subparsers,
-    add_check_base,
-    add_command,
-    add_json,
-    add_overwrite,
-    check_output,
-    path_argument,
-    print_json,
-    read,
+from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
+from lora.cli.folder import (
+    ModelFolder,
+    check_replaced,
+    keys_for,
+    open_folder,
+    other_files,
+    rewrite,
+    tied_problems,
+    whole_folder,
 )
-from lora.cli.shards import mapped, rewrite
-from lora.cli.tied import tied_problems
-from lora.errors import AdapterError, join, raise_all
+from lora.errors import AdapterError, Problems, join
 from lora.layers.layer import LoRALayer
-from lora.models.merging import rounding_lost
-from lora.models.report import MergedModule, MergeReport
+from lora.models.merging import MergedModule, MergeReport, rounding_lost
 
-_MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHOWN = 5  # names of files in an error
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that can be merged into
 
 
 def add(commands: Subparsers) -> None:
     """Enter the command."""
-    about = "write an adapter into a model's safetensors files, with a few tensors in memory at a time"
-    parser = add_command(commands, run, "merge", about, "merge Phi-3-mini-4k-instruct adapter.safetensors merged")
-    parser.add_argument(
-        "base", type=path_argument, metavar="BASE", help="a folder with model.safetensors, or with shards"
-    )
-    parser.add_argument("adapter", type=path_argument, metavar="ADAPTER", help="an adapter in any format")
+    about = "merge an adapter into a model's safetensors files, with few tensors in memory at a time"
+    example = "merge Phi-3-mini-4k-instruct adapter.safetensors merged"
+    parser = add_command(commands, run, "merge", about, example, "--no-check-base", "--json", "--overwrite")
+    about = "a folder with model.safetensors, or with shards and an index"
+    parser.add_argument("base", type=path_argument, metavar="BASE", help=about)
+    add_adapter(parser, "adapter", "ADAPTER")
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write")
-    add_check_base(parser)
-    add_json(parser)
-    add_overwrite(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write a model folder with the adapter merged."""
-    base, out = open_base(arguments.base), arguments.out
+    model, out = open_folder(arguments.base), arguments.out
     check_output(out, arguments.overwrite, [arguments.base, arguments.adapter], "folder")
     if Path(os.path.realpath(arguments.base)) in Path(os.path.realpath(out)).parents:
         raise ValueError(f"{out} must not be in {arguments.base}.")
-    _check_replaced(out)
-    adapter = read(arguments.adapter)
-    merging = Merging(base, adapter, arguments.check_base)
-    copied, left_out = other_files(base)
+    check_replaced(out)
+    merge = FolderMerge(model, read(arguments.adapter), arguments.check_base)
+    copied, left_out = other_files(model)
     for path in copied:  # before anything is written
-        open_file(base.folder / path).close()
+        open_file(model.path / path).close()
     with whole_folder(out) as folder:
-        merging.write(folder)
+        merge.write(folder)
         for path in copied:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.folder / path, folder / path)
-    report = merging.report()
-    if arguments.json:
-        modules = [vars(module) for module in report.modules]
-        files = {"copied": [path.as_posix() for path in copied], "left_out": [path.as_posix() for path in left_out]}
-        print_json({"modules": modules, "lost": report.lost, "replaced": [*merging.full], **files})
-        return 0
-    print(report)
-    for key in merging.full:
-        print(f"replaced: {key}, which the adapter holds in full")
-    for path in left_out:
-        print(f"not copied: {path}, which holds other weights than the merged ones")
-    print(f"{out}: {len(base.shards)} safetensors and {len(copied)} other files")
+            shutil.copyfile(model.path / path, folder / path)
+    report = merge.report()
+    found = {
+        "modules": [vars(module) for module in report.modules],
+        "lost": report.lost,
+        "replaced": [*merge.full],
+        "copied": [path.as_posix() for path in copied],
+        "left_out": [path.as_posix() for path in left_out],
+    }
+    lines = [str(report)]
+    lines += [f"replaced: {key}, which the adapter holds in full" for key in merge.full]
+    lines += [f"not copied: {path}, which holds other weights than the merged ones" for path in left_out]
+    lines.append(f"{out}: {len(model.shards)} safetensors and {len(copied)} other files")
+    show(found, "\n".join(lines), arguments.json)
     return 0
 
 
-def _check_replaced(out: Path) -> None:
-    """FileExistsError if the folder at `out` is neither a model's nor empty."""
-    with writing(out):
-        found = sorted(path.name for path in out.iterdir()) if kind(out) else []
-    if found and "config.json" not in found and not any(name.endswith(".safetensors") for name in found):
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise FileExistsError(
-            f"{out} is not replaced: it is no model's folder, having neither config.json nor a safetensors file. "
-            f"It holds {', '.join(found[:_SHOWN])}{more}."
-        )
+class FolderMerge:
+    """The merge of an adapter into a model's files; AdapterError that lists everything that does not fit."""
 
-
-class Merging:
-    """An adapter that fits a base model; AdapterError that lists everything that does not."""
-
-    def __init__(self, base: Base, adapter: Adapter, check_base: bool) -> None:
-        self.base, self.adapter = base, adapter
-        self.layers: dict[str, tuple[str, LoRALayer]] = {}  # by the base's key: a module's name and its layer
+    def __init__(self, model: ModelFolder, adapter: Adapter, check_base: bool) -> None:
+        self.model, self.adapter = model, adapter
+        self.layers: dict[str, tuple[str, LoRALayer]] = {}  # by the model's key: a module's name and its layer
         self._lost: dict[str, MergedModule] = {}
         weights = {join(name, "weight"): name for name in adapter.modules}
-        keys, problems = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), base, adapter.rest)
-        self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
-        for weight, name in weights.items():
-            if weight in keys:
-                try:
-                    self.layers[keys[weight]] = name, self._layer(name, keys[weight], check_base)
-                except ValueError as error:
-                    problems.append(f"{name}: {error}")
-        problems += (problem for key in self.full for problem in self._full_problems(key))
-        if check_base and not problems:
-            problems += self._rest_problems(keys)
-        adapted = [(keys.get(weight) or weight).rpartition(".")[0] for weight in weights]
-        problems += tied_problems(base, adapted, self.full)
-        raise_all(f"{base.folder} and the adapter are not merged", problems, AdapterError)
+        with Problems("merge: nothing was written", AdapterError) as problems:
+            keys, missing = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), model, adapter.rest)
+            problems.add(*missing)
+            self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
+            for weight, name in weights.items():
+                if weight in keys:
+                    with problems.at(name):
+                        self.layers[keys[weight]] = name, self._layer(name, keys[weight], check_base)
+            problems.add(*(problem for key in self.full for problem in self._full_problems(key)))
+            if check_base and not problems:
+                problems.add(*self._rest_problems(keys))
+            adapted = [(keys.get(weight) or weight).rpartition(".")[0] for weight in weights]
+            problems.add(*tied_problems(model, adapted, self.full))
 
     def _layer(self, name: str, key: str, check_base: bool) -> LoRALayer:
-        entry = self.base.entry(key)
-        if entry.dtype not in _MERGED:
+        """The module's LoRA layer, without a base weight; ValueError if the one in the files is none for it."""
+        entry, base = self.model.entry(key), self.adapter.modules[name]["base"]
+        if entry.dtype not in _DTYPES:
             raise ValueError(
-                f"its base weight is {entry.dtype}, which is quantised or no floating-point number: "
-                "merge into the weights that it was made of."
+                f"its base weight is {entry.dtype}, which is quantised or not floating-point: "
+                "merge into the weights that it was made from."
             )
-        beyond = self.adapter.modules[name]["base"].get("beyond_weight")
+        beyond = base.get("beyond_weight")
         if beyond:
             raise ValueError(f"weights cannot say that {beyond}; use `lora.merge` on the model.")
         layer = self._bare(name, entry.shape)
@@ -138,8 +116,8 @@ class Merging:
             raise ValueError(f"its base weight must have the shape {tuple(layer.weight.shape)}, got {entry.shape}.")
         if check_base and key not in self.full:
             probe = nn.Module()  # of its own, so that what is mapped does not stay so
-            probe.weight = nn.Parameter(mapped(self.base.folder / self.base.files[key], entry), False)
-            fingerprint.check(self.adapter.modules[name]["base"], probe)
+            probe.weight = nn.Parameter(self.model.tensor(key), False)
+            fingerprint.check(base, probe)
         return layer
 
     def _bare(self, name: str, shape: tuple[int, ...]) -> LoRALayer:
@@ -163,34 +141,31 @@ class Merging:
         return fitting[0]
 
     def _full_problems(self, key: str) -> Iterator[str]:
-        theirs, ours = self.full[key], self.base.entry(key)
+        theirs, ours = self.full[key], self.model.entry(key)
         if theirs.shape != ours.shape:
             yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}." + (
                 " Its rows were resized where the adapter was trained: merge into the resized model."
                 if any(key.endswith(name) for name in self.adapter.kept)
                 else ""
             )
-        if theirs.dtype != ours.dtype and not (theirs.dtype in _MERGED and ours.dtype in _MERGED):
+        if theirs.dtype != ours.dtype and not (theirs.dtype in _DTYPES and ours.dtype in _DTYPES):
             yield f"{key} must be of dtype {ours.dtype}, got {theirs.dtype}."
 
     def _rest_problems(self, keys: Mapping[str, str]) -> Iterator[str]:
-        """Where the base differs from the one that the adapter was trained in, beside the weights that are adapted.
+        """Where the model differs from the one that the adapter was trained in, beside the weights that are adapted.
 
-        Tied weights stand once in a base's files, so that a name may be missing there.
+        Tied weights stand once in a model's files, so that a name may be missing there.
         """
         for name, about in self.adapter.rest.items():
-            if name in keys:
-                entry = self.base.entry(keys[name])
-                tensor = mapped(self.base.folder / self.base.files[keys[name]], entry)
-                how = difference(about, describe_tensor(tensor))
-                if how:
-                    yield f"{keys[name]}: {how}; `check_base=False` merges it all the same."
+            how = difference(about, describe_tensor(self.model.tensor(keys[name]))) if name in keys else None
+            if how:
+                yield f"{keys[name]}: {how}; `check_base=False` merges it all the same."
 
     def write(self, folder: Path) -> None:
-        """Write the base's files with the adapter merged; ValueError if a merged weight would not be finite."""
-        for file, entries in self.base.shards.items():
-            names = {key for key in (*self.layers, *self.full) if self.base.files[key] == file}
-            rewrite(self.base.folder / file, folder / file, entries, self._change, names)
+        """Write the model's files with the adapter merged; ValueError if a merged weight would not be finite."""
+        for file in self.model.shards:
+            names = {key for key in (*self.layers, *self.full) if self.model.files[key] == file}
+            rewrite(self.model, file, folder / file, self._change, names)
 
     @torch.no_grad()
     def _change(self, key: str, tensor: Tensor) -> None:
@@ -203,36 +178,10 @@ class Merging:
         lost = rounding_lost(layer)
         layer.merge_into(layer.weight)
         layer.weight = without_values  # the layer stays, the tensor's memory is the next one's
-        self._lost[name] = MergedModule(name, str(tensor.dtype).removeprefix("torch."), lost)
+        self._lost[name] = MergedModule(name, dtype_word(tensor.dtype), lost)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: the merged weight would not be finite in {tensor.dtype}.")
 
     def report(self) -> MergeReport:
         """What rounding lost, in the adapter's order."""
         return MergeReport(tuple(self._lost[name] for name in self.adapter.modules))
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
-    real = Path(os.path.realpath(out))
-    beside, old = (real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
-    with writing(out):
-        beside.mkdir()
-        try:
-            yield beside
-            if not real.exists():
-                os.replace(beside, real)
-                return
-            os.replace(real, old)
-            try:
-                os.replace(beside, real)
-            except BaseException:
-                os.replace(old, real)
-                raise
-            try:
-                shutil.rmtree(old)
-            except OSError as error:
-                raise OSError(f"{out} is written; what it held is in {old}, not removed: {error.strerror}.") from None
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)

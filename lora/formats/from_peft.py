@@ -20,7 +20,7 @@ from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.torch_files import read_torch
-from lora.layers.settings import settings_problems
+from lora.layers.layer import settings_problems
 from lora.models.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]

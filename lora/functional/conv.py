@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.how import How, choose
-from lora.functional.noise import Noise
-from lora.functional.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
+from lora.functional.fused import Fused, FusedFunction, Noise, cast, choose, drop
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -63,12 +62,10 @@ def lora_conv(
     >>> lora.functional.lora_conv(x, W, None, A, B, 0.5, lora.functional.Geometry((1,), (0,), (1,))).shape
     torch.Size([1, 4, 3])
     """
-    how = choose(x, weight, bias, A, B, scaling, dropout)
-    if how is None:
+    fused = choose(x, weight, bias, A, B, scaling, dropout)
+    if fused is None:
         return plain_lora_conv(x, weight, bias, A, B, scaling, geometry, dropout)
-    with without_autocast(x.device):
-        y: Tensor = _LoRAConv.apply(x, weight, bias, A, B, how, geometry)  # type: ignore[no-untyped-call]
-    return y
+    return _LoRAConv.run(x, weight, bias, A, B, fused, geometry)
 
 
 def plain_lora_conv(
@@ -81,21 +78,14 @@ def plain_lora_conv(
     geometry: Geometry,
     dropout: float | Tensor = 0.0,
 ) -> Tensor:
-    """What `lora_conv` computes, as the equation reads, in operations that autograd knows.
-
-    Args:
-        dropout: the probability, or what to multiply x by in the place of dropping at random.
-
-    The other arguments and the result are `lora_conv`'s.
-    """
+    """The equation of `lora_conv` in operations that autograd knows; `dropout` may be what to multiply x by."""
     convolve = CONVOLUTIONS[weight.dim() - 2]
     y: Tensor = convolve(x, weight, bias, *geometry)  # (N, out_channels, *out_size)
-    dropped = x * dropout if isinstance(dropout, Tensor) else F.dropout(x, dropout) if dropout else x
-    h = convolve(dropped, A.to(x.dtype), None, *geometry)  # (N, r, *out_size)
+    h = convolve(drop(x, dropout), A.to(x.dtype), None, *geometry)  # (N, r, *out_size)
     return y + (convolve(h, B.to(x.dtype)) * scaling).to(y.dtype)
 
 
-class _LoRAConv(torch.autograd.Function):
+class _LoRAConv(FusedFunction):
     """`plain_lora_conv`, fused. With L output places and h (N, r, L), B (out_channels, r):
 
     h = c · A ∗ (D ⊙ x)        y  = W ∗ x + b,   y += B h
@@ -103,43 +93,46 @@ class _LoRAConv(torch.autograd.Function):
     dB = Σ dy hᵀ               dA = dh ∗ (D ⊙ x)
     """
 
+    inputs = 5
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, geometry: Geometry
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused, geometry: Geometry
     ) -> Tensor:
-        x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (x, weight, A, B))
+        x_, weight_, A_, B_ = (cast(t, fused.dtype) for t in (x, weight, A, B))
         convolve = CONVOLUTIONS[weight.dim() - 2]
-        y: Tensor = convolve(x_, weight_, None if bias is None else cast(bias, how.dtype), *geometry)
-        h = convolve(_dropped(x_, how.noise), A_, None, *geometry).flatten(2).mul_(how.c)  # (N, r, L)
+        y: Tensor = convolve(x_, weight_, cast(bias, fused.dtype), *geometry)
+        h = convolve(_dropped(x_, fused.noise), A_, None, *geometry).flatten(2).mul_(fused.c)  # (N, r, L)
         y.flatten(2).baddbmm_(B_.flatten(1).expand(len(y), -1, -1), h)
-        ctx.how, ctx.geometry = how, geometry
+        ctx.fused, ctx.geometry = fused, geometry
         ctx.save_for_backward(x, weight, bias, A, B, h if ctx.needs_input_grad[4] else None)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(dy.device):
-            return _plain_backward(ctx, dy) if needs_plain_backward(dy) else _backward(ctx, dy)
+    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        x, weight, _, A, B, h = ctx.saved_tensors
+        fused, geometry, (needs_x, _, needs_bias, needs_A, needs_B, *_) = ctx.fused, ctx.geometry, ctx.needs_input_grad
+        x_ = cast(x, fused.dtype)
+        dx = dA = dB = dbias = None
+        rows = dy.flatten(2)  # (N, out_channels, L)
+        if needs_x or needs_bias:
+            dx, _, dbias = _gradients(dy, x_, cast(weight, fused.dtype), geometry, (needs_x, False, needs_bias))
+        if needs_B:
+            dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
+        if needs_x or needs_A:
+            dh = torch.matmul(cast(B, fused.dtype).flatten(1).T, rows).mul_(fused.c)  # (N, r, L)
+            dh = dh.view(len(dy), len(A), *dy.shape[2:])
+            needs = (needs_x, needs_A, False)
+            update, dA, _ = _gradients(dh, _dropped(x_, fused.noise), cast(A, fused.dtype), geometry, needs)
+            if dx is not None and update is not None:
+                dx += _dropped(update, fused.noise)
+        return dx, None, dbias, dA, dB
 
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, _, A, B, h = ctx.saved_tensors
-    how, geometry, (needs_x, _, needs_bias, needs_A, needs_B, *_) = ctx.how, ctx.geometry, ctx.needs_input_grad
-    x_ = cast(x, how.dtype)
-    dx = dA = dB = dbias = None
-    rows = dy.flatten(2)  # (N, out_channels, L)
-    if needs_x or needs_bias:
-        dx, _, dbias = _gradients(dy, x_, cast(weight, how.dtype), geometry, (needs_x, False, needs_bias))
-    if needs_B:
-        dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
-    if needs_x or needs_A:
-        dh = torch.matmul(cast(B, how.dtype).flatten(1).T, rows).mul_(how.c)  # (N, r, L)
-        dh = dh.view(len(dy), len(A), *dy.shape[2:])
-        needs = (needs_x, needs_A, False)
-        update, dA, _ = _gradients(dh, _dropped(x_, how.noise), cast(A, how.dtype), geometry, needs)
-        if dx is not None and update is not None:
-            dx += _dropped(update, how.noise)
-    return dx, None, dbias, dA, dB, None, None
+    @staticmethod
+    def twin(ctx: Any, *inputs: Any) -> Tensor:
+        fused: Fused = ctx.fused
+        x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
+        return plain_lora_conv(x, weight, bias, A, B, fused.scaling, ctx.geometry, fused.dropout(x, x.flatten(1)))
 
 
 def _gradients(
@@ -153,24 +146,6 @@ def _gradients(
     return gradients
 
 
-def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
-    *inputs, _ = ctx.saved_tensors
-    how, geometry = ctx.how, ctx.geometry
-
-    def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        mask = 0.0 if how.noise is None else how.noise.mask(x.flatten(1)).view(x.shape) * how.noise.rescale
-        return plain_lora_conv(x, weight, bias, A, B, how.scaling, geometry, mask)
-
-    return *twin_gradients(twin, inputs, ctx.needs_input_grad[:5], dy, how.dtype), None, None
-
-
 def _dropped(x: Tensor, noise: Noise | None) -> Tensor:
-    """D ⊙ x."""
-    if noise is None:
-        return x
-    rows = x.flatten(1)  # (N, in_channels · sizes)
-    kept = torch.empty_like(rows)
-    for part, chunk in noise.chunks(rows):
-        noise.gate(rows[part], chunk, out=kept[part])
-    return kept.view(x.shape)
+    """D ⊙ x, of which noise takes a row for each sample: (N, in_channels · sizes)."""
+    return x if noise is None else noise.drop(x.flatten(1)).view(x.shape)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.tensors import is_plain, needs_plain_backward, refuse_storage, twin_gradients, without_autocast
+from lora.functional.fused import FusedFunction, is_plain, refuse_storage, without_autocast
 
 
 class Lookup(NamedTuple):
@@ -47,46 +48,47 @@ def lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float,
     refuse_storage(y.dtype)
     if y.requires_grad or ids.is_meta or not is_plain(y, A, B):
         return plain_lora_embedding(ids, y, A, B, scaling, how)
-    with without_autocast(y.device):
-        summed: Tensor = _LoRAEmbedding.apply(ids, y, A, B, scaling, how)  # type: ignore[no-untyped-call]
-    return summed
+    return _LoRAEmbedding.run(y, A, B, ids, scaling, how)
 
 
 def plain_lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup) -> Tensor:
-    """What `lora_embedding` computes, as the equation reads, in operations that autograd knows."""
+    """The equation of `lora_embedding` in operations that autograd knows."""
     dtype = torch.promote_types(y.dtype, A.dtype)
     h = F.embedding(ids, A.T.to(dtype), how.padding_idx, scale_grad_by_freq=how.scale_grad_by_freq)  # (..., r)
     with without_autocast(y.device):
         return y + (F.linear(h, B.to(dtype)) * scaling).to(y.dtype)
 
 
-class _LoRAEmbedding(torch.autograd.Function):
+class _LoRAEmbedding(FusedFunction):
     """`plain_lora_embedding`, fused: saves h = Aᵀ[ids], and ids and parameters, which are not copies."""
 
+    inputs = 4
+
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup) -> Tensor:
+    def forward(ctx: Any, y: Tensor, A: Tensor, B: Tensor, ids: Tensor, scaling: float, how: Lookup) -> Tensor:
         h = A.index_select(1, ids.reshape(-1)).to(y.dtype)  # (r, N), whose rows are contiguous as A's are
         y.view(-1, y.shape[-1]).addmm_(h.T, B.to(y.dtype).T, alpha=scaling)
         ctx.mark_dirty(y)
-        ctx.scaling, ctx.how = scaling, how
-        ctx.save_for_backward(ids, A, B, h)
+        ctx.scaling, ctx.how, ctx.shape = scaling, how, y.shape
+        ctx.save_for_backward(None, A, B, ids, h)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, A, B, h = ctx.saved_tensors
-        needs_A, needs_B = ctx.needs_input_grad[2:4]
-        with without_autocast(dy.device):
-            if needs_plain_backward(dy):
-                return _plain_backward(ctx, dy)
-            rows = dy.reshape(-1, dy.shape[-1])  # (N, embedding_dim)
-            dA = dB = None
-            if needs_A:
-                dh = torch.mm(rows, B.to(rows.dtype)).mul_(ctx.scaling)  # (N, r)
-                dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
-            if needs_B:
-                dB = torch.mm(h, rows).mul_(ctx.scaling).T
-        return None, None, dA, dB, None, None
+    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        _, A, B, ids, h = ctx.saved_tensors
+        _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])  # (N, embedding_dim)
+        dA = dB = None
+        if needs_A:
+            dh = torch.mm(rows, B.to(rows.dtype)).mul_(ctx.scaling)  # (N, r)
+            dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
+        if needs_B:
+            dB = torch.mm(h, rows).mul_(ctx.scaling).T
+        return None, dA, dB, None
+
+    @staticmethod
+    def twin(ctx: Any, y: Tensor, A: Tensor, B: Tensor, ids: Tensor) -> Tensor:
+        return plain_lora_embedding(ids, y, A, B, ctx.scaling, ctx.how)
 
 
 def _scatter(dh: Tensor, ids: Tensor, vocabulary: int, how: Lookup) -> Tensor:
@@ -101,13 +103,3 @@ def _scatter(dh: Tensor, ids: Tensor, vocabulary: int, how: Lookup) -> Tensor:
     rows = torch.arange(r, device=dh.device).repeat_interleave(n)
     indices = torch.stack([rows, columns.repeat(r)])  # (2, r·n)
     return torch.sparse_coo_tensor(indices, values.T.reshape(-1), (r, vocabulary), check_invariants=False)
-
-
-def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
-    ids, A, B, _ = ctx.saved_tensors
-
-    def twin(A: Tensor, B: Tensor) -> Tensor:
-        return plain_lora_embedding(ids, dy.detach().new_zeros(dy.shape), A, B, ctx.scaling, ctx.how)
-
-    return None, None, *twin_gradients(twin, [A, B], ctx.needs_input_grad[2:4], dy), None, None

@@ -7,17 +7,13 @@ into the base layer's output and input gradient, never into fresh tensors of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.how import How, choose
-from lora.functional.noise import Noise
-from lora.functional.tensors import cast, needs_plain_backward, twin_gradients, without_autocast
-
-Slices = Sequence[tuple[int, int]]
+from lora.functional.fused import Fused, FusedFunction, Noise, Slices, cast, choose, drop, exact_dtype, without_autocast
 
 
 def lora_linear(
@@ -61,15 +57,13 @@ def lora_linear(
     >>> lora.functional.lora_linear(x, W, None, A, B, scaling=0.5)[0]
     tensor([16., 16., 16., 16.])
     """
-    slices = slices or ((0, weight.shape[0]),)
-    how = choose(x, weight, bias, A, B, scaling, dropout)
-    if how is None:
+    fused = choose(x, weight, bias, A, B, scaling, dropout, slices)
+    if fused is None:
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
-    with without_autocast(x.device):
-        if not torch.is_grad_enabled():  # as when text is generated, where every microsecond shows
-            return _forward_alone(x, weight, bias, A, B, how, slices)
-        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, how, slices)  # type: ignore[no-untyped-call]
-    return y
+    if torch.is_grad_enabled():
+        return _LoRALinear.run(x, weight, bias, A, B, fused)
+    with without_autocast(x.device):  # as when text is generated, where every microsecond shows
+        return _forward_alone(x, weight, bias, A, B, fused)
 
 
 def plain_lora_linear(
@@ -82,26 +76,22 @@ def plain_lora_linear(
     dropout: float | Tensor = 0.0,
     slices: Slices | None = None,
 ) -> Tensor:
-    """What `lora_linear` computes, as the equation reads, in operations that autograd knows.
-
-    Args:
-        dropout: the probability, or what to multiply x by in the place of dropping at random.
-
-    The other arguments and the result are `lora_linear`'s.
-    """
+    """The equation of `lora_linear` in operations that autograd knows; `dropout` may be what to multiply x by."""
     y = F.linear(x, weight, bias)  # (..., out_features)
-    dropped = x * dropout if isinstance(dropout, Tensor) else F.dropout(x, dropout) if dropout else x
-    h = F.linear(dropped, A.to(x.dtype))  # (..., G·r)
-    update = spread(h, B.to(x.dtype), slices or ((0, weight.shape[0]),), weight.shape[0])
+    h = F.linear(drop(x, dropout), A.to(x.dtype))  # (..., G·r)
+    update = up_slices(h, B.to(x.dtype), slices or ((0, weight.shape[0]),), weight.shape[0])
     return y + (update * scaling).to(y.dtype)
 
 
-def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
+# ---- slices ----------------------------------------------------------------------------------------------------------
+
+
+def up_slices(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """h_g B_gᵀ in each slice of (..., out_features), zeros between them, for h (..., G·r) and B (sizes, r)."""
-    if _whole(slices, out_features):
+    if _is_whole(slices, out_features):
         return F.linear(h, B)
     pieces, end = [], 0
-    for (start, stop), h_g, B_g in zip(slices, h.chunk(len(slices), -1), _tall(B, slices), strict=True):
+    for (start, stop), h_g, B_g in zip(slices, _parts_of_h(h, slices), _parts_of_B(B, slices), strict=True):
         pieces += [h.new_zeros(*h.shape[:-1], start - end)] * (start > end)
         pieces.append(F.linear(h_g, B_g))  # (..., stop - start)
         end = stop
@@ -109,35 +99,35 @@ def spread(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-def add_up_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
+def add_slices_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
     """Add alpha · h_g B_gᵀ to each slice of y (N, out_features), in place, for h (N, G·r) and B (sizes, r)."""
-    if _whole(slices, y.shape[1]):
+    if _is_whole(slices, y.shape[1]):
         return y.addmm_(h, B.T, alpha=alpha)
-    for y_g, h_g, B_g in zip(_wide(y, slices), _narrow(h, slices), _tall(B, slices), strict=True):
+    for y_g, h_g, B_g in zip(_parts_of_y(y, slices), _parts_of_h(h, slices), _parts_of_B(B, slices), strict=True):
         y_g.addmm_(h_g, B_g.T, alpha=alpha)
     return y
 
 
-# The parts that belong to each slice, of one that is wide, (N, out_features), narrow, (N, G·r), or tall, (sizes, r).
-
-
-def _whole(slices: Slices, out_features: int) -> bool:
+def _is_whole(slices: Slices, out_features: int) -> bool:
     return len(slices) == 1 and slices[0] == (0, out_features)
 
 
-def _wide(y: Tensor, slices: Slices) -> list[Tensor]:
-    return [y] if _whole(slices, y.shape[1]) else [y[:, start:stop] for start, stop in slices]
+def _parts_of_y(y: Tensor, slices: Slices) -> list[Tensor]:
+    """Of y (N, out_features), or its gradient, each slice (N, stop - start)."""
+    return [y] if _is_whole(slices, y.shape[1]) else [y[:, start:stop] for start, stop in slices]
 
 
-def _narrow(h: Tensor, slices: Slices) -> Sequence[Tensor]:
-    return [h] if len(slices) == 1 else h.chunk(len(slices), 1)
+def _parts_of_h(h: Tensor, slices: Slices) -> Sequence[Tensor]:
+    """Of h (..., G·r) what goes into each slice, (..., r)."""
+    return [h] if len(slices) == 1 else h.chunk(len(slices), -1)
 
 
-def _tall(B: Tensor, slices: Slices) -> Sequence[Tensor]:
+def _parts_of_B(B: Tensor, slices: Slices) -> Sequence[Tensor]:
+    """Of B (sizes, r) the rows of each slice, (stop - start, r)."""
     return [B] if len(slices) == 1 else torch.split(B, [stop - start for start, stop in slices])
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinear(FusedFunction):
     """`plain_lora_linear`, fused. Saves x (if A trains) and h (if B does), and inputs that are not copies.
 
     With D the dropout's mask and c = s / (1 - p):
@@ -147,97 +137,77 @@ class _LoRALinear(torch.autograd.Function):
         dB_g = dy_gᵀ h_g            dA = dhᵀ (D ⊙ x)
     """
 
+    inputs = 5
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
-    ) -> Tensor:
-        y, h = fused_forward(x, weight, bias, A, B, how, slices)
-        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        ctx.how, ctx.slices = how, slices
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
+        y, h = _forward(x, weight, bias, A, B, fused)
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        ctx.fused, ctx.shape = fused, x.shape
         # x itself: of a view made here, double backward would know nothing.
         ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(dy.device):
-            if needs_plain_backward(dy):
-                return _plain_backward(ctx, dy)
-            x, weight, _, A, B, h = ctx.saved_tensors
-            needs_x, _, needs_bias, *_ = ctx.needs_input_grad
-            dx, dA, dB = fused_backward(dy, x, weight, A, B, h, ctx.how, ctx.slices, needs_x)
-            return dx, None, _rows(dy).sum(0) if needs_bias else None, dA, dB, None, None
+    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        x, weight, _, A, B, h = ctx.saved_tensors
+        needs_x, _, needs_bias, _, _, _ = ctx.needs_input_grad
+        dx, dA, dB = _backward(dy, x, weight, A, B, h, ctx.fused, needs_x)
+        return dx, None, _rows(dy).sum(0) if needs_bias else None, dA, dB
+
+    @staticmethod
+    def twin(ctx: Any, *inputs: Any) -> Tensor:
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        if needs_B and not needs_A:
+            raise RuntimeError(
+                "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does "
+                "not; let lora_A train, or compute with `lora.functional.plain_lora_linear`."
+            )
+        fused: Fused = ctx.fused
+        x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
+        return plain_lora_linear(x, weight, bias, A, B, fused.scaling, fused.dropout(x, _rows(x)), fused.slices)
 
 
-def fused_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """y (..., out_features) and h (N, G·r), with nothing else of the size of x or y made on the way."""
-    x_, weight_, A_, B_ = (cast(t, how.dtype) for t in (_rows(x), weight, A, B))
+    x_, weight_, A_, B_ = (cast(t, fused.dtype) for t in (_rows(x), weight, A, B))
     y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
     y_ = _rows(y)  # (N, out_features)
     if bias is None:
         torch.mm(x_, weight_.T, out=y_)
     else:
-        torch.addmm(cast(bias, how.dtype), x_, weight_.T, out=y_)
-    h = _down(x_, A_, how.noise).mul_(how.c)  # (N, G·r)
-    add_up_(y_, h, B_, slices)
+        torch.addmm(cast(bias, fused.dtype), x_, weight_.T, out=y_)
+    h = _down(x_, A_, fused.noise).mul_(fused.c)  # (N, G·r)
+    add_slices_(y_, h, B_, fused.slices)
     return y, h
 
 
-def _forward_alone(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, how: How, slices: Slices
-) -> Tensor:
-    """`fused_forward` where no backward follows, in as few operations as there are products."""
-    dtype = how.dtype
+def _forward_alone(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
+    """`_forward` where no backward follows, in as few operations as there are products."""
+    dtype = fused.dtype
     x = cast(x, dtype)
-    y = F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))  # (..., out_features)
-    h = _down(_rows(x), cast(A, dtype), how.noise).mul_(how.c)  # (N, G·r); as with a backward, to the last bit
-    add_up_(_rows(y), h, cast(B, dtype), slices)
+    y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
+    h = _down(_rows(x), cast(A, dtype), fused.noise).mul_(fused.c)  # (N, G·r); as with a backward, to the last bit
+    add_slices_(_rows(y), h, cast(B, dtype), fused.slices)
     return y
 
 
-def fused_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor | None,
-    how: How,
-    slices: Slices,
-    needs_x: bool,
+def _backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, h: Tensor | None, fused: Fused, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, where it is needed; dA, where there is an x; dB, where there is an h."""
     dy_ = _rows(dy)  # (N, out_features)
-    dx = torch.mm(dy_, cast(weight, how.dtype)) if needs_x else None  # (N, in_features)
-    dA, dB = None, None if h is None else _outer(dy_, h, slices)
+    dx = torch.mm(dy_, cast(weight, fused.dtype)) if needs_x else None  # (N, in_features)
+    dA, dB = None, None if h is None else _outer(dy_, h, fused.slices)
     if needs_x or x is not None:
-        dh = _to_rank(dy_, cast(B, how.dtype), slices).mul_(how.c)  # (N, G·r)
-        x_ = None if x is None else cast(_rows(x), how.dtype)  # (N, in_features)
-        dA = _through_down(dh, cast(A, how.dtype), x_, dx, how.noise)
+        dh = _to_rank(dy_, cast(B, fused.dtype), fused.slices).mul_(fused.c)  # (N, G·r)
+        x_ = None if x is None else cast(_rows(x), fused.dtype)  # (N, in_features)
+        dA = _through_down(dh, cast(A, fused.dtype), x_, dx, fused.noise)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dA, dB
-
-
-def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Autograd's own backward, of the plain twin: for one that is itself differentiated, or mapped over many dy."""
-    *inputs, _ = ctx.saved_tensors
-    how, slices, needs = ctx.how, ctx.slices, ctx.needs_input_grad[:5]
-    if inputs[0] is None and needs[4]:
-        raise RuntimeError(
-            "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does not; "
-            "let lora_A train, or compute with `lora.functional.plain_lora_linear`."
-        )
-    if inputs[0] is None:  # then its value does not matter: y is linear in it
-        inputs[0] = dy.new_zeros(*dy.shape[:-1], inputs[1].shape[1], requires_grad=True)
-
-    def twin(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        mask = 0.0 if how.noise is None else how.noise.mask(_rows(x)).view(x.shape) * how.noise.rescale
-        return plain_lora_linear(x, weight, bias, A, B, how.scaling, mask, slices)
-
-    return *twin_gradients(twin, inputs, needs, dy, how.dtype), None, None
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
@@ -253,16 +223,16 @@ def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
 def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
     """dy_g B_g side by side, (N, G·r)."""
     # Skinny products that MKL computes faster, up to twice at r = 8, from a B that lies the other way.
-    pieces = [
-        torch.mm(dy_g, B_g.T.contiguous().T) for dy_g, B_g in zip(_wide(dy, slices), _tall(B, slices), strict=True)
-    ]
+    parts = zip(_parts_of_y(dy, slices), _parts_of_B(B, slices), strict=True)
+    pieces = [torch.mm(dy_g, B_g.T.contiguous().T) for dy_g, B_g in parts]
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
 def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
     """dy_gᵀ h_g one below the other, (sizes, r)."""
     # As (hᵀ dy)ᵀ: five times faster than dyᵀ h in MKL at r = 8, and as fast at r = 64.
-    pieces = [torch.mm(h_g.T, dy_g) for h_g, dy_g in zip(_narrow(h, slices), _wide(dy, slices), strict=True)]
+    parts = zip(_parts_of_h(h, slices), _parts_of_y(dy, slices), strict=True)
+    pieces = [torch.mm(h_g.T, dy_g) for h_g, dy_g in parts]
     return (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).T
 
 
@@ -274,7 +244,7 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
         return None if x is None else torch.mm(dh.T, x)
     like = dx if x is None else x
     assert like is not None, "asked for no gradient"
-    dA = torch.zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device)
+    dA = torch.zeros(A.shape, dtype=exact_dtype(A.dtype), device=A.device)
     for rows, chunk in noise.chunks(like):
         if dx is not None:
             update = torch.mm(dh[rows], A)
@@ -287,3 +257,115 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
 def _rows(x: Tensor) -> Tensor:
     """(..., features) as (N, features)."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+# ---- two linear layers and an activation -----------------------------------------------------------------------------
+
+
+class Adapted(NamedTuple):
+    """A linear layer with LoRA, as the arguments of `lora_linear`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dropout: float = 0.0
+    slices: Slices | None = None
+
+
+def lora_swiglu(x: Tensor, gate_up: Adapted, down: Adapted) -> Tensor:
+    """The MLP of Llama and Phi-3: gate and up in one linear layer, SiLU, and down; LoRA on both layers.
+
+        g, u = gate_up(x)        y = down(silu(g) ⊙ u)
+
+    Keeps x, (g, u) and the two h = drop(·) Aᵀ for its backward; silu(g) ⊙ u and what SiLU would keep are computed
+    again. Where the fused function does not apply, and where a bias trains, this is `plain_lora_swiglu`.
+
+    Args:
+        x: (..., hidden).
+        gate_up: the layer that computes g and u, one after the other: its weight is (2 · intermediate, hidden).
+        down: the layer back to (..., hidden): its weight is (hidden, intermediate).
+
+    Returns:
+        y (..., hidden).
+
+    From "GLU Variants Improve Transformer", arXiv:2002.05202, section 2.
+
+    >>> import torch, lora.functional
+    >>> gate_up = lora.functional.Adapted(torch.ones(8, 2), None, torch.ones(1, 2), torch.zeros(8, 1), 1.0)
+    >>> down = lora.functional.Adapted(torch.ones(2, 4), None, torch.ones(1, 4), torch.zeros(2, 1), 1.0)
+    >>> lora.functional.lora_swiglu(torch.ones(3, 2), gate_up, down).shape
+    torch.Size([3, 2])
+    """
+    fused = [choose(x, *layer) for layer in (gate_up, down)]
+    biases = [layer.bias for layer in (gate_up, down)]
+    if None in fused or any(bias is not None and bias.requires_grad for bias in biases):
+        return plain_lora_swiglu(x, gate_up, down)
+    return _LoRASwiGLU.run(x, gate_up.A, gate_up.B, down.A, down.B, gate_up, down, *fused)
+
+
+def plain_lora_swiglu(x: Tensor, gate_up: Adapted, down: Adapted) -> Tensor:
+    """What `lora_swiglu` computes, from `lora_linear` and operations that autograd knows."""
+    return lora_linear(_activate(lora_linear(x, *gate_up)), *down)
+
+
+def _activate(gu: Tensor) -> Tensor:
+    gate, up = gu.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class _LoRASwiGLU(FusedFunction):
+    """`plain_lora_swiglu`, fused; A and B of both layers are given apart too, for autograd to see them."""
+
+    inputs = 5
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A1: Tensor,
+        B1: Tensor,
+        A2: Tensor,
+        B2: Tensor,
+        gate_up: Adapted,
+        down: Adapted,
+        *fused: Fused,
+    ) -> Tensor:
+        gu, h1 = _forward(x, *gate_up[:4], fused[0])  # (..., 2 · intermediate)
+        y, h2 = _forward(_activate(gu), *down[:4], fused[1])  # (..., hidden)
+        ctx.fused = fused
+        ctx.save_for_backward(x, A1, B1, A2, B2, gate_up.weight, down.weight, gu, h1, h2)
+        return y
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        x, A1, B1, A2, B2, weight1, weight2, gu, h1, h2 = ctx.saved_tensors
+        fused1, fused2 = ctx.fused
+        needs_x, needs_A1, needs_B1, needs_A2, needs_B2, *_ = ctx.needs_input_grad
+        h2 = h2 if needs_B2 else None
+        activated = _activate(gu) if needs_A2 else None  # (..., intermediate)
+        da, dA2, dB2 = _backward(dy, activated, weight2, A2, B2, h2, fused2, True)
+        assert da is not None, "it was asked for"
+        dgu = _activate_backward(da, gu)  # (..., 2 · intermediate)
+        h1 = h1 if needs_B1 else None
+        given = x if needs_A1 else None
+        dx, dA1, dB1 = _backward(dgu, given, weight1, A1, B1, h1, fused1, needs_x)
+        return dx, dA1, dB1, dA2, dB2
+
+    @staticmethod
+    def twin(ctx: Any, *inputs: Any) -> Tensor:
+        raise RuntimeError(
+            "lora_swiglu cannot be differentiated twice, or for many output gradients at once; "
+            "compute with `lora.functional.plain_lora_swiglu`."
+        )
+
+
+def _activate_backward(da: Tensor, gu: Tensor) -> Tensor:
+    """(dg, du) side by side, from the gradient of silu(g) ⊙ u."""
+    gate, up = gu.chunk(2, -1)
+    dgu = torch.empty_like(gu)
+    dgate, dup = dgu.chunk(2, -1)
+    torch.mul(da, F.silu(gate), out=dup)
+    torch.ops.aten.silu_backward.grad_input(da * up, gate, grad_input=dgate)
+    return dgu

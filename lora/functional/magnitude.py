@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.functional.tensors import cast, is_plain, needs_plain_backward, twin_gradients, without_autocast
+from lora.functional.fused import FusedFunction, cast, exact_dtype, is_plain
 
 _CACHED = 2**18  # values of a product that stay in a processor's cache until they are summed
 
@@ -38,20 +38,20 @@ def magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1
     """
     if not is_plain(y, excess, bias) or not y.dtype == excess.dtype == (y if bias is None else bias).dtype:
         return plain_magnify(y, excess, bias, dim)
-    with without_autocast(y.device):
-        z: Tensor = _Magnify.apply(y, excess, bias, dim)  # type: ignore[no-untyped-call]
-    return z
+    return _Magnify.run(y, excess, bias, dim)
 
 
 def plain_magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
-    """What `magnify` computes, as the equation reads, in operations that autograd knows."""
+    """The equation of `magnify` in operations that autograd knows."""
     shape = _along(y, dim)
     scaled = y if bias is None else y - bias.view(shape).to(y.dtype)
     return y + (excess.view(shape) * scaled).to(y.dtype)
 
 
-class _Magnify(torch.autograd.Function):
+class _Magnify(FusedFunction):
     """`plain_magnify`, fused:   dy = (1 + e) ⊙ dz,   de = Σ dz ⊙ (y − b),   db = −e ⊙ Σ dz."""
+
+    inputs = 3
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, excess: Tensor, bias: Tensor | None, dim: int) -> Tensor:
@@ -60,31 +60,28 @@ class _Magnify(torch.autograd.Function):
         z = torch.addcmul(y, e, y)
         if bias is not None:
             z.sub_(e * bias.view(shape))
-        ctx.dim = dim
+        ctx.dim, ctx.shape = dim, y.shape
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, excess, bias)
         return z
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        y, excess, bias = ctx.saved_tensors
+    def gradients(ctx: Any, dz: Tensor) -> Sequence[Tensor | None]:
+        (y, excess, bias), dim = ctx.saved_tensors, ctx.dim
         needs_y, needs_excess, needs_bias, _ = ctx.needs_input_grad
-        dim = ctx.dim
-        with without_autocast(dz.device):
-            if needs_plain_backward(dz):
-                # Where the excess needs no gradient y was not kept, and its value does not matter: z is linear in it.
-                inputs = [dz.new_zeros(dz.shape, requires_grad=True) if y is None else y, excess, bias]
-                twin = lambda y, excess, bias: plain_magnify(y, excess, bias, dim)  # noqa: E731
-                return *twin_gradients(twin, inputs, ctx.needs_input_grad[:3], dz), None
-            dy = torch.addcmul(dz, excess.view(_along(dz, dim)), dz) if needs_y else None
-            de = db = None
-            if needs_bias or (needs_excess and bias is not None):
-                total = _by_output(dz, dim).sum((0, 2))  # (outputs)
-                db = -excess * total if needs_bias else None
-            if needs_excess:
-                de = _products(y, dz, dim).to(excess.dtype)
-                # Layerwise casting has put the bias in a dtype to store it in meanwhile.
-                de = de if bias is None else de - cast(bias, total.dtype) * total
-        return dy, de, db, None
+        dy = torch.addcmul(dz, excess.view(_along(dz, dim)), dz) if needs_y else None
+        de = db = None
+        if needs_bias or (needs_excess and bias is not None):
+            total = _by_output(dz, dim).sum((0, 2))  # (outputs)
+            db = -excess * total if needs_bias else None
+        if needs_excess:
+            de = _products(y, dz, dim).to(excess.dtype)
+            # Layerwise casting has put the bias in a dtype to store it in meanwhile.
+            de = de if bias is None else de - cast(bias, total.dtype) * total
+        return dy, de, db
+
+    @staticmethod
+    def twin(ctx: Any, y: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
+        return plain_magnify(y, excess, bias, ctx.dim)
 
 
 def _along(y: Tensor, dim: int) -> list[int]:
@@ -102,7 +99,7 @@ def _by_output(y: Tensor, dim: int) -> Tensor:
 
 def _products(y: Tensor, dz: Tensor, dim: int) -> Tensor:
     """Σ dz ⊙ y for each output, in float32 at least."""
-    dtype = torch.promote_types(y.dtype, torch.float32)
+    dtype = exact_dtype(y.dtype)
     total = torch.zeros(y.shape[dim], dtype=dtype, device=y.device)
     for y_part, dz_part in _parts(_by_output(y, dim), _by_output(dz, dim)):
         total += (y_part * dz_part).sum((0, 2), dtype=dtype)

@@ -11,17 +11,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.single import with_rank
-from lora.errors import is_number, raise_all, table
-from lora.functional.tensors import without_autocast
+from lora.errors import Problems, is_number, raise_all, table
+from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
-from lora.init.observe import Inputs, Statistic, Step, observe
+from lora.init.observe import Step, observe
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import tensors_of
-from lora.models.initialization import unroundable, unwritable
-from lora.models.matching import Names, lora_layers, names_of, sharded_problems
+from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
-from lora.models.start import all_or_none, start_from
+from lora.models.start import start_from, undo_start_on_error, unroundable, unwritable
 
 _WHAT = "calibrate: nothing was changed"
 
@@ -125,19 +124,20 @@ def calibrate(
     waiting: dict[LinearLoRA, Any] = {layer: METHODS[str(layer.awaits)] for layer in layers}  # type: ignore[misc]
     seen: dict[LinearLoRA, Any] = {layer: method.statistic(layer) for layer, method in waiting.items()}
     count = observe(model, seen, batches, step, ignore_index)
-    problems = [] if count else ["there must be at least one batch, and `batches` is empty."]
-    for layer, statistic in seen.items():
-        problems += [f"{names[layer][0]}: {problem}" for problem in _seen_problems(layer, statistic) if count]
-    raise_all(_WHAT, problems)
+    raise_all(_WHAT, [] if count else ["there must be at least one batch, and `batches` is empty."])
+    with Problems(_WHAT) as problems:
+        for layer, statistic in seen.items():
+            found = list(statistic.problems()) or filter(None, [waiting[layer].lacks(layer, statistic)])
+            problems.add(*(f"{names[layer][0]}: {problem}" for problem in found))
     starts: dict[LinearLoRA, Start] = {}
     for method in METHODS.values():
         its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
         starts.update(method.start(its, options))
     modules = []
-    with all_or_none(layers):
+    with undo_start_on_error(layers):
         for layer, method in waiting.items():
             start = starts[layer]
-            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), _rank(start), start.share))
+            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), start.r, start.share))
             _begin(layer, start, method.writes_base)
     return CalibrationReport(tuple(modules), count)
 
@@ -179,28 +179,12 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
     yield from unroundable(written, names)
 
 
-def _seen_problems(layer: LinearLoRA, seen: Statistic) -> Iterator[str]:
-    """What keeps the data from starting the layer."""
-    if seen.problem:
-        yield seen.problem
-    if not seen.count:
-        yield "no batch reached it." if isinstance(seen, Inputs) else "no batch's loss reached it."
-    elif not seen.is_finite():
-        yield f"its {'inputs are' if isinstance(seen, Inputs) else 'gradient is'} not finite."
-    else:
-        yield from METHODS[str(layer.awaits)].seen_problems(layer, seen)
-
-
 # ---- the start -------------------------------------------------------------------------------------------------
-
-
-def _rank(start: Start) -> int:
-    return start.pairs[0][1].shape[0]
 
 
 def _begin(layer: LinearLoRA, start: Start, writes_base: bool) -> None:
     """Give the layer its A and B, of another rank perhaps, and let it train."""
-    r = _rank(start)
+    r = start.r
     if r != layer.r:
         layer.lora_alpha = with_rank({"scaling": layer.scaling, "use_rslora": layer.use_rslora}, r)["lora_alpha"]
         layer.r = r

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
-from lora.functional.tensors import autocasts, refuse_storage
-from lora.layers import dora
+from lora.functional.fused import autocasts, refuse_storage, without_autocast
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
-from lora.layers.registry import register
-from lora.models.shapes import Init
+from lora.layers.registry import Kind, register
+from lora.layers.starts import Init
 
 
 class ConvLoRA(LoRALayer):
@@ -66,7 +65,7 @@ class ConvLoRA(LoRALayer):
         self.reset_parameters()
 
     @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         kind, settings = super().configure(base, **wanted)
         return kind, settings | {"factored": wanted["factored"]}
 
@@ -117,7 +116,18 @@ class ConvLoRA(LoRALayer):
         return super().weight_blocks(weight)
 
     def norms(self) -> Tensor:
-        return super().norms() if self.factored else dora.dense_norms(self)
+        return super().norms() if self.factored else self._dense_norms()
+
+    @torch.no_grad()
+    def _dense_norms(self) -> Tensor:
+        """The norms of the sum itself: the update has no blocks in the weight's own rows."""
+        weight = self.base_weight()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with without_autocast(weight.device):
+            update = self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
+        total: Tensor = weight.to(dtype) + self.lora_scaling() * update
+        norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
+        return norm
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._fuses(input):

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Lookup, lora_embedding
-from lora.functional.tensors import sample_slice
-from lora.layers import vocabulary
 from lora.layers.kind import Shape
-from lora.layers.layer import LoRALayer
 from lora.layers.registry import register
-from lora.models.shapes import Init
+from lora.layers.starts import Init
+from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import sample_slice
 
 
-class EmbeddingLoRA(LoRALayer):
+class EmbeddingLoRA(WithVocabulary):
     """The kind for embeddings: A (r, num_embeddings), B (embedding_dim, r)."""
 
     starts_at_zero = "lora_A"
+    counted = "num_embeddings", "lora_A", 1
 
     padding_idx: int | None
     max_norm: float | None
@@ -71,12 +71,6 @@ class EmbeddingLoRA(LoRALayer):
     def base_weight(self) -> Tensor:
         weight = super().base_weight()
         return weight if self.max_norm is None else self._renormed(weight)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "num_embeddings" and self.r > 0:
-            vocabulary.follow(self, "lora_A", 1, value, rows=self.weight)
-            self.lora_resizing = True
-        super().__setattr__(name, value)
 
     @classmethod
     def magnitudes(cls, base: Any, shape_B: Shape) -> int:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.layers import quantized
-from lora.layers.derived import Derived
-from lora.models.shapes import Init
-
-if TYPE_CHECKING:
-    from lora.layers.layer import LoRALayer
-    from lora.models.places import Place
-    from lora.parallel.replicas import InStep
+from lora.layers import weights
+from lora.layers.cache import Cached
+from lora.layers.registry import Kind, enter
+from lora.layers.starts import Init
 
 Shape = tuple[int, ...]
 
 
-class LayerKind:
+@dataclass(eq=False)
+class Place:
+    """What the parents of an injected layer know of it (`lora.models.model`)."""
+
+    adapted: bool = True
+
+
+class LayerKind(nn.Module):
     """The part of `lora.LoRALayer` that kinds of layer define or change."""
 
     # Class-level defaults: torch's constructors call `reset_parameters` before ours has set anything.
@@ -39,21 +43,14 @@ class LayerKind:
     base_written: bool = True
     awaits: str | None = None
     injected: bool = False
-    #: What the parents of an injected layer know of it (`lora.models.places`).
     lora_place: Place | None = None
-    #: Whether the next `requires_grad_` is transformers', after it has resized a vocabulary (`lora.layers.vocabulary`).
-    lora_resizing: bool = False
-    #: How the layer computes on its rank's shards (`lora.parallel`); None if it is not sharded so.
-    lora_parallel: Callable[[Any, Any], Any] | None = None
-    #: The splits, and among how many ranks each of them is divided.
-    divided_splits: tuple[tuple[int, ...], int] | None = None
-    _merged: Derived | None = None
-    _squares: Derived | None = None
-    _norms: Derived | None = None
+    _merged: Cached | None = None
+    _squares: Cached | None = None
+    _norms: Cached | None = None
     _subclassed: bool = False
-    _in_step: InStep | None = None
+    #: What a check has found, which holds until the layer's tensors are cast or moved.
+    _checked: Any = None
 
-    training: bool
     weight: Tensor
     bias: Any
     lora_A: nn.Parameter
@@ -64,26 +61,22 @@ class LayerKind:
     settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "merge_weights")
     #: The factor that is zero at the start.
     starts_at_zero: ClassVar[str] = "lora_B"
-    #: The class that this one adapts.
+    #: The class that this one adapts; `lora.LoRALayer` for a class that stands in front of LoRA layers.
     base_class: ClassVar[type[nn.Module]] = nn.Module
     #: Whether `forward_with` may stand in for the base class's own forward.
     dense: ClassVar[bool] = False
 
-    @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
-        """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
-        if wanted["splits"] is not None or wanted["enable_lora"] is not None:
-            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
-        return cls, {}  # type: ignore[return-value]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "base_class" not in vars(cls):
+            bases = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LayerKind))
+            cls.base_class = next(bases)
+        enter(cls)
 
     @classmethod
     def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
         """The shapes of lora_A and lora_B for `base`; ValueError where the kind's own settings do not fit it."""
         raise NotImplementedError(f"{cls.__name__} must define lora_shapes")
-
-    def beyond_weight(self) -> str | None:
-        """What of the merged layer's function its weight alone cannot say; None if nothing."""
-        return None
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """x → A x."""
@@ -101,17 +94,7 @@ class LayerKind:
         """The base layer's function of `input` with `weight` in the place of its own; needed if `dense`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward_with")
 
-    def base_weight(self) -> Tensor:
-        """W₀, dense, as the base layer's function uses it."""
-        if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # soon said: DoRA asks in every forward
-            return self.weight
-        return quantized.read_weight(self)  # type: ignore[arg-type]
-
-    def weight_shape(self) -> Shape:
-        """The shape of W₀, dense."""
-        return tuple(self.weight.shape)
-
-    # What a kind says for DoRA, and for initialisers that go by the base weight; without it, it has neither.
+    # For DoRA, and for starts that go by the base weight; a kind that does not say these has neither.
 
     @classmethod
     def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
@@ -122,21 +105,44 @@ class LayerKind:
         """Which dimension of the weight, and which of the output, counts the layer's outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define output_dims")
 
-    def over_outputs(self, adapted: Tensor) -> Tensor:
-        """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
-        return adapted
-
-    def over_ranks(self, squares: Tensor) -> Tensor:
-        """The squares of the weight's norms, from those of the part of it that this rank has: all of it, mostly."""
-        return squares
-
     def block_rows(self) -> list[int]:
         """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""
         raise ValueError(f"the kind {type(self).__name__} does not say of what blocks its update is made.")
 
+    # What has a default that suits most.
+
+    @classmethod
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
+        """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
+        if wanted["splits"] is not None or wanted["enable_lora"] is not None:
+            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
+        return cls, {}
+
     def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""
         return torch.split(weight.flatten(1), self.block_rows())
+
+    def over_outputs(self, adapted: Tensor) -> Tensor:
+        """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
+        return adapted
+
+    def beyond_weight(self) -> str | None:
+        """What of the merged layer's function its weight alone cannot say; None if nothing."""
+        return None
+
+    def base_weight(self) -> Tensor:
+        """W₀, dense, as the base layer's function uses it."""
+        if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # the fast path: DoRA asks in every forward
+            return self.weight
+        return weights.read_weight(self)
+
+    def write_base(self, weight: Tensor) -> None:
+        """Give the base layer another weight: copied, or quantised as the one that is there."""
+        weights.write_weight(self, weight)
+
+    def weight_shape(self) -> Shape:
+        """The shape of W₀, dense."""
+        return tuple(self.weight.shape)
 
     def reset_lora_parameters(self) -> None:
         """A ~ kaiming uniform (a = √5), B = 0, so that training starts from the base layer's function."""

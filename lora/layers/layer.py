@@ -2,32 +2,35 @@
 
     W = g ⊙ (W₀ + s · B A)        s = lora_alpha / r,  g = 1  (DoRA: m / ‖W₀ + s · B A‖)
 
-A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta`
-(B A in the shape of the weight). Forward, dtype and dropout rules are written here, once; merging in merging.py.
+A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta` (B A in the shape
+of the weight). Forward, merging, and the rules for dtypes and dropout are written here, once; magnitudes in dora.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import is_number
-from lora.functional.tensors import same_values, sparing
-from lora.layers import dora, quantized
-from lora.layers.kind import Shape
-from lora.layers.merging import Merging
-from lora.layers.registry import enter, new, parts_of
-from lora.layers.settings import settings_problems
-from lora.models import shapes
-from lora.models.shapes import Init
-from lora.parallel import sharded
-from lora.parallel.replicas import check_in_step
+from lora.errors import is_count, is_number
+from lora.functional.fused import is_plain, without_autocast
+from lora.layers import starts, weights
+from lora.layers.cache import remembered
+from lora.layers.dora import Magnitudes
+from lora.layers.registry import new, parts_of
+from lora.layers.weights import same_values, sparing
+
+_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+# What a layer keeps beside its settings and parameters.
+_STATE = (
+    *("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits"),
+    *("lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked"),
+)
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
@@ -43,10 +46,27 @@ def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
     return lora_alpha
 
 
-_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
+    """What is wrong with settings that no layer can take; nothing if they are fine."""
+    problems = []
+    if not is_count(r):
+        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
+    if not is_number(lora_alpha):
+        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+    if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
+        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+    return problems
 
 
-class LoRALayer(Merging, nn.Module):
+def needs_no_data(layer: LoRALayer, input: Tensor) -> None:
+    """RuntimeError in training where A and B are still to be made from data."""
+    if layer.awaits and layer.training:
+        raise RuntimeError(
+            f"`init_lora_weights={layer.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
+        )
+
+
+class LoRALayer(Magnitudes):
     """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
 
     A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
@@ -66,14 +86,96 @@ class LoRALayer(Merging, nn.Module):
     From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "base_class" not in vars(cls):
-            bases = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LoRALayer))
-            cls.base_class = next(bases)
-        enter(cls)
+    #: What is checked before each forward with LoRA: wings add functions of a layer and its input, which raise.
+    checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
 
-    # ---- making ------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = g ⊙ (W₀ x + s · B A drop(x)) + b, or the same from the merged weight.
+
+        Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
+        """
+        if self.r == 0 or self.lora_disabled:
+            return self.pretrained_forward(input, *args, **kwargs)
+        if self._serves_merged():
+            return self.forward_with(input, self.merged_weight(), *args, **kwargs)
+        for check in self.checks:
+            check(self, input)
+        y = self.lora_forward(input, *args, **kwargs)
+        return self.magnified(y) if self.use_dora else y
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W₀ x + b: the base layer's own output."""
+        output: Tensor = super().forward(input, *args, **kwargs)
+        return output
+
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W₀ x + s · B A drop(x) + b, in plain, out-of-place operations: right for every base, quantised or sharded."""
+        y = self.base_forward(input, *args, **kwargs)
+        return y + (self.lora_update(input) * self.scaling).to(y.dtype)
+
+    def lora_update(self, input: Tensor) -> Tensor:
+        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
+        dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
+        return self.low_rank(self.drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
+
+    def update_dtype(self, other: Tensor) -> torch.dtype:
+        """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
+        return torch.promote_types(self.lora_A.dtype, other.dtype) if other.is_floating_point() else self.lora_A.dtype
+
+    def drop(self, input: Tensor) -> Tensor:
+        """Dropout on the LoRA path."""
+        return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
+
+    def pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
+        y = self.base_forward(input, *args, **kwargs)
+        if self.lora_start is None:
+            return y
+        A, B, scaling = self.lora_start
+        dtype = y.dtype if y.is_floating_point() else A.dtype
+        return y + (self.low_rank(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+
+    # ---- the merged weight -----------------------------------------------------------------------------------
+
+    def _serves_merged(self) -> bool:
+        if self.training or not self.merge_weights or not self.dense or self._subclassed:
+            return False
+        tensors = self._sources()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return False
+        return is_plain(*tensors)
+
+    def _sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the merged weight is computed from."""
+        adapter = (self.weight, self.lora_A, self.lora_B)
+        return (*adapter, self.lora_magnitude) if self.use_dora else adapter
+
+    def merged_weight(self) -> Tensor:
+        """W in the base weight's dtype, remembered until something that it depends on changes."""
+        return remembered(self, "_merged", self._sources(), self.scaling, self.compute_merged)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def compute_merged(self) -> Tensor:
+        """W in the weight's dtype: computed in float32, or float64 where the weight is, and rounded once."""
+        return self.merge_into(torch.empty_like(self.base_weight()))
+
+    def merge(self) -> None:
+        """Make the merged weight the base weight; the base layer computes with it what `forward_with` does."""
+        self.merge_into(self.weight)
+
+    def merge_into(self, out: Tensor) -> Tensor:
+        """Write W to `out`, which is like the weight: the weight itself, or another."""
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        with without_autocast(out.device):
+            A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+            g = self.magnitude_gain(dtype) if self.use_dora else None
+            merged = self.add_update(self.base_weight().to(dtype, copy=True), A, B)
+            return out.copy_(merged if g is None else merged.mul_(g))
+
+    # ---- making ----------------------------------------------------------------------------------------------
 
     def attach(
         self,
@@ -83,12 +185,12 @@ class LoRALayer(Merging, nn.Module):
         merge_weights: bool = False,
         use_rslora: bool = False,
         use_dora: bool = False,
-        init_lora_weights: Init = True,
+        init_lora_weights: starts.Init = True,
         adapter_dtype: torch.dtype | None = None,
         **kind_settings: Any,
     ) -> None:
         """Give a bare base layer its adapter: settings, its parameters (uninitialised), a frozen weight."""
-        problems = [*settings_problems(r, lora_alpha, lora_dropout), shapes.constructor_problem(init_lora_weights)]
+        problems = [*settings_problems(r, lora_alpha, lora_dropout), starts.constructor_problem(init_lora_weights)]
         if any(problems):
             raise ValueError(" ".join(filter(None, problems)))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
@@ -113,17 +215,6 @@ class LoRALayer(Merging, nn.Module):
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
 
-    @classmethod
-    def check_dora(cls, base: nn.Module, shape_B: Shape) -> None:
-        """ValueError if a layer of this class cannot have magnitudes."""
-        if not cls.magnitudes(base, shape_B):
-            raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.dense and quantized.packing_of(base) is None:
-            raise ValueError(
-                f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
-                "forward of its own; `lora.register_weight` teaches how to read it."
-            )
-
     def detach(self, restore_layout: bool = True) -> None:
         """Undo `attach`: the layer is a bare base layer again, with its weight in the base class's layout.
 
@@ -131,11 +222,8 @@ class LoRALayer(Merging, nn.Module):
         """
         if self.lora_place is not None:
             self.lora_place.adapted = False
-        derived = ("_merged", "_squares", "_norms", "_subclassed", "_in_step", "lora_place", "lora_resizing")
-        made = ("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits")
-        divided = ("lora_parallel",)
-        for name in (*_PARAMETERS, *made, *divided, *derived, *self.settings, "forward"):
-            self.__dict__.pop(name, None)
+        for name in (*_PARAMETERS, *_STATE, *self.settings, "forward"):
+            vars(self).pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.base_class  # type: ignore[assignment]
 
@@ -153,26 +241,12 @@ class LoRALayer(Merging, nn.Module):
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
-        with sharded.written_whole(self, *(name for name, _ in self.lora_parameters()), read=read) as whole:
-            shapes.from_shapes(whole, self.init_lora_weights)
-        self.awaits = self.init_lora_weights if self.init_lora_weights in shapes.OF_DATA else None
+        names = [name for name, _ in self.lora_parameters()]
+        with weights.ranks_of(self).written_whole(self, *names, read=read) as whole:
+            starts.from_shapes(whole, self.init_lora_weights)
+        self.awaits = self.init_lora_weights if self.init_lora_weights in starts.OF_DATA else None
         self.lora_start = None
         self.reset_magnitude()
-
-    def norms(self) -> Tensor:
-        """‖W₀ + s · B A‖ for each output that has a magnitude."""
-        return dora.norms(self)
-
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
-        if self.use_dora:
-            norms = sharded.with_whole(self, "weight", "lora_A", "lora_B").norms()
-            sharded.write(self, "lora_magnitude", self.lora_magnitude, norms)
-
-    def write_base(self, weight: Tensor) -> None:
-        """Give the base layer another weight: copied, or quantised as the one that is there."""
-        quantized.write_weight(self, weight)
 
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
@@ -185,71 +259,7 @@ class LoRALayer(Merging, nn.Module):
         needed = {"weight", "lora_A", "lora_B"} | ({"lora_magnitude"} if self.use_dora else set())
         return needed <= {*self._parameters, *self._buffers}
 
-    # ---- forward -----------------------------------------------------------------------------------
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y = g ⊙ (W₀ x + s · B A drop(x)) + b, or the same from the merged weight.
-
-        Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
-        """
-        if self.r == 0 or self.lora_disabled:
-            return self.pretrained_forward(input, *args, **kwargs)
-        if self._serves_merged():
-            return self.forward_with(input, self.merged_weight(), *args, **kwargs)
-        if self.awaits and self.training:
-            raise RuntimeError(
-                f"`init_lora_weights={self.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
-            )
-        check_in_step(self)
-        if self.lora_parallel is not None:
-            divided: Tensor = self.lora_parallel(self, input)
-            return divided
-        if self.training and self.lora_dropout:
-            sharded.check_dropout(self, input)
-        y = self.lora_forward(input, *args, **kwargs)
-        return dora.magnified(self, y) if self.use_dora else y
-
-    def pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
-        y = self.base_forward(input, *args, **kwargs)
-        if self.lora_start is None:
-            return y
-        A, B, scaling = self.lora_start
-        dtype = y.dtype if y.is_floating_point() else A.dtype
-        return y + (self.low_rank(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
-
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own output."""
-        output: Tensor = super().forward(input, *args, **kwargs)
-        return output
-
-    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The equation in plain, out-of-place operations: right for every base, quantised or sharded."""
-        y = self.base_forward(input, *args, **kwargs)
-        return y + (self.lora_update(input) * self.scaling).to(y.dtype)
-
-    def lora_update(self, input: Tensor) -> Tensor:
-        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
-        dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
-        return self.low_rank(self.drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
-
-    def update_dtype(self, other: Tensor) -> torch.dtype:
-        """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
-        return torch.promote_types(self.lora_A.dtype, other.dtype) if other.is_floating_point() else self.lora_A.dtype
-
-    def drop(self, input: Tensor) -> Tensor:
-        """Dropout on the LoRA path."""
-        return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
-
     # ---- for the adapters that files hold, and for classes in front, which may extend these -----------
-
-    def lora_scaling(self) -> float | Tensor:
-        """s, as the forward is to read it."""
-        return self.scaling
-
-    def lora_excess(self) -> Tensor:
-        """g − 1 for each output that has a magnitude, as the forward is to read it."""
-        return dora.excess(self)
 
     def lora_ranks(self) -> Sequence[int]:
         """The ranks of adapters that the layer can hold, the largest first; its own, if it has no room for others."""
@@ -293,10 +303,10 @@ class LoRALayer(Merging, nn.Module):
             self.awaits = None
 
     def _has_weight(self, weight: Tensor) -> bool:
-        return same_values(sharded.full(weight), sharded.gathered(self, "weight", self.weight))
+        return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
 
     def _has_untrained_magnitude(self) -> bool:
-        whole = sharded.with_whole(self, "weight", *_PARAMETERS)
+        whole = weights.ranks_of(self).with_whole(self, "weight", *_PARAMETERS)
         return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -310,21 +320,13 @@ class LoRALayer(Merging, nn.Module):
     def train(self, mode: bool = True) -> LoRALayer:
         """Set training mode; leaving `eval()` drops the merged weight. The base weight is never written."""
         super().train(mode)
-        self.__dict__.pop("lora_resizing", None)
         if mode:
             self._merged = None
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> LoRALayer:
-        """Set what trains of the layer; but not when a vocabulary was resized: then only the weight's is meant."""
-        if self.__dict__.pop("lora_resizing", False) and requires_grad == self.weight.requires_grad:
-            return self
-        super().requires_grad_(requires_grad)
-        return self
-
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
-        self._in_step = None
+        self._checked = None
         if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
             own = self._parameters.items()
             trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
@@ -354,3 +356,7 @@ class LoRALayer(Merging, nn.Module):
         if type(self).__dict__.get("generated", False):  # such a class has no name to be imported by
             return new, parts_of(type(self)), *reduced[2:]
         return reduced
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

@@ -1,8 +1,10 @@
-"""LoRA for linear layers."""
+"""LoRA for linear layers, and for several of them fused into one: query, key and value, say."""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from itertools import accumulate, compress
 from typing import Any, ClassVar
 
 import torch
@@ -11,36 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Adapted, lora_linear
-from lora.functional.linear import add_up_, spread
-from lora.functional.tensors import sample_slice, without_autocast
-from lora.layers import vocabulary
+from lora.functional.fused import without_autocast
+from lora.functional.linear import add_slices_, up_slices
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
-from lora.layers.registry import register
-from lora.layers.settings import split_settings
-from lora.models.shapes import Init
+from lora.layers.registry import Kind, register
+from lora.layers.starts import Init
+from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import sample_slice
 
 # How many rows of a weight in low precision are merged at a time.
 _PART = 512
 
 
-class LinearLoRA(LoRALayer):
+class LinearLoRA(WithVocabulary):
     """The kind for linear layers: A (r, in_features), B (out_features, r)."""
+
+    counted = "out_features", "lora_B", 0
 
     #: The weight is stored as (in_features, out_features).
     fan_in_fan_out: bool = False
-    #: The kind to use when the layer's output is several fused ones (`lora.layers.merged_linear`).
+    #: The kind to use when the layer's output is several fused ones.
     merged_kind: ClassVar[type[LinearLoRA]]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "out_features" and self.r > 0:
-            self.resize_outputs(value)
-            self.lora_resizing = True
-        super().__setattr__(name, value)
-
-    def resize_outputs(self, size: int) -> None:
-        """Follow a head's weight, tied to embeddings, that has been given more rows or fewer."""
-        vocabulary.follow(self, "lora_B", 0, size, rows=self.stored(self.weight))
+    def rows(self) -> Tensor:
+        return self.stored(self.weight)
 
     @classmethod
     def features(cls, base: nn.Module) -> tuple[int, int]:
@@ -48,7 +45,7 @@ class LinearLoRA(LoRALayer):
         return base.in_features, base.out_features  # type: ignore[return-value]
 
     @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[type[LoRALayer], dict[str, Any]]:
+    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         splits, enable_lora = wanted["splits"], wanted["enable_lora"]
         if splits is None and enable_lora is None:
             return cls, {}
@@ -66,7 +63,7 @@ class LinearLoRA(LoRALayer):
         return F.linear(x, A)  # (..., in_features) -> (..., r)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
-        return spread(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
+        return up_slices(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
 
     def weight_shape(self) -> Shape:
         in_features, out_features = self.features(self)
@@ -77,7 +74,7 @@ class LinearLoRA(LoRALayer):
         return [(0, self.features(self)[1])]
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.stored(spread(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+        return self.stored(up_slices(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
 
     def merge_into(self, out: Tensor) -> Tensor:
         exact = torch.promote_types(out.dtype, torch.float32)
@@ -110,7 +107,7 @@ class LinearLoRA(LoRALayer):
         return self.stored(self.stored(weight)[:, columns]), A[:, columns]
 
     def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        add_up_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
+        add_slices_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
         return weight
 
     @classmethod
@@ -172,6 +169,43 @@ class LinearLoRA(LoRALayer):
             self.weight.data = self.weight.data.T.contiguous()
 
 
+class MergedLinearLoRA(LinearLoRA):
+    """The kind for fused linear layers: A (G·r, in_features), B (out_features of the G enabled splits, r)."""
+
+    splits: tuple[int, ...] = ()
+    enable_lora: tuple[bool, ...] = ()
+
+    settings = (*LoRALayer.settings, "splits", "enable_lora")
+
+    @classmethod
+    def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
+        splits, enable_lora = settings["splits"], settings["enable_lora"]
+        in_features, out_features = cls.features(base)
+        if sum(splits) != out_features or any(size <= 0 for size in splits):
+            raise ValueError(f"`splits` (={splits}) must be positive and add up to `out_features` (={out_features}).")
+        if len(enable_lora) != len(splits):
+            raise ValueError(f"`enable_lora` (={enable_lora}) must have one entry for each of the splits {splits}.")
+        return (r * sum(enable_lora), in_features), (sum(compress(splits, enable_lora)), r)
+
+    def resize(self, size: int) -> None:
+        if size != sum(self.splits):
+            raise ValueError(
+                f"`out_features` (={size}) must be the sum of `splits` (={self.splits}), which cannot follow; load the "
+                "model again, and resize it before `lora.inject`."
+            )
+
+    def slices(self) -> list[tuple[int, int]]:
+        stops = accumulate(self.splits)
+        return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]
+
+    def over_outputs(self, adapted: Tensor) -> Tensor:
+        if all(self.enable_lora):
+            return adapted
+        parts = iter(torch.split(adapted, self.block_rows()))
+        every = zip(self.splits, self.enable_lora, strict=True)
+        return torch.cat([next(parts) if enabled else adapted.new_zeros(size) for size, enabled in every])
+
+
 class Conv1DLoRA(LinearLoRA):
     """The kind for transformers' Conv1D (GPT-2), a linear layer whose weight is (in_features, out_features)."""
 
@@ -184,6 +218,41 @@ class Conv1DLoRA(LinearLoRA):
 
     def __repr__(self) -> str:  # Conv1D's own leaves no room for more
         return f"{super().__repr__().removesuffix(')')}, {self.adapter_repr()})"
+
+
+class MergedConv1DLoRA(Conv1DLoRA, MergedLinearLoRA):
+    """The kind for a fused Conv1D, such as GPT-2's c_attn."""
+
+
+LinearLoRA.merged_kind = MergedLinearLoRA
+Conv1DLoRA.merged_kind = MergedConv1DLoRA
+register(nn.Linear, LinearLoRA)
+register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)
+
+
+def split_settings(
+    out_features: int, splits: Sequence[int] | None, enable_lora: bool | Sequence[bool | int]
+) -> dict[str, Any]:
+    """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
+    if splits is not None and not (_is_sequence(splits) and all(isinstance(size, numbers.Integral) for size in splits)):
+        raise ValueError(f"`splits` must be a list or a tuple of integers, got {splits!r}.")
+    if isinstance(enable_lora, bool):
+        enable_lora = (enable_lora,) * len(splits or (0,))
+    mask = tuple(enable_lora) if _is_sequence(enable_lora) else ()
+    if not mask or any(entry not in (0, 1) for entry in mask):
+        raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {enable_lora!r}.")
+    if splits is None:
+        if out_features % len(mask):
+            raise ValueError(
+                f"`out_features` (={out_features}) must be divisible by the {len(mask)} entries of `enable_lora`; "
+                "for uneven splits give `splits`."
+            )
+        splits = (out_features // len(mask),) * len(mask)
+    return {"splits": tuple(int(size) for size in splits), "enable_lora": tuple(map(bool, mask))}
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 class Linear(LinearLoRA, nn.Linear):
@@ -255,5 +324,77 @@ class Linear(LinearLoRA, nn.Linear):
         self.reset_parameters()
 
 
-register(nn.Linear, LinearLoRA)
-register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)
+class MergedLinear(MergedLinearLoRA, nn.Linear):
+    """Several linear layers fused into one, each with a low-rank update of its own, or none.
+
+        y_g = x W₀_gᵀ + b_g + s · drop(x) A_gᵀ B_gᵀ    for each enabled split g of the output
+
+    (With DoRA each output of an enabled split is scaled as in `lora.Linear`.)
+
+    One product with the stacked A serves all splits; splits that are not enabled cost nothing.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample, all splits together.
+        r: rank of each split's update. Default: 0.
+        lora_alpha: numerator of the scaling lora_alpha / r. Default: 1.
+        lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
+        enable_lora: which splits to adapt, as bools or 0/1; one bool speaks for all `splits`. With nothing
+            enabled the layer is a plain, trainable `nn.Linear`. Default: [False].
+        fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
+        merge_weights: as in `lora.Linear`. Default: True.
+        splits: sizes of the splits, in order, uneven ones too (grouped-query attention). Default: equal
+            parts, one for each entry of `enable_lora`.
+        use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
+        use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
+            (arXiv:2402.09353). Dropout is for the low-rank update alone. Default: False.
+        init_lora_weights: how A and B start: True, "gaussian", "orthogonal", False (both random), or a function of the
+            layer. Ways that need the pretrained weight or data: `lora.initialize`, `lora.calibrate`. Default: True.
+        device, dtype, **kwargs: `device`, `dtype` and `bias` of `nn.Linear`.
+
+    Parameters, for G enabled splits: `weight` (out_features, in_features), `bias` (out_features), `lora_A`
+    (G·r, in_features), `lora_B` (sum of the enabled splits' sizes, r), with DoRA `lora_magnitude` (the same sum).
+
+    Input (..., in_features); returns (..., out_features).
+
+    Raises:
+        ValueError: `splits` do not add up to `out_features`, `enable_lora` does not fit them or divide it, or
+            `r`, `lora_alpha` or `lora_dropout` is out of range.
+
+    From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.2.
+
+    >>> import torch, lora
+    >>> qkv = lora.MergedLinear(64, 64 + 16 + 16, r=4, enable_lora=[True, False, True], splits=(64, 16, 16))
+    >>> qkv.lora_A.shape, qkv.lora_B.shape
+    (torch.Size([8, 64]), torch.Size([80, 4]))
+    >>> qkv(torch.ones(2, 5, 64)).shape
+    torch.Size([2, 5, 96])
+    """
+
+    dense = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: bool | Sequence[bool | int] = (False,),
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        splits: Sequence[int] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: Init = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._transpose_weight()
+        fused = split_settings(out_features, splits, enable_lora)
+        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights, **fused)
+        self.reset_parameters()

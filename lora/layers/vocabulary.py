@@ -7,44 +7,78 @@ what it was of the weight. An id that is new has no update; that of one that is 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lora.parallel import sharded
-
-if TYPE_CHECKING:
-    from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer
+from lora.layers.weights import is_sharded
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def follow(layer: LoRALayer, factor: str, dim: int, size: int, rows: Tensor) -> None:
-    """Give a layer's factor as many ids in `dim` as the weight now has rows; the Parameter objects stay.
+class WithVocabulary(LoRALayer):
+    """The part of a kind whose layers may have an input or an output for each id of a vocabulary."""
 
-    Args:
-        size: how many ids there are to be.
-        rows: the weight, by ids; nothing is done where it does not have as many.
-    """
-    parameter = getattr(layer, factor)
-    before = parameter.shape[dim]
-    if len(rows) != size or size == before:
-        return
-    if size < before and layer.use_dora and dim == 1:
-        raise ValueError(
-            f"DoRA's magnitudes go with norms over all {before} ids, of which {size} are left: they cannot follow. The "
-            "weight is cut already: load the model again, call `resize_token_embeddings` first, and then `lora.inject`."
-        )
-    if sharded.is_sharded(parameter):
-        raise ValueError("the adapter is sharded and cannot follow; call `resize_token_embeddings` first, then inject.")
-    _write(parameter, resized(parameter, dim, size))
-    if layer.lora_start is not None:
-        A, B, scaling = layer.lora_start
-        layer.lora_start = (resized(A, 1, size), B, scaling) if dim == 1 else (A, resized(B, 0, size), scaling)
-    layer._merged = layer._squares = layer._norms = None  # written past us, and addresses may come back
-    if layer.use_dora:
-        _keep_gain(layer, dim, rows.detach()[before:], size)
+    #: The attribute that says how many ids there are, and the factor that has them in one of its dimensions.
+    counted: ClassVar[tuple[str, str, int]]
+    #: Whether the next `requires_grad_` is transformers', after it has resized the vocabulary.
+    lora_resizing: bool = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.counted[0] and self.r > 0:
+            self.resize(value)
+            self.lora_resizing = True
+        super().__setattr__(name, value)
+
+    def rows(self) -> Tensor:
+        """The weight, by ids."""
+        return self.weight
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def resize(self, size: int) -> None:
+        """Give A or B as many ids as the weight now has rows; the Parameter objects stay.
+
+        Nothing is done where the weight does not have as many.
+        """
+        _, factor, dim = self.counted
+        parameter, rows = getattr(self, factor), self.rows()
+        before = parameter.shape[dim]
+        if len(rows) != size or size == before:
+            return
+        if size < before and self.use_dora and dim == 1:
+            raise ValueError(
+                f"DoRA's magnitudes go with norms over all {before} ids, of which {size} are left: they cannot follow. "
+                "The weight is cut already: load the model again, call `resize_token_embeddings` first, and then "
+                "`lora.inject`."
+            )
+        if is_sharded(parameter):
+            raise ValueError(
+                "the adapter is sharded and cannot follow; call `resize_token_embeddings` first, then inject."
+            )
+        _write(parameter, resized(parameter, dim, size))
+        if self.lora_start is not None:
+            A, B, scaling = self.lora_start
+            self.lora_start = (resized(A, 1, size), B, scaling) if dim == 1 else (A, resized(B, 0, size), scaling)
+        self._merged = self._squares = self._norms = None  # written past us, and addresses may come back
+        if self.use_dora:
+            _keep_gain(self, dim, rows.detach()[before:], size)
+
+    def requires_grad_(self, requires_grad: bool = True) -> WithVocabulary:
+        """Set what trains of the layer; but not when a vocabulary was resized: then only the weight's is meant."""
+        if vars(self).pop("lora_resizing", False) and requires_grad == self.weight.requires_grad:
+            return self
+        super().requires_grad_(requires_grad)
+        return self
+
+    def train(self, mode: bool = True) -> WithVocabulary:
+        vars(self).pop("lora_resizing", None)
+        super().train(mode)
+        return self
+
+    def detach(self, restore_layout: bool = True) -> None:
+        vars(self).pop("lora_resizing", None)
+        super().detach(restore_layout)
 
 
 def resized(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -1,17 +1,21 @@
-"""What to adapt and how: PEFT's words, and how they match the names of a model's modules."""
+"""What to adapt and how, in PEFT's words, and which modules of a model these words mean."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
+import torch.nn as nn
 
-from lora.errors import raise_all
-from lora.layers.settings import settings_problems
-from lora.models.shapes import Init, init_problem
+from lora.errors import Problems, did_you_mean
+from lora.layers.layer import settings_problems
+from lora.layers.linear import LinearLoRA
+from lora.layers.registry import kind_for
+from lora.layers.starts import Init, init_problem
+from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
 from lora.models.training import BIAS_CHOICES
 
 T = TypeVar("T")
@@ -26,22 +30,29 @@ HEADS: dict[str, tuple[str, ...]] = {
     "FEATURE_EXTRACTION": (),
 }
 
-_BY_PATTERN = ("rank_pattern", "alpha_pattern", "splits", "enable_lora")
+# The fields that map patterns to values, each with an example.
+_BY_PATTERN = {
+    "rank_pattern": "{'qkv_proj': 16}",
+    "alpha_pattern": "{'qkv_proj': 32}",
+    "splits": "{'qkv_proj': (64, 16, 16)}",
+    "enable_lora": "{'qkv_proj': (True, False, True)}",
+}
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """What `lora.inject` shall do. The fields are PEFT's, with PEFT's meanings and defaults, and a few more.
+    """What `lora.inject` is to do. The fields are PEFT's, with PEFT's meanings and defaults, and a few more.
 
-    A *name* matches a module whose full name is it or ends with a dot and it (`"q_proj"`, `"self_attn.q_proj"`). A
+    A *name* matches a module whose full name equals it or ends with a dot and it (`"q_proj"`, `"self_attn.q_proj"`). A
     *pattern* is a name that may be a regular expression (`r"layers\\.[01]\\..*"`); the first that matches is used.
 
     Args:
         r: rank of the updates. Default: 8.
-        lora_alpha: numerator of the scaling lora_alpha / r. Default: 8.
+        lora_alpha: numerator of the scaling lora_alpha / r. Default: 8, as in PEFT; layers that are constructed start
+            from loralib's 1.
         lora_dropout: probability of dropping an input feature on the LoRA path. Default: 0.
-        target_modules: names of the modules to adapt; or one string, a regular expression that full names must
-            match entirely; or "all-linear", every linear layer but the output embedding.
+        target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
+            entirely; or "all-linear", every linear layer but the output embedding.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
@@ -52,22 +63,24 @@ class LoraConfig:
         freeze_A: leave lora_A as it starts (LoRA-FA, arXiv:2308.03303; `lora.mark_only_lora_as_trainable`).
             Default: False.
         init_lora_weights: how A and B start: a bool, a name, or a function of a layer (`lora.initialize`). Some ways
-            write the base weights, so that the sum is what it was. Default: True.
-        task_type: one of PEFT's: "SEQ_CLS" and "TOKEN_CLS" train and save, as `modules_to_save` does, the modules whose
-            names end in "classifier" or "score" (DistilBert's "pre_classifier", too), and "QUESTION_ANS" those in
-            "qa_outputs": heads that no pretrained file holds. "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION"
-            train nothing more. Default: None.
+            change the base weights, so that W₀ + s · B A stays as it was. Default: True.
+        task_type: one of PEFT's. The head of the task, which no pretrained file holds, is trained and saved like
+            `modules_to_save`: for "SEQ_CLS" and "TOKEN_CLS" the modules whose names end in "classifier" or "score"
+            (DistilBert's "pre_classifier", too), for "QUESTION_ANS" those that end in "qa_outputs". "CAUSAL_LM",
+            "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" train nothing more. Default: None.
         splits: for fused projections, the sizes of the parts by pattern: {"qkv_proj": (576, 192, 192)}. Default: {}.
-        enable_lora: which splits to adapt, by pattern; all where nothing is said. Default: {}.
-        factored: the factored form for convolutions (see `lora.Conv2d`). Default: True.
-        merge_weights: serve `eval()` from merged weights, at the cost of a copy of each. Default: False.
-        adapter_dtype: dtype of A and B. Default: None, the weight's, and float32 where that is narrower. A model
-            that is cast later takes them along, but for dtypes of less than 16 bits (float8), which weights are stored
-            in: what trains in a LoRA layer, biases too, stays as it is. Modules that train in full (`modules_to_save`)
-            and biases of other layers are plain torch, and are cast like every other.
+        enable_lora: which splits to adapt, by pattern. Default: {}, all of them.
+        factored: A and B of a convolution are two convolutions, as in PEFT (see `lora.Conv2d`). Default: True; layers
+            that are constructed keep loralib's form, so that loralib's code and files go on working.
+        merge_weights: serve `eval()` from merged weights. Default: False, since each layer then keeps a copy of its
+            weight; layers that are constructed have loralib's default, True.
+        adapter_dtype: dtype of A and B. Default: None, the weight's, but at least float32. A model that is cast later
+            takes A and B along, except to dtypes of less than 16 bits (float8): weights are only stored in these, and
+            whatever trains in a LoRA layer, biases too, keeps its dtype. Modules that train in full
+            (`modules_to_save`) and biases of other layers are cast as torch casts them.
 
     Raises:
-        ValueError: a value is out of range; all of them are named.
+        ValueError: a value is out of range; the error lists all of them.
 
     >>> import lora
     >>> config = lora.LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"layers.0.q_proj": 8})
@@ -96,54 +109,85 @@ class LoraConfig:
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for option in _BY_PATTERN:
-            if getattr(self, option) is None:  # as PEFT takes it
-                setattr(self, option, {})
-        problems = self._type_problems()
-        raise_all("LoraConfig: nothing was changed", problems)
-        for r in (self.r, *self.rank_pattern.values()):
-            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-                problems += settings_problems(r, alpha, self.lora_dropout)
-        if self.r == 0 or 0 in self.rank_pattern.values():
-            problems.append("`r` must be at least 1 to adapt a module; leave it out of `target_modules` instead.")
-        if not self.target_modules:
-            problems.append("`target_modules` must name the modules to adapt, or be 'all-linear'.")
-        if self.task_type is not None:
-            self.task_type = next(name for name in HEADS if name == self.task_type)  # of PEFT's enum, the plain string
-        if self.bias not in BIAS_CHOICES:
-            problems.append(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}.")
-        for expression in self.expressions():
-            problems += _problems_of(expression)
-        raise_all("LoraConfig: nothing was changed", dict.fromkeys(problems))
+        with Problems("LoraConfig: a value is not valid") as problems:
+            for option in _BY_PATTERN:
+                if getattr(self, option) is None:  # as PEFT takes it
+                    setattr(self, option, {})
+            problems.add(*self._type_problems())
+            problems.raise_any()
+            if self.task_type is not None:  # a plain string, where PEFT's enum was given
+                self.task_type = next(name for name in HEADS if name == self.task_type)
+            problems.add(*dict.fromkeys(self._value_problems()))
 
-    def _type_problems(self) -> list[str]:
-        problems = []
+    def _type_problems(self) -> Iterator[str]:
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
-            if not (value is None or isinstance(value, str) or _names(value)):
-                problems.append(f"`{option}` must be a list of names, got {value!r}.")
+            if not (value is None or isinstance(value, str) or _are_names(value)):
+                yield f"`{option}` must be a list of names, got {value!r}."
         if isinstance(self.modules_to_save, str):
-            problems.append(f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}.")
+            yield f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}."
         for option in _BY_PATTERN:
             value = getattr(self, option)
-            if not isinstance(value, Mapping) or not _names(list(value)):
-                problems.append(f"`{option}` must say by pattern, as in {{'qkv_proj': …}}, got {value!r}.")
-        problems += filter(None, [init_problem(self.init_lora_weights)])
+            if not isinstance(value, Mapping) or not _are_names(list(value)):
+                yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {value!r}."
+        yield from filter(None, [init_problem(self.init_lora_weights)])
         for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
             if not isinstance(getattr(self, option), bool):
-                problems.append(f"`{option}` must be True or False, got {getattr(self, option)!r}.")
+                yield f"`{option}` must be True or False, got {getattr(self, option)!r}."
         if self.task_type is not None and self.task_type not in (*HEADS,):
-            problems.append(f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {self.task_type!r}.")
+            yield f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {self.task_type!r}."
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            problems.append(f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}.")
-        return problems
+            yield f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}."
 
-    def expressions(self) -> list[tuple[str, str]]:
+    def _value_problems(self) -> Iterator[str]:
+        for r in (self.r, *self.rank_pattern.values()):
+            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+                yield from settings_problems(r, alpha, self.lora_dropout)
+        if self.r == 0 or 0 in self.rank_pattern.values():
+            yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
+        if not self.target_modules:
+            yield "`target_modules` must name the modules to adapt, or be 'all-linear'."
+        if self.bias not in BIAS_CHOICES:
+            yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}."
+        for given, used in self._expressions():
+            try:
+                re.compile(used)
+            except re.error as error:
+                yield f"{given!r} must be a name or a regular expression: {error}."
+
+    def _expressions(self) -> Iterator[tuple[str, str]]:
         """Every regular expression in the config, as it was given and as it is used."""
-        whole = [(p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
-        by_module = (self.rank_pattern, self.alpha_pattern, self.splits, self.enable_lora)
-        return whole + [(pattern, _at_end(pattern)) for mapping in by_module for pattern in mapping]
+        yield from ((p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str))
+        for option in _BY_PATTERN:
+            yield from ((pattern, _at_end(pattern)) for pattern in getattr(self, option))
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `LoraConfig` as keywords, for type checkers."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: Sequence[str] | None
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    freeze_A: bool
+    init_lora_weights: Init
+    task_type: str | None
+    splits: Mapping[str, Sequence[int]]
+    enable_lora: Mapping[str, bool | Sequence[bool | int]]
+    factored: bool
+    merge_weights: bool
+    adapter_dtype: torch.dtype | None
+
+
+# ---- names and patterns ------------------------------------------------------------------------------------------
 
 
 def name_matches(name: str, target: str) -> bool:
@@ -162,18 +206,121 @@ def for_module(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T
     return next(matching, default)
 
 
-def _names(value: object) -> bool:
-    return isinstance(value, Iterable) and all(isinstance(name, str) for name in value)
-
-
 def _at_end(pattern: str) -> str:
     return rf"(.*\.)?({pattern})"
 
 
-def _problems_of(expression: tuple[str, str]) -> list[str]:
-    given, used = expression
-    try:
-        re.compile(used)
-    except re.error as error:
-        return [f"{given!r} must be a name or a regular expression: {error}."]
-    return []
+def _are_names(value: object) -> bool:
+    return isinstance(value, Iterable) and all(isinstance(name, str) for name in value)
+
+
+# ---- the modules that a config means -------------------------------------------------------------------------------
+
+
+def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
+    """The modules to adapt; a name or pattern that matches none is a problem."""
+    found = len(problems.found)
+    if config.target_modules == "all-linear":
+        targets = _all_linear(model, names)
+        if not targets:
+            problems.add("`target_modules` 'all-linear' matches no module: there is no linear layer.")
+        saved = _asked_and_heads(names, config, Problems(""))
+        in_full = {part for module in saved for part in module.modules()}
+        targets = [module for module in targets if module not in in_full]
+    else:
+        targets = _select("target_modules", config.target_modules or (), names, problems)
+    excluded = _select("exclude_modules", config.exclude_modules or (), names, problems)
+    targets = [module for module in targets if module not in excluded]
+    if not targets and len(problems.found) == found:
+        problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
+    adapted = {module: names[module] for module in targets}
+    for option in _BY_PATTERN:
+        patterns: Mapping[str, object] = getattr(config, option)
+        _select(option, patterns, adapted, problems, pattern_matches, "adapted module")
+        problems.add(*_shadowed(option, patterns, adapted))
+    return targets
+
+
+def find_saved(
+    model: nn.Module, names: Names, config: LoraConfig, targets: Sequence[nn.Module], problems: Problems
+) -> list[nn.Module]:
+    """The modules to train in full; each that cannot be is a problem."""
+    asked = set(_select("modules_to_save", config.modules_to_save or (), names, Problems("")))
+    saved = _asked_and_heads(names, config, problems)
+    task, ends = config.task_type, HEADS.get(config.task_type or "", ())
+    if ends and not saved:
+        problems.add(_no_head(unwrapped(model), task, ends))
+    known = {module: names[module] for module in targets if not is_lazy(module)}
+    adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
+    for module in saved:
+        name = names[module][0]
+        if is_lazy(module):
+            problems.add(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
+            continue
+        inside = [part for part in module.modules() if part in targets]
+        tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - set(inside)
+        wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
+        for hold, found in wrong.items():
+            if found:
+                listed = ", ".join(names[part][0] for part in names if part in found)
+                whose = "a module of `modules_to_save`" if module in asked else f"the head of `task_type` {task!r}"
+                problems.add(f"{name}: {whose} trains in full and cannot {hold}: {listed}.")
+    return saved
+
+
+def _all_linear(model: nn.Module, names: Names) -> list[nn.Module]:
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    kinds = {module: kind_for(type(module)) for module in names}
+    return [m for m, kind in kinds.items() if kind and issubclass(kind, LinearLoRA) and m is not output_embeddings]
+
+
+def _asked_and_heads(names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
+    """The modules to train in full: those of `modules_to_save`, and the heads of the task."""
+    asked = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    ends = HEADS.get(config.task_type or "", ())
+    # As in PEFT, a name counts by how it ends, whole components or not: "pre_classifier" is as new as "classifier".
+    named = [module for module, known in names.items() if any(name.endswith(ends) for name in known)]
+    heads = [module for module in named if [*module.parameters()]]
+    return [module for module in names if module in {*asked, *heads}]
+
+
+def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:
+    body = getattr(model, "base_model", None)  # transformers' word; a model's heads are beside it
+    beside = [repr(name) for name, child in model.named_children() if child is not body and [*child.parameters()]]
+    hint = f" (beside the body it has {', '.join(beside)})" if beside else ""
+    looked_for = " or ".join(map(repr, ends))
+    return (
+        f"`task_type` {task!r} trains the head, and no module with parameters of this {type(model).__name__} has a "
+        f"name that ends in {looked_for}; name the head in `modules_to_save`{hint}."
+    )
+
+
+def _select(
+    option: str,
+    targets: str | Iterable[str],
+    names: Names,
+    problems: Problems,
+    matches: Callable[[str, str], bool] = name_matches,
+    what: str = "module",
+) -> list[nn.Module]:
+    """The modules that any of `targets` matches by any of their names; a target that matches none is a problem."""
+    if isinstance(targets, str):
+        targets, matches = [targets], lambda name, pattern: re.fullmatch(pattern, name) is not None
+    found: set[nn.Module] = set()
+    for target in targets:
+        matching = {module for module, known in names.items() if any(matches(name, target) for name in known)}
+        found |= matching
+        if not matching:
+            hint = did_you_mean(target, (name for known in names.values() for name in known))
+            problems.add(f"`{option}` {target!r} matches no {what}{hint}.")
+    return [module for module in names if module in found]
+
+
+def _shadowed(option: str, patterns: Iterable[str], adapted: Names) -> Iterator[str]:
+    """A complaint for each pattern that matches, and is never the first to."""
+    left = adapted
+    for pattern in patterns:
+        matching = {module for module, known in adapted.items() if any(pattern_matches(n, pattern) for n in known)}
+        if matching and not matching & left.keys():
+            yield f"`{option}` {pattern!r} is never used: patterns before it match all its modules."
+        left = {module: known for module, known in left.items() if module not in matching}

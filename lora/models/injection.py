@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import raise_all
-from lora.functional.tensors import Spans, is_writable
-from lora.layers import quantized
+from lora.errors import Problems, join, raise_all, table
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
-from lora.models import places
-from lora.models.config import LoraConfig, for_module
-from lora.models.initialization import begin, problems_of_start
-from lora.models.matching import (
+from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
+from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
+from lora.models.model import (
+    Memory,
     Names,
-    find_saved,
-    find_targets,
+    forget_children,
+    has_own_forward,
+    initialized_parameters,
+    is_lazy,
     lora_layers,
     names_of,
-    own_forwards,
+    obstacles,
+    own_forward_problems,
+    owned_tensors,
+    remember_layers,
+    remember_values,
     sharded_problems,
-    why_not,
+    undo_on_error,
 )
-from lora.models.report import AdaptedModule, InjectionReport
-from lora.models.start import give_back
+from lora.models.start import begin, give_back, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
@@ -39,7 +42,56 @@ from lora.models.training import (
     resized_problems,
     train_in_full,
 )
-from lora.parallel.replicas import wrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module: its names in the model, and its adapter."""
+
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    r: int
+    scaling: float
+    parameters: int
+    tied_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `lora.inject` did: a row for each module, and how much of the model trains.
+
+    Attributes:
+        modules: the adapted modules, in the model's order.
+        trainable: number of parameters that train.
+        total: number of all parameters.
+        saved_in_full: names of the modules that train in full.
+    """
+
+    modules: tuple[AdaptedModule, ...]
+    trainable: int
+    total: int
+    saved_in_full: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        rows = [
+            (m.names[0], m.kind, " × ".join(map(str, m.shape)), m.r, f"{m.scaling:g}", m.parameters)
+            for m in self.modules
+        ]
+        lines = [table(("module", "kind", "weight", "r", "scaling", "parameters"), rows)]
+        for m in self.modules:
+            if m.names[1:]:
+                lines.append(f"{m.names[0]} is one module with {', '.join(m.names[1:])}: they share the adapter.")
+            if m.tied_to:
+                lines.append(f"{m.names[0]}.weight is tied to {', '.join(m.tied_to)}, which the adapter leaves alone.")
+        if self.saved_in_full:
+            lines.append(f"trained in full: {', '.join(self.saved_in_full)}")
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -51,7 +103,7 @@ class Plan:
     settings: dict[str, Any]
 
 
-def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) -> InjectionReport:
+def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpack[Settings]) -> InjectionReport:
     """Put LoRA into a model's layers, in place, and freeze everything else.
 
     The same module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay; the
@@ -94,27 +146,24 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Any) 
     config = config or LoraConfig(**settings)
     lora_layers(model, "inject", none=True, replaced=True)
     names = names_of(model)
-    targets, problems = find_targets(model, names, config)
-    saved, saved_problems = find_saved(model, names, config, targets)
-    problems += saved_problems
     plans = []
-    for module in targets:
-        try:
-            plans.append(_plan(model, names[module], module, config))
-        except ValueError as error:
-            problems.append(f"{names[module][0]}: {error}")
-    problems += [*wrapped(names), *_untrainable(names)]
-    raise_all("inject: nothing was changed", problems)
-    with all_or_nothing(model):
+    with Problems("inject: nothing was changed") as problems:
+        targets = find_targets(model, names, config, problems)
+        saved = find_saved(model, names, config, targets, problems)
+        for module in targets:
+            with problems.at(names[module][0]):
+                plans.append(_plan(model, names[module], module, config))
+        problems.add(*obstacles(names), *_untrainable(names))
+    with undo_on_error(model.modules()):
         layers = adapt(plans)
-        places.remember(names, layers)
+        remember_layers(names, layers)
         raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
-        places.remember_values(names)
+        remember_values(names)
         begin(layers, config.init_lora_weights)
-    return _report(model, names, targets, tuple(names[module][0] for module in saved))
+    return report_of(model, names, layers, tuple(names[module][0] for module in saved))
 
 
 def eject(model: nn.Module) -> None:
@@ -142,8 +191,9 @@ def eject(model: nn.Module) -> None:
     layers = lora_layers(model, "eject", replaced=True)
     instead = "what shards it would go on with the adapter; load the pretrained weights into a model of its own"
     names = names_of(model)
-    problems = [*sharded_problems(layers, names, instead), *own_forwards(layers, names), *resized_problems(model)]
-    raise_all("eject: nothing was changed", problems)
+    with Problems("eject: nothing was changed") as problems:
+        problems.add(*sharded_problems(layers, names, instead), *own_forward_problems(layers, names))
+        problems.add(*resized_problems(model))
     for layer in layers:
         give_back(layer)
     with torch.no_grad():
@@ -157,8 +207,8 @@ def eject(model: nn.Module) -> None:
                 else:  # a buffer that has grown, or is another one now
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
-            places.forget(module)
-            quantized.set_up(module, False)
+            forget_children(module)
+            weights.prepare_training(module, False)
     restored: set[int] = set()
     for layer in layers:
         layer.detach(restore_layout=id(layer.weight) not in restored)
@@ -179,40 +229,90 @@ def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
     return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
 
 
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put every module's class, attributes and flags back if the block raises; values must not be written in it."""
-    modules = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in model.modules()]
-    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in initialized_parameters(model)]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, own in modules:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(own)
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        for parameter, data, trainable in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trainable)
-        raise
+# ---- which modules cannot be adapted ---------------------------------------------------------------------------
 
 
-def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters but those of lazy modules, which have no values yet."""
-    return [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
+def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
+    """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
+    if isinstance(module, LoRALayer) and module.r > 0:
+        return "has LoRA already; eject or merge it first."
+    if kind_for(type(module)) is None:
+        return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
+    if is_lazy(module):
+        return "is lazy and has no shape yet; run one forward pass first."
+    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, _around(model, names[0]))):
+        return "is sharded, and an adapter put in now would not be: each rank would train its own. Inject, then shard."
+    if "weight" not in {**module._parameters, **module._buffers}:
+        return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
+    if has_own_forward(module):
+        return (
+            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
+            "remove the hook first."
+        )
+    clash = clashing_names(module)
+    if clash:
+        return f"uses names that LoRA needs for itself: {', '.join(clash)}."
+    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module of this name, and all that it is a part of."""
+    parts = name.split(".")
+    return (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
+
+
+def clashing_names(module: nn.Module) -> list[str]:
+    """Names of the module's own that its kind of LoRA layer would take for the adapter's."""
+    kind = kind_for(type(module))
+    if kind is None or isinstance(module, LoRALayer):
+        return []
+    theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
+    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
+
+
+# Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
+# nothing. By full name, so that packages need not be installed; subclasses count as well.
+_BYPASSED = {
+    "torch.nn.modules.activation.MultiheadAttention": "out_proj",
+    "torch.nn.modules.transformer.TransformerEncoderLayer": "linear1 linear2",
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": "q_proj k_proj v_proj out_proj",
+    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
+    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
+    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
+}
+
+
+def bypass_of(parent: nn.Module, child: str) -> str | None:
+    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
+    way_out = "leave it out with `exclude_modules`"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        way_out = "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first"
+    for owner in type(parent).__mro__:
+        if child in _BYPASSED.get(f"{owner.__module__}.{owner.__qualname__}", "").split():
+            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
+    return None
+
+
+# ---- one module's adapter, and the report ----------------------------------------------------------------------
 
 
 def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
     """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
-    reason = why_not(model, names, module)
+    reason = refusal(model, names, module)
     if reason:
         raise ValueError(reason)
     kind = kind_for(type(module))
-    assert kind is not None, "why_not() has looked"
+    assert kind is not None, "refusal() has looked"
     kind, own = kind.configure(
         module,
         splits=for_module(config.splits, names, None),
@@ -243,18 +343,18 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 def _untrainable(names: Names) -> Iterator[str]:
     """Modules whose packed weights give wrong gradients, be they adapted or not."""
     for module, known in names.items():
-        reason = quantized.why_not_train(module) if "weight" in module._parameters else None
-        if reason:
+        if "weight" in module._parameters and (reason := weights.why_not_train(module)):
             yield f"{known[0]}: {reason}"
 
 
-def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved: tuple[str, ...]) -> InjectionReport:
-    owners = Spans[str]()
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        owners.add(tensor, name)
-    rows, layers = [], [layer for layer in targets if isinstance(layer, LoRALayer)]
+def report_of(
+    model: nn.Module, names: Names, layers: Sequence[LoRALayer], saved: tuple[str, ...] = ()
+) -> InjectionReport:
+    """What `inject` reports of a model in which these layers were adapted."""
+    memory = Memory(owned_tensors(names))
+    rows = []
     for layer in layers:
-        own = {f"{name}.weight".lstrip(".") for name in names[layer]}
+        tied = [name for one in memory.sharing(layer.weight) for name in one.names]
         rows.append(
             AdaptedModule(
                 names=names[layer],
@@ -263,7 +363,7 @@ def _report(model: nn.Module, names: Names, targets: Sequence[nn.Module], saved:
                 r=layer.r,
                 scaling=layer.scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in owners.sharing(layer.weight) if name not in own),
+                tied_to=tuple(name for name in tied if name not in [join(known, "weight") for known in names[layer]]),
             )
         )
     parameters = initialized_parameters(model)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lora.adapters.single import Form, with_rank
-from lora.functional.tensors import same_values
 from lora.layers.layer import LoRALayer
+from lora.layers.weights import same_values
 from lora.models.blocks import Pair, blocks_of, tensors_of
 
 

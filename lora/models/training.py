@@ -1,24 +1,25 @@
-"""What trains beside the frozen base: the adapters, and whatever was asked to train in full."""
+"""What trains beside the frozen base: the adapters, and what was asked to train in full; and a model without both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all
-from lora.functional.tensors import is_writable
-from lora.layers import quantized
+from lora.errors import Problems, is_number, join
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.partitioned import partitioned_problems
-from lora.models import places
-from lora.parallel.rows import in_model_order
-from lora.parallel.sharded import in_normal_mode, reordered, settle
+from lora.layers.weights import is_sharded, is_writable
+from lora.models.model import adapter_of_module, check_none_replaced, lora_layers, names_of, owned_tensors
 
 BIAS_CHOICES = ("none", "all", "lora_only")
+
+
+# ---- what trains ---------------------------------------------------------------------------------------------------
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_A: bool = False) -> None:
@@ -50,19 +51,19 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.lora_B']
     """
-    settle(model)
-    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    weights.reshard(model)
+    trained = _trained(model, bias)
     if freeze_A:
         trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
-        quantized.set_up(module, True)
+        weights.prepare_training(module, True)
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
-        remember_trained(model)
+        _remember_trained(model)
 
 
-@in_normal_mode
+@weights.outside_inference_mode
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that LoRA trains.
 
@@ -88,45 +89,252 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     >>> list(lora.lora_state_dict(model, bias="lora_only"))
     ['0.bias', '0.lora_A', '0.lora_B']
     """
-    settle(model)
-    places.check(model, "lora_state_dict")
-    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    weights.reshard(model)
+    check_none_replaced(model, "lora_state_dict")
+    trained = _trained(model, bias)
     for module in model.modules():
         if trains_in_full(module):
             trained.update(id(buffer) for buffer in module._buffers.values())
     # By object, not by name: wrappers rename keys, and tied parameters have several.
-    state = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
-    raise_all("lora_state_dict is not whole", partitioned_problems(state.items()))
-    owners = {id(p): (module, own) for module in model.modules() for own, p in module._parameters.items()}
-    values = {name: tensor.detach() for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
+    with Problems("lora_state_dict: a tensor is in parts") as problems:
+        problems.add(*weights.split_up_problems(state.items()))
+    owners = {id(one.tensor): one for one in owned_tensors(names_of(model))}
+    values = {}
     for name, tensor in state.items():
-        if id(tensor) in owners:  # not a buffer
-            values[name] = reordered(*owners[id(tensor)], values[name], in_model_order)
+        one = owners[id(tensor)]
+        values[name] = weights.of(one.module, one.own, tensor.detach()).in_model_order()
     return values
 
 
-def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that LoRA trains, by full name; a shared one under each of its names."""
+def _trained(model: nn.Module, bias: str) -> set[int]:
+    """The parameters that LoRA trains, by `id`."""
     if bias not in BIAS_CHOICES:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {bias!r}.")
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+    trained = set()
+    for module in model.modules():
+        adapter = adapter_of_module(module)
         with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
         for name, parameter in module._parameters.items():
-            trained = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
-            if parameter is not None and trained:
-                yield join(prefix, name), parameter
+            if name in adapter or trains_in_full(module) or (with_bias and is_bias(name)):
+                trained.add(id(parameter))
+    return trained
 
 
 def _can_freeze_A(module: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether the layer learns with its A as it started: not where that is zero."""
+    """Whether the layer learns with its A as it started: not if that is zero."""
     return isinstance(module, LoRALayer) and module.r > 0 and module.starts_at_zero == "lora_B"
 
 
 def is_bias(name: str) -> bool:
     """Whether a parameter's own name is a bias's, as torch's modules name theirs (`bias_ih_l0`, `in_proj_bias`)."""
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+# ---- groups for an optimizer ---------------------------------------------------------------------------------------
+
+# The names of the groups, each with whether its parameters decay.
+_DECAYS = {
+    "lora_A": True,
+    "lora_B": True,
+    "embedding_A": True,
+    "embedding_B": True,
+    "lora_magnitude": False,
+    "biases": False,
+    "weights": True,
+    "norms": False,
+}
+_START_AT_ZERO = ("lora_B", "embedding_A")
+# Norms whose weights need not be vectors.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = 16.0,
+    weight_decay: float = 0.0,
+    *,
+    lr_embedding: float | None = None,
+) -> list[dict[str, Any]]:
+    """What trains in a model, in groups for a torch optimizer: LoRA+.
+
+        lr of lora_B = lr_ratio · lr of lora_A
+
+    B starts at zero and adds up r features, A adds up all of the layer's: at one learning rate for both, B learns too
+    slowly the wider the layer is. Compared with plain LoRA, take a somewhat smaller `lr`.
+
+    Args:
+        model: a model with LoRA layers.
+        lr: learning rate of A, and of everything that is not named here.
+        lr_ratio: how many times higher that of the factor that starts at zero is: B, and in embeddings A. Default: 16.
+        weight_decay: of A, B and weights that train in full; magnitudes (DoRA), biases, norms and other vectors have
+            none. Default: 0.
+        lr_embedding: learning rate of both factors in embeddings, if these are to have one of their own.
+            Default: None.
+
+    Returns:
+        Dicts with "params", "lr", "weight_decay" and "name", which is of "lora_A", "lora_B", "embedding_A",
+        "embedding_B", "lora_magnitude", "biases", "weights" and "norms" (the last three: `bias` and
+        `modules_to_save`). Each parameter with `requires_grad` is in exactly one, a tied one, too; frozen ones are in
+        none, and empty groups are left out. Learning-rate schedulers of torch scale each group's own rate.
+
+    Raises:
+        ValueError: a number is out of range, nothing trains, or there is no LoRA layer; all that is wrong is listed.
+
+    From "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354. PEFT's `create_loraplus_optimizer`
+    gives embeddings 1e-6 (its `loraplus_lr_embedding`), and raises the rate of magnitudes, biases and norms as well.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> _ = lora.inject(model, target_modules=["0"], modules_to_save=["1"], r=2)
+    >>> groups = lora.param_groups(model, lr=1e-4, lr_ratio=10, weight_decay=0.01)
+    >>> for group in groups:
+    ...     print(group["name"], group["lr"], group["weight_decay"], len(group["params"]))
+    lora_A 0.0001 0.01 1
+    lora_B 0.001 0.01 1
+    biases 0.0001 0.0 1
+    weights 0.0001 0.01 1
+    >>> optimizer = torch.optim.AdamW(groups)
+    """
+    lora_layers(model, "param_groups")
+    members: dict[str, list[nn.Parameter]] = {role: [] for role in _DECAYS}
+    for role, parameter in _trainable(model):
+        members[role].append(parameter)
+    with Problems("param_groups: no groups were made") as problems:
+        numbers = {"lr": lr, "lr_ratio": lr_ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding})}
+        for name, value in numbers.items():
+            if not is_number(value) or value <= 0:
+                problems.add(f"`{name}` must be a finite number above 0, got {value!r}.")
+        if not is_number(weight_decay) or weight_decay < 0:
+            problems.add(f"`weight_decay` must be a finite number of at least 0, got {weight_decay!r}.")
+        if not any(members.values()):
+            problems.add(f"nothing in this {type(model).__name__} trains; see `lora.mark_only_lora_as_trainable`.")
+
+    def rate(role: str) -> float:
+        if lr_embedding is not None and role.startswith("embedding"):
+            return lr_embedding
+        return lr * lr_ratio if role in _START_AT_ZERO else lr
+
+    return [
+        {
+            "params": parameters,
+            "lr": float(rate(role)),
+            "weight_decay": float(weight_decay) if _DECAYS[role] else 0.0,
+            "name": role,
+        }
+        for role, parameters in members.items()
+        if parameters
+    ]
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains, with its role; a tied parameter once, as what it is first."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield _role(module, name, parameter), parameter
+
+
+def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, LoRALayer) and name in ("lora_A", "lora_B", "lora_magnitude"):
+        embeds = module.starts_at_zero == "lora_A" and name != "lora_magnitude"
+        return name.replace("lora", "embedding") if embeds else name
+    if is_bias(name):
+        return "biases"
+    return "norms" if parameter.dim() < 2 or isinstance(module, _NORMS) else "weights"
+
+
+# ---- the model without its adapters --------------------------------------------------------------------------------
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within ``with lora.disabled(model):`` the model computes what the base model does.
+
+    Modules and biases that train in full, and buffers that moved in training (running statistics), count with the
+    values that they had when LoRA was put in, too.
+
+    Args:
+        model: a model with LoRA layers, or a part of one.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded, or was resized since.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> before = model(torch.ones(8))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> _ = torch.nn.init.ones_(model[0].lora_B)
+    >>> with lora.disabled(model):
+    ...     bool((model(torch.ones(8)) == before).all())
+    True
+    """
+    lora_layers(model, "disabled", inside_disabled=True)
+    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
+    with Problems("disabled: nothing was changed") as problems:
+        for name, module in model.named_modules():  # FSDP2 puts tensors of its own in their places for every forward
+            wrong = [own for own in originals(module) if is_sharded(getattr(module, own)) and has_moved(module, own)]
+            if wrong:
+                problems.add(
+                    f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
+                )
+        problems.add(*resized_problems(model))
+    _enter(model, modules)
+    try:
+        yield
+    finally:
+        _leave(model, modules)
+
+
+def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
+    # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
+    first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
+    bases: dict[int, Tensor] = {}  # of a tensor that several modules share, one
+    for module in first:
+        swapped = [(trained, base) for trained, base in _originals(module) if id(trained) not in bases]
+        bases |= {id(trained): base for trained, base in swapped}
+        vars(module)["lora_swapped"] = swapped
+    _swap(model, bases)
+    for module in modules:
+        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
+    for module in first:
+        if isinstance(module, LoRALayer):
+            module.lora_refresh()
+
+
+def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module)["lora_disabled"] -= 1
+    last = [module for module in modules if not vars(module)["lora_disabled"]]
+    _swap(model, {id(base): trained for module in last for trained, base in vars(module).pop("lora_swapped")})
+    for module in last:
+        del vars(module)["lora_disabled"]
+        if isinstance(module, LoRALayer):
+            module.lora_refresh()
+
+
+def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor that trained outside the adapters and its value from before."""
+    for name, value in originals(module).items():
+        if not has_moved(module, name):
+            continue
+        trained: Tensor = getattr(module, name)
+        base = value.to(trained.device, trained.dtype)
+        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+
+
+def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
+    """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
+    if not replacements:
+        return
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if id(tensor) in replacements:
+                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
 
 
 # ---- parameters outside the adapters: what they were before training --------------------------------------------
@@ -198,7 +406,7 @@ def has_moved(module: nn.Module, name: str) -> bool:
 
 
 def resized_problems(model: nn.Module) -> Iterator[str]:
-    """A complaint for each tensor whose value from before training would not fit into its place any more.
+    """A complaint for each tensor that its value from before training no longer fits.
 
     A buffer may have grown: it is exchanged whole.
     """
@@ -206,7 +414,7 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
         for name, before in originals(module).items():
             now = {**module._parameters, **module._buffers}.get(name)
             if now is None:
-                yield f"{join(prefix, name)}: is not there any more; give it a value again first."
+                yield f"{join(prefix, name)}: no longer exists; give it a value again first."
             elif name in module._parameters and now.shape != before.shape:
                 yield (
                     f"{join(prefix, name)}: has the shape {tuple(now.shape)}, and had {tuple(before.shape)} when LoRA "
@@ -225,14 +433,14 @@ def _may_move(buffer: Tensor) -> bool:
     return buffer.is_floating_point() or buffer.numel() == 1
 
 
-def remember_trained(model: nn.Module) -> None:
+def _remember_trained(model: nn.Module) -> None:
     """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
     seen: set[int] = set()
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and _may_move(buffer):
                 remember(module, name)
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+        adapter = adapter_of_module(module)
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
                 seen.add(id(parameter))

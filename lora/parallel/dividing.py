@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_module, distribute_tensor
 
 from lora.errors import raise_all
-from lora.layers import quantized
+from lora.layers import weights
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
-from lora.parallel.local import LocalForward
-from lora.parallel.rows import in_model_order, in_rank_order
-from lora.parallel.sharded import reordered
+from lora.layers.registry import class_for
+from lora.parallel.dtensor import in_model_order, in_rank_order
+from lora.parallel.local import LocalForward, TensorParallel
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -41,7 +41,7 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
         yield "linear layers and embeddings can be."
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         yield "it is sharded already; tensor parallelism comes first, then `fully_shard`."
-    if not layer.dense or quantized.packing_of(layer) is not None:
+    if not layer.dense or weights.packing_of(layer) is not None:
         yield f"its weight, a {type(layer.weight).__name__}, is packed, or its forward is not its base class's."
     if layer.lora_start is not None or layer.awaits:
         yield f"it starts from its base weight or from data (`init_lora_weights={layer.init_lora_weights!r}`)."
@@ -61,7 +61,8 @@ def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement,
             placements = [local.placement(layer, own)]
             whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
             setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
-    layer.lora_parallel = local
+    layer.__class__ = class_for(TensorParallel, type(layer))
+    layer.lora_local = local
     return distribute_module(
         layer,
         local.mesh,
@@ -95,4 +96,4 @@ def _reorder(
         name = f"{prefix}{own}"
         # A state dict of parameters themselves, not of their values, has them as they are.
         if name in state and not isinstance(state[name], nn.Parameter):
-            state[name] = reordered(module, own, state[name], order)
+            state[name] = order(module, own, state[name])

@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora.functional import Lookup, lora_embedding
-from lora.layers import dora
-from lora.layers.layer import LoRALayer
-from lora.layers.merged_linear import MergedLinearLoRA
+from lora.layers.layer import LoRALayer, needs_no_data
+from lora.layers.linear import MergedLinearLoRA
+from lora.parallel.replicas import check_in_step
 
 Dims = dict[str, int | None]
 Sizes = dict[str, tuple[str, int]]
@@ -51,6 +51,29 @@ class Seeds:
             if len(self.drawn) > _REPLAYS:
                 self.drawn.popitem(last=False)
         return self.key + self.drawn[own] * _STEP
+
+
+class TensorParallel(LoRALayer):
+    """In front of a layer's class: each rank computes with its own shards.
+
+    Attributes:
+        lora_local: what a rank does.
+    """
+
+    base_class = LoRALayer
+    checks = (needs_no_data, check_in_step)
+
+    lora_local: LocalForward
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As LoRALayer's, whatever other class is in front of the layer's."""
+        return LoRALayer.forward(self, input, *args, **kwargs)
+
+    def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.lora_local(self, input)
+
+    def magnified(self, y: Tensor) -> Tensor:
+        return y  # each rank's part is
 
 
 class LocalForward:
@@ -88,7 +111,7 @@ class LocalForward:
         with self.dropping(part, x):
             y = self.forward(part, x)
         if part.use_dora:
-            y = dora.magnified(part, y)
+            y = part.magnified(y)
         placement = Partial() if self.sums else Shard(y.dim() - 1)
         shape = torch.Size((*y.shape[:-1], self.outputs(layer)))
         stride = torch.empty(shape, device="meta").stride()
@@ -109,16 +132,17 @@ class LocalForward:
         if self.sums and "bias" in tensors:  # once in the sum; the others' gradients for it are zero, and there
             tensors["bias"] = tensors["bias"] * float(self.mesh.get_local_rank() == 0)
         smaller = {size: tensors[own].shape[self._dim(layer, own, dim)] for size, (own, dim) in self.sizes.items()}
-        part = object.__new__(type(layer))
+        own_class = _class_behind(type(layer))
+        part = object.__new__(own_class)
         vars(part).update(vars(layer))
         vars(part).update(
             _parameters=tensors | dict.fromkeys(layer._parameters.keys() - tensors.keys()),
             _squares=None,
             _norms=None,
-            lora_parallel=None,
-            over_ranks=self._summed if self.sums else layer.over_ranks,
             **smaller,
         )
+        if self.sums:
+            vars(part)["squared_norms"] = lambda: self._summed(own_class.squared_norms(part))
         return part
 
     @contextmanager
@@ -148,6 +172,11 @@ class LocalForward:
 
     def _dim(self, layer: LoRALayer, own: str, dim: int) -> int:
         return 1 - dim if own == "weight" and getattr(layer, "fan_in_fan_out", False) else dim
+
+
+def _class_behind(cls: type[LoRALayer]) -> type[LoRALayer]:
+    """The layer's class behind `TensorParallel` (and behind FSDP2's, which is put in front later)."""
+    return next(c for c in cls.__mro__ if issubclass(c, LoRALayer) and not issubclass(c, TensorParallel))
 
 
 class ColwiseLinear(LocalForward):

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from lora.functional.tensors import is_plain
-from lora.layers.kind import LayerKind
+from lora.functional.fused import is_plain
+from lora.layers.layer import LoRALayer
+from lora.layers.weights import is_sharded
 
 
 class InStep:
@@ -36,7 +38,7 @@ class InStep:
         return type(None), ()  # a pickled or copied layer finds out for itself
 
 
-def check_in_step(layer: LayerKind) -> None:
+def check_in_step(layer: LoRALayer, input: Tensor) -> None:
     """RuntimeError if DistributedDataParallel runs this forward, and leaves out parameters that train."""
     # Asked in this order, a compiler sees a constant, and guards nothing.
     if is_compiling() or DistributedDataParallel._active_ddp_module is None:
@@ -44,8 +46,20 @@ def check_in_step(layer: LayerKind) -> None:
     _check(layer, DistributedDataParallel._active_ddp_module)
 
 
+def check_dropout(layer: LoRALayer, input: Tensor) -> None:
+    """RuntimeError where ranks would drop other features of an input that is to be the same on all of them."""
+    if not (layer.training and layer.lora_dropout):
+        return
+    # On other devices DTensor keeps the ranks' random states together by itself.
+    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
+        raise RuntimeError(
+            f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
+            "use those of `lora.parallel`, or `lora_dropout=0`."
+        )
+
+
 def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
-    if layer._in_step is not None and layer._in_step.still(wrapper, layer):
+    if layer._checked is not None and layer._checked.still(wrapper, layer):
         return
     # In training also without gradients: reentrant checkpointing runs the forward so, and the wrapper sees no other.
     if not (layer.training or torch.is_grad_enabled()) or torch.is_inference_mode_enabled() or not is_plain():
@@ -59,15 +73,13 @@ def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
         )
     modules: list[nn.Module] = [layer, *wrapper.module.modules()]
     for module in modules:
-        if isinstance(module, LayerKind):
-            vars(module)["_in_step"] = InStep(wrapper, module)
+        if isinstance(module, LoRALayer):
+            vars(module)["_checked"] = InStep(wrapper, module)
 
 
 def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
     """A complaint for each wrapper of a model, or in it, that would not synchronise what is put in now."""
     for module, known in names.items():
-        if is_flattened(module):
-            yield flattened_problem(known[0])
         if isinstance(module, DistributedDataParallel):
             yield (
                 f"{known[0] or 'the model'} is wrapped in DistributedDataParallel, which does not synchronise "
@@ -75,18 +87,15 @@ def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
             )
 
 
-def is_flattened(module: nn.Module) -> bool:
-    """Whether this is torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
+def flattened(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:
+    """A complaint for each of torch's first FullyShardedDataParallel, which keeps parameters in one flat piece."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
-def flattened_problem(name: str) -> str:
-    """A complaint for such a wrapper."""
-    return (
-        f"{name or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat piece; "
-        "use torch's `fully_shard` (FSDP2), after `lora.inject`."
-    )
+    for module, known in names.items():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            yield (
+                f"{known[0] or 'the model'} is wrapped in FullyShardedDataParallel, which keeps parameters in one flat "
+                "piece; use torch's `fully_shard` (FSDP2), after `lora.inject`."
+            )
 
 
 def _state(layer: nn.Module) -> list[tuple[int, bool]]:

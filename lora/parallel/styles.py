@@ -26,9 +26,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
 from lora.errors import raise_all
 from lora.layers.embedding import EmbeddingLoRA
-from lora.layers.linear import LinearLoRA
-from lora.layers.merged_linear import MergedLinearLoRA
-from lora.models.matching import without_wrappers
+from lora.layers.linear import LinearLoRA, MergedLinearLoRA
+from lora.models.model import by_tensor, names_of, owned_tensors, without_wrappers
 from lora.parallel.dividing import (
     divide,
     in_order_of_output,
@@ -37,9 +36,9 @@ from lora.parallel.dividing import (
     state_in_model_order,
     state_in_rank_order,
 )
+from lora.parallel.dtensor import dim_of_rows, in_rank_order
 from lora.parallel.gradients import clip_grad_norm_, sum_gradients
 from lora.parallel.local import ColwiseEmbedding, ColwiseLinear, RowwiseEmbedding, RowwiseLinear
-from lora.parallel.rows import dim_of_rows, in_rank_order
 
 __all__ = [
     "ColwiseParallel",
@@ -245,19 +244,16 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
             problems.append(f"{pattern}: no style is called {word!r}; known are {', '.join(map(repr, _STYLES))}.")
         elif word in _STYLES:
             styles |= {name: _style_for(modules[name], word) for name in names}
-    raise_all("plan_of cannot make a plan", [*problems, *_coming_apart(modules, styles)])
+    raise_all("plan_of cannot make a plan", [*problems, *_coming_apart(model, styles)])
     return styles
 
 
-def _coming_apart(modules: Mapping[str, nn.Module], styles: Mapping[str, ParallelStyle]) -> Iterator[str]:
+def _coming_apart(model: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[str]:
     """Trained parameters with several owners, which the plan would make several parameters."""
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in modules.items():
-        for own, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                owners.setdefault(parameter, []).append(f"{name}.{own}")
-    for names in owners.values():
-        if len(names) > 1 and any(name.rpartition(".")[0] in styles for name in names):
+    for group in by_tensor(owned_tensors(names_of(model))):
+        names = [one.names[0] for one in group]
+        trains = isinstance(group[0].tensor, nn.Parameter) and group[0].tensor.requires_grad
+        if len(names) > 1 and trains and any(name.rpartition(".")[0] in styles for name in names):
             yield f"{', '.join(names)}: is one parameter, which trains, and would be several."
 
 

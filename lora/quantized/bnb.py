@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.layers.packing import Packing
+from lora.layers.weights import Packing
 
 
 def _bitsandbytes() -> Any:
@@ -72,7 +72,7 @@ def _why_not_train_4bit(module: Any) -> str | None:
     return None
 
 
-def _set_up_4bit(module: Any, adapted: bool) -> None:
+def _prepare_4bit(module: Any, adapted: bool) -> None:
     # On some CPUs a forward in eval() repacks the weight for good: its constants are rounded, it computes in bfloat16,
     # and in training after that no gradient comes through it, without a word.
     if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -105,13 +105,5 @@ def _write_int8(module: Any, dense: Tensor) -> None:
         old.copy_(new)
 
 
-_4BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _set_up_4bit)
-_INT8 = Packing(_read_int8, _write_int8)
-
-# By layer and by weight: embeddings have the same weights, and FSDP puts plain ones in the layers.
-PACKINGS: dict[type | str, Packing] = {
-    "bitsandbytes.nn.modules.Linear4bit": _4BIT,
-    "bitsandbytes.nn.modules.Params4bit": _4BIT,
-    "bitsandbytes.nn.modules.Linear8bitLt": _INT8,
-    "bitsandbytes.nn.modules.Int8Params": _INT8,
-}
+FOUR_BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _prepare_4bit)
+INT8 = Packing(_read_int8, _write_int8)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.layers.packing import Packing
+from lora.layers.weights import Packing
 
 
 def _granularity(weight: Any) -> Any:
@@ -87,14 +87,7 @@ def _write_nf4(module: Any, dense: Tensor) -> None:
     module.weight.copy_(dense.to(module.weight.device, module.weight.dtype))  # quantises it
 
 
-_QUANTIZE = {"Int8Tensor": _int8, "Float8Tensor": _float8, "IntxUnpackedToInt8Tensor": _intx}
-_NF4 = Packing(_read_nf4, _write_nf4)
-
-PACKINGS: dict[type | str, Packing] = {
-    **{
-        f"torchao.quantization.{name}": Packing(_read, functools.partial(_write, quantize), _why_not_train)
-        for name, quantize in _QUANTIZE.items()
-    },
-    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor": _NF4,
-    "torchao.dtypes.nf4tensor.NF4Tensor": _NF4,  # where it was before
-}
+INT8, FLOAT8, INTX = (
+    Packing(_read, functools.partial(_write, quantize), _why_not_train) for quantize in (_int8, _float8, _intx)
+)
+NF4 = Packing(_read_nf4, _write_nf4)

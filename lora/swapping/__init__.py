@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora.errors import raise_all
-from lora.layers import dora
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
 from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
-from lora.models.matching import lora_layers, names_of, sharded_problems
+from lora.models.model import lora_layers, names_of, sharded_problems
 
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
 
@@ -48,7 +47,7 @@ class Swappable(LoRALayer):
             return super().forward(input, *args, **kwargs)
         y = self.base_forward(input, *args, **kwargs)
         y = y + self._gated(self.lora_update(input) * self.lora_scaling()).to(y.dtype)
-        return dora.magnified(self, y) if self.use_dora else y
+        return self.magnified(y) if self.use_dora else y
 
     def lora_scaling(self) -> float | Tensor:
         return self.lora_scale[0] if self._is_traced() else super().lora_scaling()
@@ -84,6 +83,7 @@ class Swappable(LoRALayer):
         if self._scales_exchanged != bool(self.lora_disabled):
             self._buffers[_SCALE], self._buffers[_OFF] = self._buffers[_OFF], self._buffers[_SCALE]
             self._scales_exchanged = not self._scales_exchanged
+            return  # writing what is there already would be a change to a backward that is still to come
         device, dtype = self._placement()
         on, off = (_OFF, _SCALE) if self.lora_disabled else (_SCALE, _OFF)
         for name, values in {on: (self.scaling, 1.0), off: (0.0, 0.0)}.items():

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn as nn
-from conftest import KINDS, example, make
+from conftest import STORED, example, make
 from toy_model import IDS, Model, snapshot
 
 import lora
@@ -105,7 +105,7 @@ def test_what_was_loaded_is_marked_saved_disabled_and_ejected_like_what_was_inje
     assert torch.equal(plain(IDS), base(IDS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_every_kind_of_layer_goes_through_a_file(path, kind):
     layer, x = make(kind), example(kind)
     layer.scaling = 0.7

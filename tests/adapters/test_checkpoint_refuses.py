@@ -69,6 +69,21 @@ def test_a_tensor_that_is_wrong_is_refused(file, changes, message, injected):
     refuses(file.model(injected), file.path, message)
 
 
+M0 = f"{Q0}.lora_magnitude"
+MAGNITUDES = {
+    "missing": (None, f"{M0} is missing."),
+    "another shape": (torch.ones(3), f"{M0} must have the shape (8,), got (3,)."),
+}
+
+
+@either
+@pytest.mark.parametrize(("magnitude", "message"), MAGNITUDES.values(), ids=MAGNITUDES)
+def test_a_magnitude_that_is_wrong_is_refused(tmp_path, magnitude, message, injected):
+    file = AdapterFile(tmp_path / "adapter.safetensors", target_modules=["q_proj"], r=2, use_dora=True)
+    file.write(tensors={name: value for name, value in (file.tensors | {M0: magnitude}).items() if value is not None})
+    refuses(file.model(injected), file.path, message)
+
+
 def test_what_trained_in_full_takes_the_dtype_of_a_plain_model_alone(file):
     """A plain model says by its dtype in which one it is to be used; in one that trains a cast would lose digits."""
     file.write(tensors={**file.tensors, NORM: torch.full((8,), 0.3).half()})

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, LAYERS
 from counting import Operations
 from magnitudes import dora, input_of
 from torch import nn
@@ -20,7 +20,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 @each_kind
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_pretrained_state_dict_sets_the_magnitudes(kind, assign):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     pretrained, x = cls(**arguments), input_of(kind)  # r = 0
     model = nn.Sequential(cls(**arguments, r=2, use_dora=True))
     state = {f"0.{name}": tensor * 3 for name, tensor in pretrained.state_dict().items()}
@@ -44,7 +44,7 @@ def test_a_layer_that_waited_on_the_meta_device_gets_its_weight():
 
 @each_kind
 def test_materialised_from_the_meta_device(kind):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer = cls(**arguments, r=2, use_dora=True, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     x = input_of(kind)

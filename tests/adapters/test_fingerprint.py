@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import KINDS, make, randomised
+from conftest import STORED, make, randomised
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -54,7 +54,7 @@ def another(base, injected):
 # ---- what is remembered ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_kind_shape_dtype_and_sample_are_in_the_file(tmp_path, kind):
     layer = make(kind)
     lora.save_adapter(nn.Sequential(layer), tmp_path / "a")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import KINDS, example, make
+from conftest import STORED, example, make
 from dense import (
     BLOCKS,
     absolute,
@@ -30,7 +30,12 @@ import lora
 from lora.arithmetic import combine, scale, subtract
 
 METHODS = ["cat", "svd", "linear", "ties", "dare"]
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", STORED)
+
+
+def test_the_names_of_the_wing_are_names_of_the_library():
+    assert lora.arithmetic.__all__ == ["Extracted", "Resized", "combine", "extract", "resize", "scale", "subtract"]
+    assert all(getattr(lora.arithmetic, name) is getattr(lora, name) for name in lora.arithmetic.__all__)
 
 
 # ---- cat, svd, linear ------------------------------------------------------------------------------------------

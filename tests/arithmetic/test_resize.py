@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import KINDS, example, make
+from conftest import STORED, example, make
 from dense import BLOCKS, adapter_of, assert_same, assert_unchanged, best, block_rank, constant, content, dense
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import lora
 from lora.arithmetic import resize
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", STORED)
 
 
 def kept_share(kind, W, q):

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS
+from conftest import STORED
 from dense import BLOCKS, adapter_of, assert_same, best, block_rank, dense, terms, total, with_module
 
 import lora
 from lora.arithmetic import combine
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", STORED)
 
 
 def ties_by_the_paper(updates, density):

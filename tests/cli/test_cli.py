@@ -14,8 +14,7 @@ from cli_model import base_folder, run, trained
 
 import lora
 from lora.__main__ import main
-from lora.cli import inspect
-from lora.cli.progress import progress
+from lora.cli import inspect, progress
 
 COMMANDS = ("inspect", "convert", "merge", "diff", "combine", "resize")
 

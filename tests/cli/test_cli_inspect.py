@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 from cli_model import run, trained
-from conftest import KINDS, make, update
+from conftest import STORED, make, update
 
 import lora
 from lora.adapters.files import checksum
@@ -69,7 +69,7 @@ def test_splits_one_by_one(path, capsys):
     assert "~" in out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_every_kind(kind, path, capsys):
     layer = make(kind, use_rslora=False)
     lora.save_adapter(nn.ModuleDict({"it": layer}), path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from cli_model import base_folder, content, expected, run, trained
-from conftest import KINDS, make, update
+from conftest import STORED, make, update
 
 import lora
 
@@ -63,7 +63,7 @@ def test_merge(path, out, tmp_path, capsys, files, dtype):
     assert all(name in said for name in layers)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_every_kind(kind, path, out, tmp_path, capsys):
     layer = make(kind)
     state = {f"it.{name}": t for name, t in layer.state_dict().items() if not name.startswith("lora_")}

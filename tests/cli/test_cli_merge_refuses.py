@@ -10,7 +10,7 @@ from cli_model import base_folder, run, trained
 
 import lora
 from lora.__main__ import main
-from lora.cli import merging, shards
+from lora.cli import folder
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_killed_in_the_middle(path, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging.shutil, "copyfile", interrupt)
+    monkeypatch.setattr(folder.shutil, "copyfile", interrupt)
     (base / "config.json").write_text("{}", encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     assert run(capsys, "merge", base, path, tmp_path / "out")[0] == 130
@@ -296,16 +296,16 @@ def test_what_was_there_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine", encoding="utf-8")
-    replace = merging.os.replace
+    replace = folder.os.replace
 
     def fail(source, target):
         if str(source).endswith(".tmp"):
             raise OSError("no")
         replace(source, target)
 
-    monkeypatch.setattr(merging.os, "replace", fail)
-    with pytest.raises(OSError, match="no"), merging.whole_folder(out) as folder:
-        (folder / "new").write_text("new", encoding="utf-8")
+    monkeypatch.setattr(folder.os, "replace", fail)
+    with pytest.raises(OSError, match="no"), folder.whole_folder(out) as new:
+        (new / "new").write_text("new", encoding="utf-8")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert [file.name for file in out.iterdir()] == ["mine"]
 
@@ -313,11 +313,11 @@ def test_what_was_there_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
-    entries = lora.adapters.files.read_header(path).tensors
+    model = folder.open_folder(tmp_path)
     path.write_bytes(path.read_bytes()[:-8])
     for names in ([], ["a", "b"]):
         with pytest.raises(OSError, match="has changed"):
-            shards.rewrite(path, tmp_path / f"out{len(names)}", entries, lambda name, tensor: None, names)
+            folder.rewrite(model, path.name, tmp_path / f"out{len(names)}", lambda name, tensor: None, names)
 
 
 def test_an_embedding_that_bounds_its_rows_is_not_merged(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from cli_model import run, trained
 from test_paths import files_of_at_most
 
-from lora.cli.plot import grid
+from lora.cli.inspect import grid
 
 
 def test_plot(tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_quantises_all_linear_layers_but_the_output(flags, way, dtype, capsys):
         assert not layer.training
         assert layer.weight.dtype == (torch.int8 if way == "int8" else torch.uint8)
         assert layer.weight.nbytes == weights[name].numel() * bits // 8
-        difference = lora.layers.quantized.read_weight(layer).float() - weights[name].float()
+        difference = lora.layers.weights.read_weight(layer).float() - weights[name].float()
         assert 0 < difference.abs().max() < bound * weights[name].abs().max()
     before = sum(weights[name].nbytes for name in weights.keys() - kept)
     assert f"6 linear layers in {way}: {before / 1e6:.1f} MB of weights before" in capsys.readouterr().out

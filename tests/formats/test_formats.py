@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, make, randomised, update
+from conftest import STORED, make, randomised, update
 from exchange import (
     FORMATS,
     PREFIX,
@@ -359,7 +359,7 @@ def test_shapes_that_no_weight_has_are_refused_in_words(tmp_path, shape, message
     refused(lambda: lora.write_adapter(adapter, tmp_path / "a", "peft"), message)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Linear transposed"])  # no plain layer is
+@pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "Linear transposed"])  # no plain layer is
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_kind_of_layer_goes_into_a_plain_model(tmp_path, kind, format):
     layer = make(kind)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from lora.functional import lora_linear, plain_lora_linear
-from lora.functional.noise import Noise
+from lora.functional import lora_embedding, lora_linear, magnify, plain_lora_linear
+from lora.functional.fused import Noise
 
 SLICES = {"whole": (7, None), "outer": (9, ((0, 3), (5, 7))), "inner": (9, ((2, 4), (4, 9))), "last": (6, ((4, 6),))}
 
@@ -84,12 +84,12 @@ def test_its_gradients_are_right_and_so_are_theirs(slices, dropout):
 @pytest.mark.parametrize("rows", [1, 26, 49, 50])  # one row, equal chunks, and a smaller last one
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_many_chunks_of_noise_are_one_mask(dropout, rows, monkeypatch):
-    monkeypatch.setattr("lora.functional.noise._CACHED", 64)
+    monkeypatch.setattr("lora.functional.fused._CACHED", 64)
     x, weight, b, A, B = problem(7, None, rows)
     torch.manual_seed(1)
     ours = gradients(lora_linear, (x, weight, b, A, B), 0.7, dropout)
     torch.manual_seed(1)
-    mask = Noise.draw(dropout, x).mask(x) / (1 - round(dropout * 256) / 256) if dropout else 0.0
+    mask = Noise.draw(dropout, x).drop(torch.ones_like(x)) / (1 - round(dropout * 256) / 256) if dropout else 0.0
     theirs = gradients(plain_lora_linear, (x, weight, b, A, B), 0.7, mask)
     for got, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # dA is summed in float32 over chunks
@@ -161,6 +161,26 @@ def test_an_input_can_be_differentiated_twice_while_the_adapter_is_frozen():
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
     torch.testing.assert_close(penalty(lora_linear), penalty(plain_lora_linear), rtol=1e-12, atol=1e-9)
+
+
+FROZEN = {
+    "linear": lambda x, A, B: lora_linear(x, torch.eye(4), None, torch.ones(2, 4), torch.ones(4, 2), 0.5),
+    "magnify": lambda x, A, B: magnify(x, torch.tensor([0.0, 0.1, 0.2, 0.3])),
+    "embedding": lambda x, A, B: lora_embedding(torch.tensor([2, 0]), torch.zeros(2, 4), A, B, 0.5),
+}
+
+
+@pytest.mark.parametrize("function", FROZEN.values(), ids=FROZEN)
+def test_many_output_gradients_at_once_where_the_input_is_not_kept(function):
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((3, 4), (2, 3), (4, 2))]
+    y = function(*inputs)
+    many = torch.randn(2, *y.shape)
+    options = {"retain_graph": True, "allow_unused": True}
+    got = torch.autograd.grad(y, inputs, many, is_grads_batched=True, **options)
+    expected = zip(*(torch.autograd.grad(y, inputs, dy, **options) for dy in many), strict=True)
+    for many_gradients, one_by_one in zip(got, expected, strict=True):
+        if many_gradients is not None:
+            torch.testing.assert_close(many_gradients, torch.stack(one_by_one))
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------

@@ -5,28 +5,24 @@ import math
 
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, example, make
+from conftest import STORED, example, make
 from torch import Tensor
 
 import lora
 
-# Further forms of layers: the name in conftest's KINDS, and arguments.
-FORMS = {name: (name, {}) for name in KINDS} | {
+# Further forms of layers: the name in conftest's LAYERS, and arguments.
+FORMS = {name: (name, {}) for name in STORED} | {
     "Linear without a bias": ("Linear", {"bias": False}),
-    "Linear with a transposed weight, no bias": ("Linear transposed", {"bias": False}),
     "MergedLinear with all splits": ("MergedLinear", {"enable_lora": (True, True, True)}),
     "MergedLinear with one split": ("MergedLinear", {"enable_lora": (False, True, False)}),
     "MergedLinear transposed": ("MergedLinear", {"fan_in_fan_out": True}),
     "Embedding with padding": ("Embedding", {"padding_idx": 2}),
     "Embedding with max_norm": ("Embedding", {"max_norm": 1.0}),
     "Embedding with both": ("Embedding", {"padding_idx": -1, "max_norm": 2.0, "norm_type": 1.0}),
-    "Conv1d in two groups": ("Conv1d", {"groups": 2}),
-    "Conv2d without a bias": ("Conv2d", {"bias": False}),
     "Conv2d in one group": ("Conv2d", {"groups": 1, "stride": 2, "padding": 1}),
     "Conv2d factored, one group": ("Conv2d factored", {"groups": 1, "stride": 2, "padding": 1}),
     "Conv2d factored, circular": ("Conv2d factored", {"padding": 1, "padding_mode": "circular"}),
     "Conv2d factored, uneven kernel": ("Conv2d factored", {"kernel_size": (1, 3), "padding": "same"}),
-    "Conv3d factored, without a bias": ("Conv3d factored", {"bias": False}),
 }
 
 

@@ -148,7 +148,7 @@ def test_a_layer_that_is_the_whole_model_is_adapted_before_mixed_precision_or_af
     x = torch.randn(3, 6)
     with accelerator(mixed_precision="bf16") as own:
         layer = own.prepare(nn.Linear(6, 4))
-        with pytest.raises(ValueError, match="has a forward of its instance"):
+        with pytest.raises(ValueError, match="the instance has its own `forward` attribute"):
             lora.inject(layer, target_modules=[""], r=2)
         lora.inject(own.unwrap_model(layer, keep_fp32_wrapper=False), target_modules=[""], r=2)
         assert type(layer) is lora.Linear
@@ -165,7 +165,7 @@ def test_a_layer_that_is_the_whole_model_is_adapted_before_mixed_precision_or_af
 
 
 BOUND = (
-    "has a forward of its instance, which would go on calling LoRA's; remove it first, as "
+    "the instance has its own `forward` attribute, which would go on calling LoRA's; remove it first, as "
     "`accelerate.hooks.remove_hook_from_module` and `Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` do."
 )
 
@@ -203,7 +203,7 @@ def test_a_layer_whose_hook_is_gone_is_a_layer_like_any():
     model, ids = Net(), batches_of(1)[0]
     for layer in (model.blocks[0], model.blocks[2]):
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    with pytest.raises(ValueError, match=r"blocks\.0: has a forward of its instance.*\n.*blocks\.2: has a forward"):
+    with pytest.raises(ValueError, match=r"blocks\.0: the instance has its own .*\n.*blocks\.2: the inst"):
         lora.inject(model, target_modules=["blocks.0", "blocks.1", "blocks.2"], r=2)
     hooks.remove_hook_from_module(model, recurse=True)
     assert "forward" in vars(model.blocks[0])  # of nn.Linear, and bound to it

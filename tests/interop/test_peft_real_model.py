@@ -93,5 +93,5 @@ def test_we_run_pefts_adapters(base, split, tmp_path):
         targets, splits = config.target_modules, pretrained.fused_splits(model.config)
         lora.inject(ours, r=8, target_modules=list(targets), rank_pattern={"o_proj": 4}, splits=splits)
     lora.load_adapter(ours, tmp_path)
-    assert isinstance(ours.model.layers[0].self_attn.qkv_proj, lora.layers.merged_linear.MergedLinearLoRA) == split
+    assert isinstance(ours.model.layers[0].self_attn.qkv_proj, lora.layers.linear.MergedLinearLoRA) == split
     assert_says_the_same(logits(ours, ids), expected, before)

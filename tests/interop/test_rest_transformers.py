@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora
-from lora.models.pretrained import resized_embeddings
+from lora.models.model import resized_embeddings
 
 pytestmark = QUIET
 ROWS, ADDED = 32, 5

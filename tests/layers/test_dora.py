@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, make, randomised, with_float32_adapter
+from conftest import KINDS, LAYERS, STORED, make, randomised, with_float32_adapter
 from magnitudes import FORMS, assert_formula, base_weight, delta, dora, input_of, leaves, merged, norms
 from torch import nn
 
@@ -12,8 +12,9 @@ each_form = pytest.mark.parametrize("form", FORMS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@each_form
-@pytest.mark.parametrize("bias_trains", [False, True])
+@pytest.mark.parametrize(
+    ("form", "bias_trains"), [*((form, True) for form in FORMS), *((kind, False) for kind in KINDS)]
+)
 def test_outputs_and_gradients_are_the_formulas(form, bias_trains):
     layer = dora(form, dtype=torch.float64)
     if getattr(layer, "bias", None) is not None:
@@ -22,9 +23,16 @@ def test_outputs_and_gradients_are_the_formulas(form, bias_trains):
     assert_formula(layer, x.requires_grad_() if x.is_floating_point() else x)
 
 
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapter", ["its dtype", "float32"])
+@pytest.mark.parametrize("form", [*STORED, "Embedding with both"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [
+        (torch.float32, "its dtype"),
+        (torch.bfloat16, "its dtype"),
+        (torch.bfloat16, "float32"),
+        (torch.float16, "float32"),
+    ],
+)
 def test_in_other_dtypes_to_rounding(form, dtype, adapter):
     layer = dora(form).to(dtype)
     if adapter == "float32":
@@ -53,7 +61,7 @@ def merged_without_gain(layer):
 @each_form
 def test_it_starts_as_its_base_to_the_bit(form):
     kind, own = FORMS[form]
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer, x = cls(**{**arguments, **own, "r": 2, "use_dora": True}), input_of(form)
     with lora.disabled(layer):
         expected = layer(x)
@@ -67,7 +75,7 @@ def test_it_starts_as_its_base_to_the_bit(form):
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_injected_it_starts_as_its_base_in_every_dtype(kind, dtype):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer = cls(**arguments, dtype=dtype)  # r = 0: a base layer by another name
     fields = {"factored": layer.factored} if hasattr(layer, "factored") else {}
     if kind == "MergedLinear":
@@ -84,7 +92,7 @@ def test_injected_it_starts_as_its_base_in_every_dtype(kind, dtype):
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_constructed_in_low_precision_it_starts_as_its_base(kind, dtype):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer, x = cls(**arguments, dtype=dtype, r=2, use_dora=True), input_of(kind, dtype)
     with lora.disabled(layer):
         expected = layer(x)
@@ -116,7 +124,7 @@ def test_an_update_that_undoes_the_weight_leaves_finite_numbers(form, dtype):
 @pytest.mark.parametrize("form", ["Linear", "MergedLinear", "Conv2d", "Conv2d factored"])
 def test_outputs_whose_weights_are_zero_start_as_they_are_and_learn(form):
     kind, own = FORMS[form]
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer, x = cls(**{**arguments, **own, "r": 2, "use_dora": True}), input_of(form)
     with torch.no_grad():
         layer.weight[:2] = 0
@@ -183,8 +191,14 @@ def test_kinds_without_outputs_of_their_own_refuse_it():
 # ---- merging -----------------------------------------------------------------------------------------------------
 
 
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, torch.float64) for form in FORMS),
+        *((kind, torch.bfloat16) for kind in STORED),
+        ("Linear", torch.float32),
+    ],
+)
 def test_merged_weights_are_the_formulas(form, dtype):
     layer = dora(form).to(dtype)
     expected, eps = merged(layer), torch.finfo(dtype).eps

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from packed import ROWS, R, adapted, assert_dora, assert_equation, assert_merges
 from torch import Tensor, nn
 
 import lora
-from lora.layers import quantized
+from lora.layers import weights
 
 IN, OUT = 24, 16
 
@@ -100,7 +102,7 @@ def with_codes(dtype=torch.float32):
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(quantized, "_packings", dict(quantized._packings))
+    monkeypatch.setattr(weights, "_PACKINGS", dict(weights._PACKINGS))
 
 
 @pytest.fixture
@@ -123,14 +125,14 @@ def dequantised(layer):
 def test_a_dense_weight_is_read_and_written_itself():
     layer = nn.Linear(3, 2)
     weight, values = layer.weight, torch.randn(2, 3)
-    got = quantized.read_weight(layer)
+    got = weights.read_weight(layer)
     assert got.data_ptr() == weight.data_ptr()
     assert not got.requires_grad
-    quantized.write_weight(layer, values)
+    weights.write_weight(layer, values)
     assert layer.weight is weight
     assert weight.requires_grad
     assert torch.equal(weight, values)
-    assert (quantized.is_packed(layer), quantized.packing_of(layer), quantized.why_not_train(layer)) == (
+    assert (weights.is_packed(layer), weights.packing_of(layer), weights.why_not_train(layer)) == (
         False,
         None,
         None,
@@ -140,8 +142,8 @@ def test_a_dense_weight_is_read_and_written_itself():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dense_in_any_dtype(dtype):
     layer = nn.Linear(3, 2, dtype=dtype)
-    quantized.write_weight(layer, torch.full((2, 3), 1.5))
-    assert torch.equal(quantized.read_weight(layer), torch.full((2, 3), 1.5, dtype=dtype))
+    weights.write_weight(layer, torch.full((2, 3), 1.5))
+    assert torch.equal(weights.read_weight(layer), torch.full((2, 3), 1.5, dtype=dtype))
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -150,21 +152,21 @@ def test_dense_in_any_dtype(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reads_and_writes_by_what_was_registered(known, kind):
     layer, values = KINDS[kind](), torch.randn(OUT, IN)
-    assert quantized.is_packed(layer)
-    assert torch.equal(quantized.read_weight(layer), dequantised(layer))
-    quantized.write_weight(layer, values)
+    assert weights.is_packed(layer)
+    assert torch.equal(weights.read_weight(layer), dequantised(layer))
+    weights.write_weight(layer, values)
     twin = KINDS[kind]()
     (pack_codes if kind == "tensor" else Packed.pack)(twin, values)
-    assert torch.equal(quantized.read_weight(layer), dequantised(twin))
+    assert torch.equal(weights.read_weight(layer), dequantised(twin))
 
 
 def test_what_is_there_is_not_packed_again():
     written = []
     lora.register_weight(Packed, Packed.unpack, lambda module, weight: written.append(weight))
     layer = Packed()
-    quantized.write_weight(layer, quantized.read_weight(layer))
+    weights.write_weight(layer, weights.read_weight(layer))
     assert written == []
-    quantized.write_weight(layer, 2 * quantized.read_weight(layer))
+    weights.write_weight(layer, 2 * weights.read_weight(layer))
     assert len(written) == 1
 
 
@@ -173,8 +175,8 @@ def test_by_name():
     lora.register_weight(f"{Codes.__module__}.Codes", lambda module: module.weight.dense(), pack_codes)
     for make in KINDS.values():
         layer = make()
-        assert torch.equal(quantized.read_weight(layer), dequantised(layer))
-        assert torch.equal(quantized.read_weight(adapted(layer)), dequantised(layer))
+        assert torch.equal(weights.read_weight(layer), dequantised(layer))
+        assert torch.equal(weights.read_weight(adapted(layer)), dequantised(layer))
 
 
 def test_the_nearest_class_counts_and_the_layer_before_its_weight():
@@ -182,26 +184,26 @@ def test_the_nearest_class_counts_and_the_layer_before_its_weight():
     for cls, function in read.items():
         lora.register_weight(cls, function, Packed.pack)
     layer = Further()
-    assert quantized.read_weight(layer) == 1
+    assert weights.read_weight(layer) == 1
     layer.weight = codes_of(torch.randn(OUT, IN), OtherCodes)
-    assert quantized.read_weight(layer) == 1
+    assert weights.read_weight(layer) == 1
     plain = with_codes()
-    assert quantized.read_weight(plain) == 2
+    assert weights.read_weight(plain) == 2
     lora.register_weight(nn.Linear, lambda module: torch.full((1,), 3.0), Packed.pack)
-    assert quantized.read_weight(plain) == 3
+    assert weights.read_weight(plain) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_packings_are_named(kind):
     layer = KINDS[kind]()
-    assert quantized.is_packed(layer)
-    assert quantized.packing_of(layer) is None
+    assert weights.is_packed(layer)
+    assert weights.packing_of(layer) is None
     name = {
         "layer": "a Packed with a torch.*int8",
         "subclass": "a Further with",
         "tensor": r"a Linear with a .*\.Codes",
     }
-    for function in (quantized.read_weight, lambda module: quantized.write_weight(module, torch.zeros(OUT, IN))):
+    for function in (weights.read_weight, lambda module: weights.write_weight(module, torch.zeros(OUT, IN))):
         with pytest.raises(ValueError, match=rf"{name[kind]}.*packed in a way that is not known.*register_weight"):
             function(layer)
 
@@ -210,9 +212,9 @@ def test_unknown_packings_are_named(kind):
 def test_bytes_are_no_dense_weight(dtype):
     layer = nn.Linear(3, 2)
     layer.weight = nn.Parameter(torch.zeros(2, 3).to(dtype), requires_grad=False)
-    assert quantized.is_packed(layer)
+    assert weights.is_packed(layer)
     with pytest.raises(ValueError, match=f"a Linear with a torch.*Parameter of {dtype}.*register_weight"):
-        quantized.read_weight(layer)
+        weights.read_weight(layer)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear(2, 2), int, 3, None, torch.zeros(1)])
@@ -228,7 +230,23 @@ def test_functions_that_are_none():
         lora.register_weight(Packed, Packed.unpack, "pack")
     with pytest.raises(TypeError, match="`why_not_train` must be a function"):
         lora.register_weight(Packed, Packed.unpack, Packed.pack, why_not_train="no")
-    assert quantized.packing_of(Packed()) is None
+    assert weights.packing_of(Packed()) is None
+
+
+def test_a_row_may_be_a_string_which_is_imported_when_such_a_weight_is_met(monkeypatch):
+    rows = types.ModuleType("rows_of_a_wing")
+    rows.PACKED = weights.Packing(Packed.unpack, Packed.pack)
+    monkeypatch.setitem(sys.modules, rows.__name__, rows)
+    name = f"{Packed.__module__}.Packed"
+    table = weights._PACKINGS
+    table[name] = "rows_of_a_wing:PACKED"
+    weights.read_weight(nn.Linear(2, 2))
+    assert table[name] == "rows_of_a_wing:PACKED"
+    layer = adapted(Packed())
+    assert table[name] is rows.PACKED
+    table[name] = "rows_of_a_wing:PACKED"
+    pickle.loads(pickle.dumps(layer))  # compiled as the first thing, it would be too late: no import is traced
+    assert table[name] is rows.PACKED
 
 
 # ---- LoRA on them ---------------------------------------------------------------------------------------------------
@@ -255,7 +273,7 @@ def test_copies_are_the_same_function(known, kind):
     x = torch.randn(3, IN)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x))
-        assert torch.equal(quantized.read_weight(twin), quantized.read_weight(layer))
+        assert torch.equal(weights.read_weight(twin), weights.read_weight(layer))
 
 
 @pytest.mark.parametrize("kind", KINDS)

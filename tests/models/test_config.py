@@ -1,5 +1,6 @@
 """LoraConfig: its words, what it refuses, and how names and patterns match."""
 
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora
-from lora.models.config import name_matches, pattern_matches
+from lora.errors import did_you_mean
+from lora.models.config import Settings, name_matches, pattern_matches
 
 CHOICES = "one of 'none', 'all', 'lora_only'"
 
@@ -71,6 +73,11 @@ def test_a_message_is_not_repeated_for_each_pattern():
 def test_values_as_peft_takes_them_are_taken(fields):
     model = nn.ModuleDict({"a": nn.Linear(2, 2)})
     assert len(lora.inject(model, lora.LoraConfig(**{"target_modules": ["a"], **fields})).modules) == 1
+
+
+def test_inject_takes_the_fields_as_keywords_of_the_same_types():
+    fields = {field.name: field.type for field in dataclasses.fields(lora.LoraConfig)}
+    assert {name: hint.__forward_arg__ for name, hint in Settings.__annotations__.items()} == fields
 
 
 def test_fields_are_keywords_only():
@@ -162,3 +169,20 @@ def test_any_choice_of_layers_adapts_those_and_no_others(layers, exclude, rank):
         lora.inject(model, **fields)
         ranks = {i: m.r for i, m in enumerate(model) if isinstance(m, lora.LoRALayer)}
         assert ranks == {i: 3 if i in rank else 1 for i in wanted}
+
+
+LAYERS = [f"layers.{i}{own}" for i in range(9) for own in ("", ".q_proj", ".v_proj")]
+HINTS = {
+    "q_prj": " (did you mean 'q_proj', 'v_proj'?)",
+    "layers.0.vproj": " (did you mean 'v_proj', 'q_proj'?)",
+    "wqkv": " (names end in 'layers', 'q_proj', 'v_proj', 'head', 'norm', …)",
+}
+
+
+@pytest.mark.parametrize(("target", "hint"), HINTS.items(), ids=HINTS)
+def test_a_name_that_matches_nothing_gets_a_hint(target, hint):
+    assert did_you_mean(target, ["", "layers", *LAYERS, "head", "norm"]) == hint
+
+
+def test_a_model_without_names_gives_no_hint():
+    assert did_you_mean("q_proj", [""]) == ""

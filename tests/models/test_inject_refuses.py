@@ -50,6 +50,10 @@ NO_MATCH = {
     "alphas": ({"alpha_pattern": {"v_proj": 4}}, "`alpha_pattern` 'v_proj' matches no adapted module"),
     "splits": ({"splits": {"qkv": (4, 4)}}, "`splits` 'qkv' matches no adapted module"),
     "enable_lora": ({"enable_lora": {"qkv": True}}, "`enable_lora` 'qkv' matches no adapted module"),
+    "nothing like it": (
+        {"target_modules": ["wq"]},
+        "`target_modules` 'wq' matches no module (names end in 'embed', 'layers', ",
+    ),
     "to save": ({"modules_to_save": ["haed"]}, "`modules_to_save` 'haed' matches no module (did you mean 'head'?)"),
 }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import DTYPES, KINDS, example, make, randomised, update
+from conftest import DTYPES, LAYERS, STORED, example, make, randomised, update
 from toy_model import IDS, Model, snapshot
 
 import lora
@@ -28,11 +28,14 @@ def as_stored(layer, weight):
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
+# Rounding is worst in bfloat16, and in other dtypes it does not depend on the kind.
+IN_ITS_DTYPE = [(kind, torch.bfloat16) for kind in STORED]
+IN_ITS_DTYPE += [("Linear", dtype) for dtype in DTYPES if dtype != torch.bfloat16]
+
 # ---- the weight ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), IN_ITS_DTYPE)
 def test_the_merged_weight_is_the_equation_rounded_once(kind, dtype):
     layer = make(kind, dtype=dtype)
     expected, model = as_stored(layer, exact(layer)), nn.Sequential(layer)
@@ -43,13 +46,13 @@ def test_the_merged_weight_is_the_equation_rounded_once(kind, dtype):
     assert model[0].weight.dtype == dtype
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_a_merged_layer_is_a_plain_one(kind):
     layer = make(kind)
     base, parameter = type(layer).base_class, layer.weight
     model = nn.Sequential(layer)
     lora.merge(model)
-    arguments = KINDS[kind][1]
+    arguments = LAYERS[kind][1]
     assert type(model[0]) is base
     assert model[0] is layer
     assert (model[0].weight is parameter) or kind == "Linear transposed"  # that one is stored anew
@@ -60,7 +63,7 @@ def test_a_merged_layer_is_a_plain_one(kind):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_merging_keeps_the_function(kind, training):
     model = nn.Sequential(make(kind, dtype=torch.float64)).train(training)
     x = example(kind, torch.float64)
@@ -70,7 +73,7 @@ def test_merging_keeps_the_function(kind, training):
     assert model[0].training is training
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_scaling_that_was_changed_by_hand_counts(kind):
     layer = make(kind, dtype=torch.float64)
     layer.scaling = -7.5
@@ -258,8 +261,7 @@ def test_the_function_is_kept_when_memory_ends_half_way(monkeypatch):
 # ---- the state dict --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), IN_ITS_DTYPE)
 def test_the_merged_state_dict_is_the_state_dict_after_merging_in_the_layout_of_before(kind, dtype):
     layer = make(kind, dtype=dtype)
     model, transposed = nn.Sequential(layer), getattr(layer, "fan_in_fan_out", False)

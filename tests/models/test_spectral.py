@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, KINDS, example, make, update
+from conftest import DTYPES, STORED, example, make, update
 from dense import BLOCKS, best, block_rank
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ import lora
 from lora.models.spectral import olora, pissa
 from lora.models.start import start_from
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", STORED)
 
 
 def blocks(kind, layer):
@@ -197,7 +197,7 @@ def test_pissa_needs_a_scaling_above_0_and_a_count_of_iterations():
 def test_pissa_has_nothing_to_take_from_a_weight_of_zeros():
     layer = make("MergedLinear")
     layer.weight.data[:4] = 0
-    refused(pissa, layer, "is zero")
+    refused(pissa, layer, "all zeros")
     olora(layer)
 
 

@@ -198,6 +198,19 @@ def test_initialising_again_begins_from_the_pretrained_weight():
     torch.testing.assert_close(model.qkv.weight, base.qkv.weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("initialized", [False, True], ids=["injected", "initialized"])
+@pytest.mark.parametrize("r", [1, 3])
+def test_each_way_is_the_one_that_is_asked_for(r, initialized):
+    """PiSSA shares the singular values between A and B; OLoRA's B has orthonormal columns."""
+    for how in ("pissa", "olora"):
+        model = nn.Sequential(nn.Linear(12, 8, dtype=torch.float64))
+        lora.inject(model, target_modules=["0"], r=r, init_lora_weights=True if initialized else how)
+        if initialized:
+            lora.initialize(model, how)
+        A, B = model[0].lora_A, model[0].lora_B
+        torch.testing.assert_close(B.T @ B, A @ A.T if how == "pissa" else torch.eye(r, dtype=torch.float64))
+
+
 def test_a_constructor_has_no_pretrained_weight_to_start_from():
     for how in ("pissa", "olora", "pissa_niter_2", "loftq"):
         with pytest.raises(ValueError, match=r"needs the pretrained weight: load it, then call `lora.initialize`"):
@@ -260,6 +273,16 @@ def test_what_waits_for_data_does_not_train_without():
     with pytest.raises(RuntimeError, match=r"`init_lora_weights='eva'` needs data: call `lora.calibrate"):
         model(IDS)
     model.eval()(IDS)
+
+
+def test_an_adapter_that_is_loaded_waits_no_more_and_half_an_adapter_does():
+    layer, x = lora.Linear(12, 6, r=2, init_lora_weights="eva"), torch.ones(12)
+    adapter = dict(lora.Linear(12, 6, r=2).lora_parameters())
+    layer.load_state_dict({"lora_A": adapter["lora_A"]}, strict=False)
+    with pytest.raises(RuntimeError, match="needs data"):
+        layer(x)
+    layer.load_state_dict(adapter, strict=False)
+    layer(x)
 
 
 def test_loftq_needs_the_weights_from_before():

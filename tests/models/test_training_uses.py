@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
+from conftest import KINDS, LAYERS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
 from magnitudes import dora, input_of
+from pairwise import every_two
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -160,7 +161,7 @@ def test_a_default_device_is_for_new_layers_and_not_for_those_that_are_adapted(k
         torch.set_default_device("meta")
     try:
         with torch.device("meta"):
-            made = KINDS[kind][0](**KINDS[kind][1], r=2)
+            made = LAYERS[kind][0](**LAYERS[kind][1], r=2)
             lora.inject(base, target_modules=[""], r=2)
             y = base(x)
     finally:
@@ -174,7 +175,7 @@ def test_a_default_device_is_for_new_layers_and_not_for_those_that_are_adapted(k
 
 @each_kind
 def test_skipping_initialisation_leaves_a_layer_that_can_be_reset_or_loaded(kind):
-    cls, arguments, _ = KINDS[kind]
+    cls, arguments, _ = LAYERS[kind]
     layer, other, x = nn.utils.skip_init(cls, **arguments, r=2), cls(**arguments, r=2), example(kind)
     layer.reset_parameters()
     torch.testing.assert_close(layer(x), layer.base_forward(x))  # one factor is zero
@@ -270,9 +271,7 @@ def test_the_jacobian_by_the_adapter_is_the_plain_models():
 # ---- nothing waits for a device ----------------------------------------------------------------------------------
 
 
-@each_kind
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("mode", ["train", "dropout", "eval", "served"])
+@every_two(kind=KINDS, use_dora=[False, True], mode=["train", "dropout", "eval", "served"])
 def test_neither_forward_nor_backward_reads_a_value(kind, use_dora, mode):
     """On the meta device, where there are none to read; a CUDA graph could be captured of it."""
     options = {"lora_dropout": 0.5} if mode == "dropout" and kind in WITH_DROPOUT else {}

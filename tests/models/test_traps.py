@@ -105,7 +105,7 @@ class Doubled(nn.Module):
 def test_a_layer_that_was_parametrized_since_is_refused(function, name):
     model = injected()
     parametrize.register_parametrization(model[0], name, Doubled())
-    with pytest.raises(ValueError, match="computed, by a parametrization; remove that"):
+    with pytest.raises(ValueError, match="computed by a parametrization; remove the parametrization"):
         function(model)
     parametrize.remove_parametrizations(model[0], name)
     function(model)
@@ -154,7 +154,7 @@ def test_disabled_that_fails_to_begin_leaves_nothing_behind(monkeypatch):
     def fails(*args):
         raise MemoryError
 
-    monkeypatch.setattr(sys.modules["lora.models.disabling"], "_swap", fails)
+    monkeypatch.setattr(sys.modules["lora.models.training"], "_swap", fails)
     with pytest.raises(MemoryError), lora.disabled(model):
         pass
     monkeypatch.undo()
@@ -196,9 +196,9 @@ def test_a_link_stays_a_link(tmp_path):
 # ---- words that are of the wrong kind --------------------------------------------------------------------------
 
 WRONG = {
-    "splits": ((2, 1, 1), "`splits` must say by pattern"),
-    "enable_lora": ([True, False], "`enable_lora` must say by pattern"),
-    "rank_pattern": (["0"], "`rank_pattern` must say by pattern"),
+    "splits": ((2, 1, 1), "`splits` must map patterns to values, for example {'qkv_proj': "),
+    "enable_lora": ([True, False], "`enable_lora` must map patterns to values, for example {'qkv_proj': "),
+    "rank_pattern": (["0"], "`rank_pattern` must map patterns to values, for example {'qkv_proj': "),
     "target_modules": ([0], "`target_modules` must be a list of names, got [0]."),
     "modules_to_save": ("head", "`modules_to_save` must be a list of names, got the string 'head'."),
     "use_rslora": ("yes", "`use_rslora` must be True or False, got 'yes'."),

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import KINDS, make, randomised
+from conftest import KINDS, LAYERS, make, randomised
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -94,7 +94,7 @@ def assert_trains_like_one_process(model, batches, accumulate=1, twin=None, **op
 
 
 def each_kind_trains(kind, use_dora):
-    _, arguments, shape = KINDS[kind]
+    _, arguments, shape = LAYERS[kind]
     layer = make(kind, dtype=torch.float64, use_dora=use_dora)
     lora.mark_only_lora_as_trainable(layer)
     generator = torch.Generator().manual_seed(2)

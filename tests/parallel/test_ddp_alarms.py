@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_ddp import adapted, batches_of, share, train
-from test_ddp_changes import plain, renew, unchecked, unsynchronised
+from test_ddp_changes import plain, renew, unsynchronised
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -226,7 +226,7 @@ def test_the_model_is_looked_through_once_for_each_change(ranks, change, expecte
 def compiled_graphs(order, checks):
     torch._dynamo.reset()
     counter = CompileCounter()
-    off = unittest.mock.patch("lora.layers.layer.check_in_step", unchecked)
+    off = unittest.mock.patch.object(lora.LoRALayer, "checks", ())
     with nullcontext() if checks else off:
         model = adapted()
         whole = order == "inner"

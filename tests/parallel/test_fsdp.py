@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import KINDS, example, make
+from conftest import KINDS, LAYERS, example, make
 from sharding import adapted, assert_same, gradient, loss_of, mine, shard, twins, whole
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,7 +40,7 @@ def assert_trains_as_one(model, one, batch, steps=3, **tolerance):
 
 
 def _a_layer(kind, use_dora, itself):
-    layer = make(kind, r=2 if "groups" in KINDS[kind][1] else 1, use_dora=use_dora)
+    layer = make(kind, r=2 if "groups" in LAYERS[kind][1] else 1, use_dora=use_dora)
     layer.reset_magnitude()
     model = nn.Sequential(layer) if itself else nn.Sequential(nn.Sequential(layer))
     lora.mark_only_lora_as_trainable(model)

@@ -99,30 +99,26 @@ def _resident(kind, how, mode, use_dora, dropout, merge_weights):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", HOW)
-def test_no_weight_is_kept_for_backward(ranks, how, kind):
+# Each kind once, each way once.
+ONCE = list(zip(KINDS, HOW, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "how"), ONCE)
+def test_no_weight_is_kept_for_backward(ranks, kind, how):
     ranks.run(_resident, kind, how, "train", False, 0.0, False)
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("how", HOW)
-def test_no_weight_is_kept_where_a_layer_drops(ranks, how):
-    for kind in ("Linear", "MergedLinear", "Conv1d"):
+def test_no_weight_is_kept_where_a_layer_drops(ranks):
+    for kind, how in ("Linear", "float32"), ("MergedLinear", "autocast"), ("Conv1d", "a bfloat16 base"):
         ranks.run(_resident, kind, how, "train", False, 0.5, False)
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_weight_is_kept_where_a_layer_has_magnitudes(ranks, kind):
-    for how in ("a bfloat16 base", "autocast"):
+def test_no_weight_is_kept_where_a_layer_has_magnitudes(ranks):
+    for kind, how in ONCE:
         ranks.run(_resident, kind, how, "train", True, 0.0, False)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_merged_weight_is_kept_in_serving(ranks, kind, use_dora):
-    for how in ("a bfloat16 base", "autocast"):
+def test_no_merged_weight_is_kept_in_serving(ranks, use_dora):
+    for kind, how in ONCE:
         ranks.run(_resident, kind, how, "served", use_dora, 0.0, True)

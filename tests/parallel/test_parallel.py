@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lora
 import lora.parallel
-from lora.parallel.rows import in_model_order
+from lora.parallel.dtensor import in_model_order
 
 SPLITS = (8, 4, 4)
 

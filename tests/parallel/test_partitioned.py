@@ -63,7 +63,7 @@ def test_nothing_empty_is_saved_or_handed_out(tmp_path):
             lambda: lora.save_adapter(model, tmp_path / "peft", format="peft"),
             lambda: lora.adapter_of(model),
         ],
-        "lora_state_dict is not whole, because": [lambda: lora.lora_state_dict(model)],
+        "lora_state_dict: a tensor is in parts, because": [lambda: lora.lora_state_dict(model)],
     }
     for first, functions in uses.items():
         for function in functions:

@@ -18,10 +18,11 @@ from packed import (
     assert_merges,
     kept,
 )
+from pairwise import every_two
 from torch import nn
 
 import lora
-from lora.layers import quantized
+from lora.layers import weights
 
 IN, OUT = 128, 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -72,11 +73,11 @@ def assert_same_bits(one, other):
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_what_the_package_reads(name, dtype):
     layer = quantised(name, dtype)
-    W = quantized.read_weight(layer)
+    W = weights.read_weight(layer)
     assert (W.dtype, W.shape, W.requires_grad) == (dtype, (OUT, IN), False)
     torch.testing.assert_close(W, dequantised(layer), rtol=torch.finfo(dtype).eps, atol=0)
     layer(torch.randn(2, IN, dtype=dtype))  # after which an int8 layer keeps its values elsewhere
-    assert torch.equal(quantized.read_weight(layer), W)
+    assert torch.equal(weights.read_weight(layer), W)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,13 +85,11 @@ def test_reads_what_the_package_reads(name, dtype):
 def test_writing_what_it_reads_changes_no_bit(name, dtype):
     layer = quantised(name, dtype)
     before = bits(layer)
-    quantized.write_weight(layer, quantized.read_weight(layer))
+    weights.write_weight(layer, weights.read_weight(layer))
     assert_same_bits(bits(layer), before)
 
 
-@pytest.mark.parametrize("forward_first", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, forward_first=[False, True])
 def test_writes_what_the_package_would_quantise(name, dtype, forward_first):
     base, layer = dense(dtype), quantised(name, dtype)
     expected = quantised(name, dtype, base)
@@ -98,7 +97,7 @@ def test_writes_what_the_package_would_quantise(name, dtype, forward_first):
     if forward_first:
         layer(x)
     weight, cls = layer.weight, type(layer.weight)
-    quantized.write_weight(layer, base.weight)
+    weights.write_weight(layer, base.weight)
     assert layer.weight is weight
     assert (type(weight), weight.requires_grad) == (cls, False)
     with torch.no_grad():
@@ -108,7 +107,7 @@ def test_writes_what_the_package_would_quantise(name, dtype, forward_first):
         assert layer.quant_state is layer.weight.quant_state  # from which FSDP's layers restore it
     assert_same_bits(bits(layer), bits(expected))
     assert torch.equal(layer(x), expected(x))
-    assert torch.equal(quantized.read_weight(layer), quantized.read_weight(expected))
+    assert torch.equal(weights.read_weight(layer), weights.read_weight(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +156,7 @@ def test_copies_are_the_same_function(name):
     x = torch.randn(3, IN)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x))
-        assert torch.equal(quantized.read_weight(twin), quantized.read_weight(layer))
+        assert torch.equal(weights.read_weight(twin), weights.read_weight(layer))
         assert twin.weight.data_ptr() != layer.weight.data_ptr()
 
 
@@ -181,9 +180,7 @@ def test_adapters_go_between_quantised_and_dense_bases(name, tmp_path):
     assert_adapters_travel(quantised(name, base=base), base, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, use_dora=[False, True])
 def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)
@@ -205,9 +202,9 @@ def test_dora_starts_from_the_base_layers_function(name):
 def test_before_it_is_quantised_the_weight_is_dense():
     for layer in (bnb.nn.Linear4bit(IN, OUT, quant_type="nf4"), bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)):
         W = torch.randn(OUT, IN)
-        quantized.write_weight(layer, W)
-        assert torch.equal(quantized.read_weight(layer), W)
-        assert quantized.why_not_train(layer) is None
+        weights.write_weight(layer, W)
+        assert torch.equal(weights.read_weight(layer), W)
+        assert weights.why_not_train(layer) is None
         adapted(layer)
         layer.to("cpu")
         assert layer.weight.dtype in (torch.uint8, torch.int8)
@@ -218,8 +215,8 @@ def test_int8_layers_that_keep_their_weight():
     layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=True).to("cpu")
     W = layer.weight.detach().clone()
     layer(torch.randn(2, IN))
-    assert torch.equal(quantized.read_weight(layer), W)
-    quantized.write_weight(layer, 2 * W)
+    assert torch.equal(weights.read_weight(layer), W)
+    weights.write_weight(layer, 2 * W)
     assert torch.equal(layer.weight, 2 * W)
 
 
@@ -227,7 +224,7 @@ def test_embeddings():
     for cls in (bnb.nn.EmbeddingNF4, bnb.nn.Embedding8bit):
         layer = cls(24, 64).to("cpu")
         ids = torch.arange(24)
-        W = quantized.read_weight(layer)
+        W = weights.read_weight(layer)
         torch.testing.assert_close(layer(ids), W, rtol=1e-5, atol=1e-6)
         adapted(layer)
         exact = W + layer.scaling * (layer.lora_B @ layer.lora_A).T
@@ -295,11 +292,11 @@ def test_a_repacked_weight_is_not_trained_on(name):
     base = dense()
     layer, W = repacked(name, base), dequantised(quantised(name, base=base))
     eps = 2**-5 if "double" in name else 2**-8  # its constants were rounded to bfloat16; some are quantised once more
-    torch.testing.assert_close(quantized.read_weight(layer), W, rtol=eps, atol=0)
+    torch.testing.assert_close(weights.read_weight(layer), W, rtol=eps, atol=0)
     assert layer.weight.quant_state.packing_format_for_cpu  # which reading did not change
     with pytest.raises(ValueError, match=r"0: bitsandbytes has repacked its weight.*load the model again"):
         adapted(layer)
-    quantized.write_weight(layer, base.weight)
+    weights.write_weight(layer, base.weight)
     assert_equation(adapted(layer), W, torch.float32)
 
 
@@ -307,7 +304,7 @@ def test_a_repacked_weight_is_not_trained_on(name):
 def test_a_repacked_weight_is_written(name):
     base, layer = dense(), repacked(name)
     expected = quantised(name, base=base)
-    quantized.write_weight(layer, base.weight)
+    weights.write_weight(layer, base.weight)
     with torch.no_grad():
         layer.bias.copy_(base.bias)
     assert layer.weight.dtype == expected.weight.dtype

@@ -17,11 +17,12 @@ from packed import (
     assert_merges,
     kept,
 )
+from pairwise import every_two
 from torch import nn
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 import lora
-from lora.layers import quantized
+from lora.layers import weights
 
 IN, OUT = 128, 128
 DTYPES = [torch.float32, torch.bfloat16]
@@ -84,7 +85,7 @@ def assert_same_bits(one, other):
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_what_the_package_reads(name, dtype):
     layer = quantised(name, dtype)
-    W = quantized.read_weight(layer)
+    W = weights.read_weight(layer)
     assert type(W) is torch.Tensor
     assert (W.dtype, W.shape, W.requires_grad) == (dtype, (OUT, IN), False)
     assert torch.equal(W, dequantised(layer))
@@ -95,7 +96,7 @@ def test_reads_what_the_package_reads(name, dtype):
 def test_writing_what_it_reads_changes_no_bit(name, dtype):
     layer = quantised(name, dtype)
     before = copy.deepcopy(layer.weight)
-    quantized.write_weight(layer, quantized.read_weight(layer))
+    weights.write_weight(layer, weights.read_weight(layer))
     assert_same_bits(layer.weight, before)
 
 
@@ -105,7 +106,7 @@ def test_writes_what_the_package_would_quantise(name, dtype):
     base, layer = dense(dtype), quantised(name, dtype)
     expected = quantised(name, dtype, base)
     weight, cls = layer.weight, type(layer.weight)
-    quantized.write_weight(layer, base.weight)
+    weights.write_weight(layer, base.weight)
     assert layer.weight is weight
     assert (type(weight), weight.requires_grad) == (cls, False)
     assert_same_bits(layer.weight, expected.weight)
@@ -142,11 +143,11 @@ def test_keeps_nothing_of_the_weights_size(name):
 def test_evaluating_and_copies_are_the_same_function(name):
     layer = adapted(quantised(name), merge_weights=True)
     x = torch.randn(3, IN)
-    y, W = layer(x), quantized.read_weight(layer)
+    y, W = layer(x), weights.read_weight(layer)
     for twin in (layer.eval(), copy.deepcopy(layer), saved_and_loaded(layer)):
         with torch.no_grad():
             torch.testing.assert_close(twin(x), y, rtol=1e-4, atol=1e-5)
-        assert torch.equal(quantized.read_weight(twin), W)
+        assert torch.equal(weights.read_weight(twin), W)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,9 +177,7 @@ def test_adapters_go_between_quantised_and_dense_bases(name, tmp_path):
     assert_adapters_travel(quantised(name, base=base), base, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, use_dora=[False, True])
 def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)

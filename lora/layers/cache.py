@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Derived:
+class Cached:
     """A merged weight, or what else is computed from the base weight, the adapter (in this order) and the scaling.
 
     Changes are seen by identity, address and version counter. Writes through `.data` escape the counter, so on the
@@ -36,6 +37,16 @@ class Derived:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a pickled or copied layer computes its own
+
+
+def remembered(holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` computes from `sources` and the scaling, kept in an attribute of the holder until they change."""
+    kept: Cached | None = getattr(holder, own)
+    if kept is None or not kept.is_current(sources, scaling):
+        with torch.inference_mode(False):
+            kept = Cached(sources, scaling, make())
+        setattr(holder, own, kept)
+    return kept.tensor
 
 
 def _state(source: Tensor) -> tuple[int, int]:

@@ -6,17 +6,16 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lora.layers.layer import LoRALayer
+Layer = Any  # a LoRALayer, whose file imports this one
 
 #: True, False, a name, or a function of a layer that writes its `lora_A` and `lora_B`.
-Init = bool | str | Callable[["LoRALayer"], Any]
+Init = bool | str | Callable[[Layer], Any]
 
 # Those that need the base weight, which `lora.inject` and `lora.initialize` know, and a constructor does not.
 OF_WEIGHT = ("pissa", "pissa_niter_[n]", "olora")
@@ -25,22 +24,21 @@ OF_DATA = ("eva", "lora_ga", "corda")
 # Those that need the weight as it was before it was quantised.
 OF_ORIGINAL = ("loftq",)
 
-ODD = "`r` must be even, for each group, when `init_lora_weights='orthogonal'`, got {}."
 _NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
 
-def kaiming(layer: LoRALayer) -> None:
+def kaiming(layer: Layer) -> None:
     """The kind's own: A ~ kaiming uniform (a = √5) and B = 0; for embeddings A = 0 and B ~ N(0, 1)."""
     layer.reset_lora_parameters()
 
 
-def random(layer: LoRALayer) -> None:
+def random(layer: Layer) -> None:
     """A and B both random, so that the layer does not start as its base: for tests."""
     for factor in (layer.lora_A, layer.lora_B):
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
 
-def gaussian(layer: LoRALayer) -> None:
+def gaussian(layer: Layer) -> None:
     """A ~ N(0, 1/r²) and B = 0; embeddings as by default, as in PEFT."""
     layer.reset_lora_parameters()
     if layer.starts_at_zero == "lora_B":
@@ -48,16 +46,17 @@ def gaussian(layer: LoRALayer) -> None:
 
 
 @torch.no_grad()
-def orthogonal(layer: LoRALayer) -> None:
+def orthogonal(layer: Layer) -> None:
     """A and B random and not zero, with B A = 0 to rounding: A from the odd rows of an orthogonal Q, B from the even.
 
         A = R_a Q_odd / 10,  B = R_b Q_even / 10        R ~ N(0, 1)
 
     ValueError if the rank of a block (of a split, of a group) is odd.
     """
+    problem = odd_problem(layer)
+    if problem:
+        raise ValueError(problem)
     q = layer.lora_B.shape[1]
-    if q % 2:
-        raise ValueError(ODD.format(q))
     As, Bs = [], []
     for size in layer.block_rows():
         Q = torch.linalg.qr(_randn(layer, q, q))[0]
@@ -67,13 +66,19 @@ def orthogonal(layer: LoRALayer) -> None:
     layer.lora_B.copy_(torch.cat(Bs).view_as(layer.lora_B))
 
 
-def _randn(layer: LoRALayer, rows: int, columns: int) -> Tensor:
+def odd_problem(layer: Layer) -> str | None:
+    """What is wrong with a rank for "orthogonal"; None if nothing is."""
+    q = layer.lora_B.shape[1]
+    return f"`r` must be even, for each group, when `init_lora_weights='orthogonal'`, got {q}." if q % 2 else None
+
+
+def _randn(layer: Layer, rows: int, columns: int) -> Tensor:
     dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
     return torch.randn(rows, columns, device=layer.lora_A.device, dtype=dtype)
 
 
 # PEFT's names.
-OF_SHAPE: dict[bool | str, Callable[[LoRALayer], None]] = {
+OF_SHAPE: dict[bool | str, Callable[[Layer], None]] = {
     True: kaiming,
     False: random,
     "kaiming": kaiming,
@@ -114,7 +119,7 @@ def constructor_problem(init: object) -> str | None:
     return problem
 
 
-def from_shapes(layer: LoRALayer, init: Init) -> None:
+def from_shapes(layer: Layer, init: Init) -> None:
     """Write `lora_A` and `lora_B`; as by default where the way needs more than the layer's shapes."""
     if needs_more(init):
         layer.reset_lora_parameters()

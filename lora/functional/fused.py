@@ -1,0 +1,262 @@
+"""What all fused functions share: when one applies, in which dtype and with which dropout, and its two backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Slices = Sequence[tuple[int, int]]  # begin and end of the parts of an output that an update goes to, in order
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+_LEVELS = 256  # one random byte decides on one value
+_CACHED = 2**20  # values of noise that stay in a processor's cache while they are used
+
+# ---- tensors, as far as it matters to code that looks past autograd ------------------------------------------------
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are ordinary dense floating-point tensors with values, and nothing traces operations on them.
+
+    Not plain are sharded, quantised, nested, sparse and meta tensors and subclasses; and any tensor under
+    `torch.compile`, a function transform or forward-mode differentiation.
+    """
+    for tensor in tensors:  # a loop: with each token that is generated, a generator's overhead would show
+        if tensor is not None and not is_dense(tensor):
+            return False
+    return not _is_tracing()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor, by itself, is plain."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype.is_floating_point
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta)
+    )
+
+
+def _is_tracing() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_storage(dtype: torch.dtype) -> bool:
+    """Whether numbers are only stored in this dtype, and nothing is trained in it: the float8 and float4 dtypes."""
+    return dtype.is_floating_point and dtype.itemsize < 2
+
+
+def refuse_storage(dtype: torch.dtype) -> None:
+    """TypeError for a weight that is only stored in its dtype, and meets inputs as if it could be computed with."""
+    if is_storage(dtype):
+        raise TypeError(
+            f"the base weight is stored in {dtype}, which nothing is computed in; before each forward the layer must "
+            "be cast to the dtype of its input, as hooks for layerwise casting do, or the model once, by `model.to`."
+        )
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of this one are computed with before they are rounded once: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cast(tensor: Maybe, dtype: torch.dtype) -> Maybe:
+    """The tensor in this dtype; itself, without a call to torch, where it is."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether operations on this kind of device are being cast automatically."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which operations compute in the dtype of what they are given."""
+    # Entering torch's own costs as much as a small product: only where it changes something.
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+# ---- dropout that is drawn again in the backward pass instead of being remembered ------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The dropout of one forward pass over an x of shape (N, features), as the seed that it comes from.
+
+    Attributes:
+        dropped: how many of 256 levels of noise drop a value, 1 to 255.
+        seed: drawn from torch's default generator, so that manual seeds and activation checkpointing replay it.
+    """
+
+    dropped: int
+    seed: int
+
+    @staticmethod
+    def draw(p: float, x: Tensor) -> Noise | None:
+        """Noise of a probability rounded to a multiple of 1/256; None where it would be 0 or 1, or has no replay."""
+        dropped = round(p * _LEVELS)
+        replays = x.device.type == "cpu" or (x.is_cuda and not torch.cuda.is_current_stream_capturing())
+        return (
+            Noise(dropped, int(torch.randint(2**62, (), device="cpu"))) if replays and 0 < dropped < _LEVELS else None
+        )
+
+    @property
+    def rescale(self) -> float:
+        """What the values that are kept are multiplied by, for the expectation to be that without dropout."""
+        return _LEVELS / (_LEVELS - self.dropped)
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Row by row of x (N, features), in chunks: which rows, and their noise (n, features) in x's dtype.
+
+        The noise is written over by the next chunk, and may be written over by the caller.
+        """
+        rows, features = x.shape
+        pieces = max(1, round(rows * features / _CACHED)) if x.device.type == "cpu" else 1
+        step = max(1, -(-rows // pieces))  # of equal size: a small rest would cost as many calls as a whole chunk
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        words = torch.empty(min(step, rows), -(-features // 8), dtype=torch.int64, device=x.device)
+        noise = x.new_empty(min(step, rows), features)
+        for start in range(0, rows, step):
+            n = min(step, rows - start)
+            # Without bounds the top bit of each word would always be 0.
+            bytes_ = words[:n].random_(-(2**63), None, generator=generator).view(torch.uint8)
+            yield slice(start, start + n), noise[:n].copy_(bytes_[:, :features])
+
+    def gate(self, x: Tensor, noise: Tensor, out: Tensor) -> Tensor:
+        """x where the noise keeps it and 0 elsewhere, without the rescaling; `out` may be `noise` or `x` itself."""
+        # One pass, 4 to 8 times faster on a CPU than `where` with a mask: x where noise > threshold, else 0.
+        gated: Tensor = torch.ops.aten.threshold_backward.grad_input(x, noise, self.dropped - 1, grad_input=out)
+        return gated
+
+    def drop(self, x: Tensor) -> Tensor:
+        """D ⊙ x in a new tensor, for x (N, features); of ones this is the mask D itself."""
+        kept = torch.empty_like(x)
+        for rows, chunk in self.chunks(x):
+            self.gate(x[rows], chunk, out=kept[rows])
+        return kept
+
+
+def drop(x: Tensor, dropout: float | Tensor) -> Tensor:
+    """x with dropout as a plain function takes it: a probability, or what to multiply x by."""
+    if isinstance(dropout, Tensor):
+        return x * dropout
+    return F.dropout(x, dropout) if dropout else x
+
+
+# ---- the harness -----------------------------------------------------------------------------------------------------
+
+
+class Fused(NamedTuple):
+    """What a fused function is told beside tensors, whatever its kind."""
+
+    scaling: float
+    noise: Noise | None
+    dtype: torch.dtype
+    slices: Slices
+
+    @property
+    def c(self) -> float:
+        """The scaling, times the rescaling of dropout."""
+        return self.scaling if self.noise is None else self.scaling * self.noise.rescale
+
+    def dropout(self, x: Tensor, rows: Tensor) -> float | Tensor:
+        """What drops of x, in a plain function, what was dropped of it here, where it lay as `rows` (N, features)."""
+        if self.noise is None:
+            return 0.0
+        return self.noise.drop(torch.ones_like(rows)).view(x.shape) * self.noise.rescale
+
+
+def choose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    slices: Slices | None = None,
+) -> Fused | None:
+    """How to compute in one fused function; None where only autograd's own operations will do."""
+    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    if weight.dtype != x.dtype and not autocast:
+        refuse_storage(weight.dtype)
+        return None  # the plain operations raise what torch's own layer raises
+    noise = Noise.draw(dropout, x) if dropout else None
+    if dropout and noise is None:
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return Fused(scaling, noise, dtype, slices or ((0, weight.shape[0]),))
+
+
+class FusedFunction(torch.autograd.Function):
+    """A plain function's twin with a hand-written backward. A subclass has `inputs`, the number of its tensors, and
+
+        forward(ctx, *inputs, *options)    the value; saves all inputs first, and then what else `gradients` uses
+        gradients(ctx, dy)                 the gradient of each input, None where none is needed
+        twin(ctx, *inputs)                 the value in operations that autograd knows, for `backward` to be
+                                           differentiated, or taken of many dy at once
+
+    A function that is linear in its first input may save None for that, and its shape as `ctx.shape`.
+    """
+
+    inputs: ClassVar[int]
+
+    @classmethod
+    def run(cls, x: Tensor, *arguments: Any) -> Tensor:
+        """The value, which autograd knows a backward of."""
+        with without_autocast(x.device):
+            y: Tensor = cls.apply(x, *arguments)  # type: ignore[no-untyped-call]
+        return y
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
+        raise NotImplementedError
+
+    @staticmethod
+    def twin(ctx: Any, *inputs: Any) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def backward(cls, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs; None for each of the options."""
+        with without_autocast(dy.device):
+            gradients = cls._plain_backward(ctx, dy) if _needs_plain_backward(dy) else cls.gradients(ctx, dy)
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - cls.inputs)
+
+    @classmethod
+    @torch.enable_grad()
+    def _plain_backward(cls, ctx: Any, dy: Tensor) -> list[Tensor | None]:
+        """Autograd's own gradients of the twin, which can be differentiated."""
+        inputs, needs = list(ctx.saved_tensors[: cls.inputs]), ctx.needs_input_grad[: cls.inputs]
+        if inputs[0] is None:
+            # Not of dy, which may be many: then autograd would meet a value that is many, too.
+            inputs[0] = torch.zeros(ctx.shape, dtype=dy.dtype, device=dy.device, requires_grad=True)
+        y = cls.twin(ctx, *inputs)
+        wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        return [next(gradients) if needed else None for needed in needs]
+
+
+def _needs_plain_backward(dy: Tensor) -> bool:
+    """Whether a backward must be differentiable, or takes many output gradients at once (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or not is_plain(dy) or not _has_storage(dy)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    # Batches of `is_grads_batched` look like ordinary tensors and have none.
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True

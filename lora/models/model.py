@@ -1,0 +1,347 @@
+"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers; and one way to undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.errors import join, raise_all
+from lora.layers.kind import Place
+from lora.layers.layer import LoRALayer
+from lora.layers.registry import kind_for
+from lora.layers.weights import is_sharded, reshard
+
+Names = dict[nn.Module, tuple[str, ...]]
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+#: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+#: The same of what keeps a model's parameters in a form that cannot be read, or written.
+UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
+
+
+def names_of(model: nn.Module) -> Names:
+    """Every module with all the names by which it is reached, in the model's order."""
+    names: Names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as the model's author wrote it, without the parts that torch's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch's data-parallel wrappers, which put `module.` in front of every name, compiled or not."""
+    while True:
+        compiled = model._modules.get("_orig_mod")
+        if compiled is not None:
+            model = compiled
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+# ---- tensors, and who shares them --------------------------------------------------------------------------------
+
+
+class Owned(NamedTuple):
+    """A parameter or buffer: the module that owns it, what it is called there, and all its names in the model."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    own: str
+    tensor: Tensor
+
+
+def owned_tensors(names: Names) -> Iterator[Owned]:
+    """Every parameter and buffer of a model; one that several modules own comes once for each of them."""
+    for module, known in names.items():
+        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                yield Owned(tuple(join(name, own) for name in known), module, own, tensor)
+
+
+def is_persistent(one: Owned) -> bool:
+    """Whether a state dict holds it."""
+    return one.own not in one.module._non_persistent_buffers_set
+
+
+def by_tensor(tensors: Iterable[Owned]) -> list[list[Owned]]:
+    """The same in groups, one for each tensor: in a group of several the tensor is tied."""
+    groups: dict[int, list[Owned]] = {}
+    for one in tensors:
+        groups.setdefault(id(one.tensor), []).append(one)
+    return list(groups.values())
+
+
+class Memory:
+    """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
+
+    def __init__(self, tensors: Iterable[Owned]) -> None:
+        self._spans: dict[int, list[tuple[int, int, Owned]]] = {}
+        for one in tensors:
+            storage, start, stop = _span(one.tensor)
+            self._spans.setdefault(storage, []).append((start, stop, one))
+
+    def sharing(self, tensor: Tensor) -> list[Owned]:
+        """All that share memory with this tensor, itself included, in the model's order."""
+        storage, start, stop = _span(tensor)
+        return [one for i, j, one in self._spans.get(storage, []) if i < stop and start < j]
+
+    def tied_to(self, layer: LoRALayer) -> str:
+        """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
+        others = {one.module: one.names[0].rpartition(".")[0] for one in self.sharing(layer.weight)}
+        return ", ".join(name for module, name in others.items() if module is not layer)
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """The storage, and begin and end in it; the tensor's identity where its memory cannot be looked at."""
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    if not (dense and tensor.is_floating_point() and tensor.numel()) or tensor.is_meta:
+        return id(tensor), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
+
+
+def adapter_of_module(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A LoRA layer's A, B and magnitude by their own names; nothing for other modules."""
+    return dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module waits for its first input to know its shape."""
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
+
+
+def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters, without those of lazy modules, which have no values yet."""
+    return [parameter for parameter in model.parameters() if not nn.parameter.is_lazy(parameter)]
+
+
+# ---- LoRA layers -------------------------------------------------------------------------------------------------
+
+
+def lora_layers(
+    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+) -> list[LoRALayer]:
+    """The model's LoRA layers, each once.
+
+    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
+    layer, unless that is allowed.
+    """
+    reshard(model)
+    _adopt(model)
+    if not replaced:
+        check_none_replaced(model, what)
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    if not layers and not none:
+        raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
+    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
+    if computed:
+        raise ValueError(
+            f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
+        )
+    return layers
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether calls go to a `forward` attribute of the instance, not to its class's; accelerate's hooks set one."""
+    forward = vars(module).get("forward")
+    theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
+    return forward is not None and theirs != (type(module).forward, module)
+
+
+def obstacles(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper of a model, or in it, that would not know what is put in now."""
+    for find in (*UNREADABLE, *OBSTACLES):
+        yield from find(names)
+
+
+def unreadable(names: Names) -> Iterator[str]:
+    """A complaint for each wrapper that keeps parameters in a form of its own."""
+    for find in UNREADABLE:
+        yield from find(names)
+
+
+def own_forward_problems(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:
+    """A complaint for each layer whose instance would go on calling LoRA's forward as a plain layer."""
+    for layer in layers:
+        if has_own_forward(layer):
+            yield (
+                f"{names[layer][0] or 'the model'}: the instance has its own `forward` attribute, which would go on "
+                "calling LoRA's; remove it first, as `accelerate.hooks.remove_hook_from_module` and "
+                "`Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` do."
+            )
+
+
+def sharded_problems(layers: Iterable[LoRALayer], names: Names, instead: str) -> Iterator[str]:
+    """A complaint for each layer of which this rank has only a part, and what to do instead."""
+    for layer in layers:
+        if any(map(is_sharded, layer._parameters.values())):
+            yield f"{names[layer][0]}: is sharded; {instead}."
+
+
+# ---- layers that were replaced -----------------------------------------------------------------------------------
+#
+# A layer with LoRA may be replaced by one without, as transformers' `resize_token_embeddings` replaces a head. No hook
+# tells of it. So each parent keeps the names of its children that were adapted, each with a `Place` that it shares with
+# the layer; the layer notes there when LoRA was taken out on purpose. Places survive deepcopy and pickle, and a part of
+# a model knows of its own parts alone.
+
+_CHILDREN = "lora_children"
+# What a module remembers of the time before training is kept by its parent, too, for a module that is made anew from
+# it, as `convert_sync_batchnorm` does.
+_REMEMBERED, _ATTRIBUTES = "lora_remembered", ("lora_originals", "lora_in_full", "lora_kept")
+
+
+def remember_layers(names: Mapping[nn.Module, Sequence[str]], layers: Iterable[LoRALayer]) -> None:
+    """Note at the parents of these layers that they were adapted."""
+    modules = {name: module for module, known in names.items() for name in known}
+    for layer in layers:
+        layer.lora_place = Place()
+        for name in filter(None, names[layer]):
+            parent, _, child = name.rpartition(".")
+            # Lists are cut and renumbered on purpose: a number in one names no layer for long.
+            if not isinstance(modules[parent], (nn.Sequential, nn.ModuleList)):
+                vars(modules[parent])[_CHILDREN] = {
+                    **vars(modules[parent]).get(_CHILDREN, {}),
+                    child: layer.lora_place,
+                }
+
+
+def remember_values(names: Mapping[nn.Module, Sequence[str]]) -> None:
+    """Note at the parents what their children remember of the time before training."""
+    modules = {name: module for module, known in names.items() for name in known}
+    for module, known in names.items():
+        told = {attribute: vars(module)[attribute] for attribute in _ATTRIBUTES if attribute in vars(module)}
+        for name in filter(None, known if told else ()):
+            parent, _, child = name.rpartition(".")
+            vars(modules[parent])[_REMEMBERED] = {**vars(modules[parent]).get(_REMEMBERED, {}), child: told}
+
+
+def forget_children(module: nn.Module) -> None:
+    """Let a parent know nothing of its children."""
+    vars(module).pop(_CHILDREN, None)
+    vars(module).pop(_REMEMBERED, None)
+
+
+def check_none_replaced(model: nn.Module, what: str) -> None:
+    """ValueError if a layer without LoRA, that could have it, stands where an adapted one was; other modules may."""
+    raise_all(f"{what}: nothing was done", _replaced(model))
+
+
+def _adopt(model: nn.Module) -> None:
+    """Let modules that were made anew in the place of others remember what those did."""
+    for parent in model.modules():
+        for child, told in vars(parent).get(_REMEMBERED, {}).items():
+            now = parent._modules.get(child)
+            if now is not None and told.get("lora_originals", {}).keys() <= {*now._parameters, *now._buffers}:
+                for attribute in told:
+                    vars(now).setdefault(attribute, told[attribute])
+
+
+def _replaced(model: nn.Module) -> Iterator[str]:
+    for prefix, parent in model.named_modules():
+        for child, place in vars(parent).get(_CHILDREN, {}).items():
+            now = parent._modules.get(child)
+            if not place.adapted or now is None or kind_for(type(now)) is None:
+                continue
+            if not isinstance(now, LoRALayer) or now.r == 0:
+                yield (
+                    f"{join(prefix, child)}: had LoRA, and a {type(now).__name__} without it has taken its place, as "
+                    "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
+                    "`lora.inject`. (`lora.eject` takes out what is left.)"
+                )
+
+
+# ---- undo --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
+
+    Args:
+        modules: whose classes, attributes and parameters the block changes, and what their parameters point to and
+            whether these train. Values written into tensors are not put back,
+        written: but for those of these tensors. A copy of each is kept until the block ends.
+    """
+    modules = list(modules)
+    states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]
+    own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    parameters = [(p, p.data, p.requires_grad) for p in own if not nn.parameter.is_lazy(p)]
+    values = [(tensor, tensor.detach().clone()) for tensor in written]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, its in states:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(its)
+        for parameter, data, trains in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trains)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for module in modules:
+            if isinstance(module, LoRALayer):
+                module.lora_refresh()
+        raise
+
+
+# ---- a transformers model's checkpoint ---------------------------------------------------------------------------
+
+
+def name_of(model: nn.Module) -> str | None:
+    """What a transformers model says it was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def resized_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    """Token embeddings and output layers with another number of rows than their checkpoint says.
+
+    The rows that `resize_token_embeddings` added are random: nobody else has them. Models whose checkpoint is not on
+    this machine are passed over; nothing is downloaded.
+    """
+    seen: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in seen and callable(getattr(module, "get_input_embeddings", None)) and name_of(module):
+            seen.update(module.modules())
+            if _vocabulary_before(module) not in (None, _vocabulary(module.config)):
+                ends = (module.get_input_embeddings(), module.get_output_embeddings())  # type: ignore[operator]
+                yield from (end for end in ends if isinstance(end, nn.Module))
+
+
+def _vocabulary_before(model: Any) -> int | None:
+    """The size of the vocabulary in the checkpoint's own configuration, if that is on this machine."""
+    try:
+        return _vocabulary(type(model.config).from_pretrained(name_of(model), local_files_only=True))
+    except Exception:  # no such folder, no configuration of transformers', or one that its own class refuses
+        return None
+
+
+def _vocabulary(config: Any) -> int | None:
+    try:
+        size = config.get_text_config().vocab_size
+    except (ValueError, AttributeError):  # several texts, each with a vocabulary; none; no configuration of theirs
+        return None
+    return size if isinstance(size, int) else None
