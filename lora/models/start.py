@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, tensors_of
@@ -49,7 +49,7 @@ def pretrained_weight(layer: LoRALayer) -> Tensor:
     weight = layer.base_weight()
     if layer.lora_start is None:
         return weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = exact_dtype(weight.dtype)
     return (weight.to(dtype) + _started(layer, dtype)).to(weight.dtype)
 
 
@@ -83,7 +83,7 @@ def _take_out(layer: LoRALayer) -> None:
     """Take the layer's start out of the base weight, where that is to be so."""
     if layer.lora_start is not None and layer.base_written:
         weight = layer.base_weight()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = exact_dtype(weight.dtype)
         layer.write_base((weight.to(dtype) - _started(layer, dtype)).to(weight.dtype))
 
 
