@@ -18,10 +18,9 @@ from lora.init.observe import Step, observe
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import tensors_of
-from lora.models.initialization import unroundable, unwritable
 from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
-from lora.models.start import start_from, undo_start_on_error
+from lora.models.start import start_from, undo_start_on_error, unroundable, unwritable
 
 _WHAT = "calibrate: nothing was changed"
 

@@ -15,10 +15,9 @@ from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
-from lora.models.initialization import unwritable
 from lora.models.model import Names, lora_layers, names_of, without_wrappers
 from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
-from lora.models.start import remember_start, start_from, undo_start_on_error
+from lora.models.start import remember_start, start_from, undo_start_on_error, unwritable
 
 _WHAT = "loftq: nothing was changed"
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]

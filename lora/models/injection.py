@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, table
+from lora.errors import Problems, join, raise_all, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
 from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
-from lora.models.initialization import begin, problems_of_start
 from lora.models.model import (
     Memory,
     Names,
@@ -34,7 +33,7 @@ from lora.models.model import (
     sharded_problems,
     undo_on_error,
 )
-from lora.models.start import give_back
+from lora.models.start import begin, give_back, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
@@ -158,8 +157,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     with undo_on_error(model.modules()):
         layers = adapt(plans)
         remember_layers(names, layers)
-        with Problems("inject: nothing was changed") as problems:
-            problems.add(*problems_of_start(layers, names, config.init_lora_weights))
+        raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
@@ -254,12 +252,8 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        reason = bypass_of(model.get_submodule(parent_name), child)
-        if reason:
-            return reason
-    return None
+    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
 
 
 def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -277,48 +271,35 @@ def clashing_names(module: nn.Module) -> list[str]:
     return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
 
 
-class Bypass(NamedTuple):
-    """The children whose weights a class of module reads without calling them, and what a user can do about it."""
-
-    children: tuple[str, ...]
-    way_out: str = "leave it out with `exclude_modules`"
-    only_on_fast_path: bool = False
-
-
-_SSM = Bypass(("conv1d", "out_proj"))
-
-# By full name, so that packages need not be installed; their subclasses count as well.
-_BYPASSES = {
-    "torch.nn.modules.activation.MultiheadAttention": Bypass(("out_proj",)),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": Bypass(
-        ("linear1", "linear2"),
-        "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first",
-        only_on_fast_path=True,
-    ),
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": Bypass(("q_proj", "k_proj", "v_proj", "out_proj")),
-    "transformers.models.mamba.modeling_mamba.MambaMixer": Bypass(("conv1d", "x_proj", "dt_proj", "out_proj")),
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": Bypass(
-        ("conv1d", "x_proj", "dt_proj", "out_proj")
-    ),
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": Bypass(("conv1d", "dt_proj")),
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": _SSM,
-    "transformers.models.bamba.modeling_bamba.BambaMixer": _SSM,
-    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": Bypass(("conv1d",)),
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": _SSM,
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": _SSM,
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": _SSM,
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": _SSM,
+# Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
+# nothing. By full name, so that packages need not be installed; subclasses count as well.
+_BYPASSED = {
+    "torch.nn.modules.activation.MultiheadAttention": "out_proj",
+    "torch.nn.modules.transformer.TransformerEncoderLayer": "linear1 linear2",
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": "q_proj k_proj v_proj out_proj",
+    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
+    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
+    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
 }
 
 
 def bypass_of(parent: nn.Module, child: str) -> str | None:
-    """The reason why LoRA in this child of `parent` would do nothing; None if it would do what it should."""
+    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
+    way_out = "leave it out with `exclude_modules`"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        way_out = "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first"
     for owner in type(parent).__mro__:
-        bypass = _BYPASSES.get(f"{owner.__module__}.{owner.__qualname__}")
-        if bypass and child in bypass.children:
-            if bypass.only_on_fast_path and not torch.backends.mha.get_fastpath_enabled():
-                return None
-            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {bypass.way_out}."
+        if child in _BYPASSED.get(f"{owner.__module__}.{owner.__qualname__}", "").split():
+            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
     return None
 
 
@@ -362,8 +343,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
 def _untrainable(names: Names) -> Iterator[str]:
     """Modules whose packed weights give wrong gradients, be they adapted or not."""
     for module, known in names.items():
-        reason = weights.why_not_train(module) if "weight" in module._parameters else None
-        if reason:
+        if "weight" in module._parameters and (reason := weights.why_not_train(module)):
             yield f"{known[0]}: {reason}"
 
 
