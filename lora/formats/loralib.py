@@ -11,7 +11,7 @@ from torch import Tensor
 from lora.adapters.adapter import PARAMETERS, Adapter
 from lora.adapters.files import open_file, read_header, read_tensors, reading
 from lora.errors import AdapterError, join, raise_all
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"
