@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import Base, sample_of
 from lora.adapters.files import kind, read_object, read_tensors, short
 from lora.adapters.formats import FILE, rest_of
 from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
 from lora.formats.torch_files import read_torch
-from lora.layers.layer import settings_problems
+from lora.layers.layer import scaling_of, settings_problems
 from lora.models.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
@@ -103,14 +103,15 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
     """
     layouts = _from_json(metadata, LAYOUTS)
     for name, settings in adapter.modules.items():
-        if settings["base"]["kind"] != "linear":
+        if settings.base.kind != "linear":
             continue
         if isinstance(layouts, dict):
             layout = layouts.get(name)
-            settings["base"]["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
+            layout = layout if isinstance(layout, bool) else None
         else:
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
-            settings["base"]["fan_in_fan_out"] = False if sure else None
+            layout = False if sure else None
+        adapter.modules[name] = replace(settings, base=replace(settings.base, fan_in_fan_out=layout))
 
 
 def _tell_bases(adapter: Adapter, metadata: Mapping[str, str]) -> None:
@@ -119,7 +120,8 @@ def _tell_bases(adapter: Adapter, metadata: Mapping[str, str]) -> None:
     for name, settings in adapter.modules.items():
         known = bases.get(name) if isinstance(bases, dict) else None
         facts = known if isinstance(known, dict) else {}
-        settings["base"] |= {fact: facts[fact] for fact in ("shape", "sample") if facts.get(fact) is not None}
+        facts = {fact: facts[fact] for fact in ("shape", "sample") if facts.get(fact) is not None}
+        adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
 
 
 def _from_json(metadata: Mapping[str, str], key: str) -> Any:
@@ -196,7 +198,7 @@ def _adapter(
     full: dict[str, Tensor],
     problems: list[str],
 ) -> Adapter:
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
@@ -207,7 +209,7 @@ def _adapter(
                 r = value_for(name, ranks, config.get("r", 8))
                 lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))
                 modules[name] = _settings(config, r, lora_alpha, pair)
-                A = within_groups(pair["lora_A"], modules[name]["base"].get("groups", 1))
+                A = within_groups(pair["lora_A"], modules[name].base.groups)
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
                 if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                     tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
@@ -216,9 +218,10 @@ def _adapter(
     if not pairs:
         problems.append("it adapts no module.")
     for name in [name for name in full if _is_base_weight(name, pairs)]:
-        module = modules.get(name.rpartition(".")[0])
-        if module is not None:
-            module["base"] |= {"shape": list(full[name].shape), "sample": fingerprint.sample_of(full[name])}
+        owner = name.rpartition(".")[0]
+        if owner in modules:
+            base = replace(modules[owner].base, shape=tuple(full[name].shape), sample=sample_of(full[name]))
+            modules[owner] = replace(modules[owner], base=base)
     # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
     before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
     full = {name: tensor for name, tensor in full.items() if name not in before}
@@ -249,21 +252,28 @@ def _saved(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(f"{pattern}." in f"{owner}." for pattern in patterns)]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
-    rslora = config.get("use_rslora", False)
-    base: dict[str, Any] = {"kind": "embedding" if "embedding" in pair else "linear", "shape": None}
-    settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": config.get("lora_dropout", 0.0), "use_rslora": rslora}
-    settings["use_dora"] = config.get("use_dora", False)
-    if A.dim() > 2:
+    if A.dim() == 2:
+        base = Base(kind="embedding" if "embedding" in pair else "linear")
+    else:
         groups = int(r) // B.shape[1]
-        base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}
-        settings["factored"] = True
-    return {**settings, "scaling": lora_alpha / (math.sqrt(r) if rslora else r), "base": base}
+        base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)
+    use_rslora = config.get("use_rslora", False)
+    return ModuleAdapter(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=config.get("lora_dropout", 0.0),
+        use_rslora=use_rslora,
+        use_dora=config.get("use_dora", False),
+        factored=True if A.dim() > 2 else None,
+        scaling=scaling_of(lora_alpha, r, use_rslora),
+        base=base,
+    )
 
 
 # ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
