@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,10 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for module in targets:
             with problems.at(names[module][0]):
                 plans.append(_plan(model, names[module], module, config))
-        problems.add(*obstacles(names), *_untrainable(names))
+        problems.add(*obstacles(names))
+        for module, known in names.items():  # adapted or not: gradients have to come through all of them
+            if "weight" in module._parameters and (reason := weights.why_not_train(module)):
+                problems.add(f"{known[0]}: {reason}")
     with undo_on_error(model.modules()):
         layers = adapt(plans)
         remember_layers(names, layers)
@@ -240,7 +243,9 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
-    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, _around(model, names[0]))):
+    parts = names[0].split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
+    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
         return "is sharded, and an adapter put in now would not be: each rank would train its own. Inject, then shard."
     if "weight" not in {**module._parameters, **module._buffers}:
         return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
@@ -254,12 +259,6 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
     parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
     return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
-
-
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The module of this name, and all that it is a part of."""
-    parts = name.split(".")
-    return (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
 
 
 def clashing_names(module: nn.Module) -> list[str]:
@@ -338,13 +337,6 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a module's adapter trains in: the weight's, and float32 where that is narrower."""
     weight: Any = module.weight
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _untrainable(names: Names) -> Iterator[str]:
-    """Modules whose packed weights give wrong gradients, be they adapted or not."""
-    for module, known in names.items():
-        if "weight" in module._parameters and (reason := weights.why_not_train(module)):
-            yield f"{known[0]}: {reason}"
 
 
 def report_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,15 @@ from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded, is_writable
-from lora.models.model import adapter_of_module, check_none_replaced, lora_layers, names_of, owned_tensors
+from lora.models.model import (
+    adapter_of_module,
+    by_tensor,
+    check_none_replaced,
+    is_persistent,
+    lora_layers,
+    names_of,
+    owned_tensors,
+)
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -53,8 +61,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     """
     weights.reshard(model)
     trained = _trained(model, bias)
-    if freeze_A:
-        trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
+    if freeze_A:  # a layer learns with its A as it started if that is not zero
+        layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
+        trained -= {id(layer.lora_A) for layer in layers if layer.starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
@@ -119,11 +128,6 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
             if name in adapter or trains_in_full(module) or (with_bias and is_bias(name)):
                 trained.add(id(parameter))
     return trained
-
-
-def _can_freeze_A(module: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether the layer learns with its A as it started: not if that is zero."""
-    return isinstance(module, LoRALayer) and module.r > 0 and module.starts_at_zero == "lora_B"
 
 
 def is_bias(name: str) -> bool:
@@ -199,8 +203,10 @@ def param_groups(
     """
     lora_layers(model, "param_groups")
     members: dict[str, list[nn.Parameter]] = {role: [] for role in _DECAYS}
-    for role, parameter in _trainable(model):
-        members[role].append(parameter)
+    for owners in by_tensor(owned_tensors(names_of(model))):  # a tied one counts as what it is first
+        parameter = owners[0].tensor
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+            members[_role(owners[0].module, owners[0].own, parameter)].append(parameter)
     with Problems("param_groups: no groups were made") as problems:
         numbers = {"lr": lr, "lr_ratio": lr_ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding})}
         for name, value in numbers.items():
@@ -226,16 +232,6 @@ def param_groups(
         for role, parameters in members.items()
         if parameters
     ]
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What trains, with its role; a tied parameter once, as what it is first."""
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield _role(module, name, parameter), parameter
 
 
 def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
@@ -436,12 +432,11 @@ def _may_move(buffer: Tensor) -> bool:
 def _remember_trained(model: nn.Module) -> None:
     """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
     seen: set[int] = set()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and _may_move(buffer):
-                remember(module, name)
-        adapter = adapter_of_module(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
-                seen.add(id(parameter))
-                remember(module, name)
+    for one in owned_tensors(names_of(model)):
+        _, module, own, tensor = one
+        if own in module._buffers:
+            if is_persistent(one) and _may_move(tensor):
+                remember(module, own)
+        elif tensor.requires_grad and own not in adapter_of_module(module) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            remember(module, own)
