@@ -343,7 +343,7 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
     if method not in METHODS:
         yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
     elif r is not None and method not in _OF_ANY_RANK:
-        yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; the adapters say it for {method!r}."
+        yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; {method!r} takes none."
     if r is not None and not is_count(r, 1):
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if not (is_number(density) and 0 < density <= 1):
@@ -364,7 +364,7 @@ def _base_problems(bases: Mapping[int, dict[str, Any]], check_base: bool) -> Ite
                 yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
         apart = fingerprint.sample_difference(known.get("sample"), base.get("sample")) if check_base else None
         if apart is not None:
-            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them."
+            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them anyway."
 
 
 def _rest_problems(
@@ -374,14 +374,14 @@ def _rest_problems(
     for name in adapter.kept:
         if name in kept and not torch.equal(kept[name].cpu(), adapter.tensors[name].cpu()):
             yield (
-                f"{name}: adapter {n} and one before it hold this part of the base model, and it differs in them; "
+                f"{name}: adapter {n} and an earlier one hold different values for this part of the base model; "
                 "`check_base=False` takes the first."
             )
     for name, about in adapter.rest.items():
         if name in rest and difference(rest[name], about):
             yield (
-                f"{name}: adapter {n} was trained in another base model than those before it; `check_base=False` "
-                "combines them all the same."
+                f"{name}: adapter {n} was trained in another base model than an earlier one; `check_base=False` "
+                "combines them anyway."
             )
 
 
@@ -391,9 +391,9 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
         for n, adapter in enumerate(adapters):
             found = [*adapter.problems()]
             dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
-            found += [f"{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
+            found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
             trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
-            found += [f"{name} trained in full and is no update." for name in trained]
+            found += [f"{name} trained in full, and is not an update." for name in trained]
             prefix = f"adapter {n}: " if len(adapters) > 1 else ""
             problems.add(*(f"{prefix}{problem}" for problem in found))
 

@@ -223,7 +223,7 @@ class _Changes:
         # A tensor that has several names is one entry here.
         self.known_as = {
             id(group[0].tensor): [without_wrappers(name) for one in group for name in one.names]
-            for group in by_tensor(one for one in owned_tensors(names) if is_persistent(one))
+            for group in by_tensor(filter(is_persistent, owned_tensors(names)))
         }
         self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
 
@@ -310,16 +310,8 @@ def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under all their names."""
-    return {
-        join(without_wrappers(name), own): tensor
-        for name, module in model.named_modules(remove_duplicate=False)
-        for own, tensor in _own_tensors(module).items()
-    }
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    own = {**module._parameters, **module._buffers}
-    return {name: t for name, t in own.items() if t is not None and name not in module._non_persistent_buffers_set}
+    owned = filter(is_persistent, owned_tensors(names_of(model)))
+    return {without_wrappers(name): one.tensor for one in owned for name in one.names}
 
 
 def _has_values(tensor: Tensor) -> bool:

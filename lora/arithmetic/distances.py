@@ -70,7 +70,7 @@ def effective_rank(S: Tensor) -> float:
 def distance(a: Adapter, b: Adapter, name: str) -> Distance:
     """How far apart the two updates of a module are; ValueError if they are updates of different weights."""
     if a.magnitude(name) is not None or b.magnitude(name) is not None:
-        raise ValueError("with magnitudes (DoRA) only the base weight says what an adapter does.")
+        raise ValueError("with magnitudes (DoRA), updates cannot be compared without the base weight.")
     pairs_a, pairs_b = _alike(a, b, name)
     if [_shape(pair) for pair in pairs_a] != [_shape(pair) for pair in pairs_b]:
         raise ValueError("their base weights have different shapes.")

@@ -200,21 +200,21 @@ def choose(
 
 
 class FusedFunction(torch.autograd.Function):
-    """A plain function with a hand-written backward. A subclass says
+    """A plain function's twin with a hand-written backward. A subclass has `inputs`, the number of its tensors, and
 
-        forward(ctx, *inputs, *options)    the value; sets `ctx.shape`, that of the first input, and saves all inputs,
-                                           and after them what else `gradients` wants
-        gradients(ctx, dy)                 the backward, by hand: the gradient of each input, None where none is needed
-        twin(ctx, *inputs)                 the value, in operations that autograd knows
+        forward(ctx, *inputs, *options)    the value; saves all inputs first, and then what else `gradients` uses
+        gradients(ctx, dy)                 the gradient of each input, None where none is needed
+        twin(ctx, *inputs)                 the value in operations that autograd knows, for `backward` to be
+                                           differentiated, or taken of many dy at once
 
-    The first input may be saved as None where its gradient needs no value of it, because the function is linear in it.
+    A function that is linear in its first input may save None for that, and its shape as `ctx.shape`.
     """
 
     inputs: ClassVar[int]
 
     @classmethod
     def run(cls, x: Tensor, *arguments: Any) -> Tensor:
-        """Compute, and tell autograd."""
+        """The value, which autograd knows a backward of."""
         with without_autocast(x.device):
             y: Tensor = cls.apply(x, *arguments)  # type: ignore[no-untyped-call]
         return y
@@ -237,7 +237,7 @@ class FusedFunction(torch.autograd.Function):
     @classmethod
     @torch.enable_grad()
     def _plain_backward(cls, ctx: Any, dy: Tensor) -> list[Tensor | None]:
-        """Autograd's own gradients, of the twin: for a backward that is itself differentiated, or takes many dy."""
+        """Autograd's own gradients of the twin, which can be differentiated."""
         inputs, needs = list(ctx.saved_tensors[: cls.inputs]), ctx.needs_input_grad[: cls.inputs]
         if inputs[0] is None:
             # Not of dy, which may be many: then autograd would meet a value that is many, too.

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from lora.layers.weights import Alone, Plain, of
+from lora.parallel.local import TensorParallel
 
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")
@@ -192,10 +193,11 @@ class Ranks(Alone):
         for name, parameter in found.items():
             value = in_model_order(layer, name, _full(parameter)).clone()
             whole[name] = nn.Parameter(value, parameter.requires_grad)
-        # What FSDP2 wraps has a class of its own, in front of the layer's.
+        # In front of the layer's class there may be that of FSDP2, and ours for tensor parallelism.
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        cls = next(cls for cls in type(layer).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
-        twin: L = object.__new__(cls)
+        fronts = (TensorParallel,) if fsdp is None else (TensorParallel, fsdp.FSDPModule)
+        behind: Any = next(cls for cls in type(layer).__mro__ if not issubclass(cls, fronts))
+        twin: L = object.__new__(behind)
         unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits"))
         vars(twin).update({**vars(layer), **unsharded, "_parameters": whole})
         return twin

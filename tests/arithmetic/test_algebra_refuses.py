@@ -25,7 +25,7 @@ ARGUMENTS = {
     "no pair": (["adapter"], {}, "pairs of a lora.Adapter and a finite number, got 'adapter' at 0."),
     "no weight": ([(1, 1)], {}, "pairs of a lora.Adapter and a finite number, got (1, 1) at 0."),
     "no method": ([], {"method": "sum"}, "must be one of 'cat', 'svd', 'linear', 'ties', 'dare', got 'sum'."),
-    "a rank for cat": ([], {"r": 2}, "`r` is for the methods 'svd', 'ties', 'dare'; the adapters say it for 'cat'."),
+    "a rank for cat": ([], {"r": 2}, "`r` is for the methods 'svd', 'ties', 'dare'; 'cat' takes none."),
     "no rank": ([], {"method": "svd", "r": 0}, "`r` must be an integer of at least 1, got 0."),
     "half a rank": ([], {"method": "svd", "r": 1.5}, "`r` must be an integer of at least 1, got 1.5."),
     "no density": ([], {"density": 0}, "`density` must be above 0 and at most 1, got 0."),
@@ -54,11 +54,13 @@ def test_unsound_adapters_and_what_trained_in_full_are_listed_all():
     messages = (
         "adapter 0: 0.lora_B is missing.",
         "adapter 0: 0.lora_A holds NaN",
-        "adapter 1: norm.weight trained in full and is no update.",
+        "adapter 1: norm.weight trained in full, and is not an update.",
     )
     refuses(lambda: combine([(broken, 1), (trained, 1)]), "combine: nothing was computed, because", *messages)
     refuses(lambda: subtract(broken, trained), *messages)
-    refuses(lambda: scale(trained, 2), "scale: nothing was computed", "- norm.weight trained in full and is no update.")
+    refuses(
+        lambda: scale(trained, 2), "scale: nothing was computed", "- norm.weight trained in full, and is not an update."
+    )
     refuses(lambda: resize(broken, 1), "resize: nothing was computed", "- 0.lora_B is missing.", "0.lora_A holds NaN")
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from conftest import KINDS, WITH_DROPOUT, assert_equation, example, make
+from pairwise import every_two
 from torch import nn
 from torch.func import functional_call
 
@@ -89,10 +90,8 @@ def test_functional_call_uses_the_given_tensors_and_leaves_no_trace(kind, mode):
         assert torch.equal(layer(x), before)
 
 
-@each_kind
 @forward_mode
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("how", ["dual numbers", "func.jvp"])
+@every_two(kind=KINDS, mode=["train", "eval"], how=["dual numbers", "func.jvp"])
 def test_forward_mode_differentiation_is_right(kind, mode, how):
     layer, x = make(kind, dtype=torch.float64).train(mode == "train"), example(kind, torch.float64)
     A, tangent = layer.lora_A.detach(), torch.randn_like(layer.lora_A)
