@@ -33,10 +33,10 @@ def pairs_of(layer: LoRALayer) -> list[Pair]:
     factored convolution    one for each group: B (out / groups, r / groups), A (r / groups, in / groups · k)
     loralib's convolution   one: its B and A
     """
-    return blocks_of(layer, layer.lora_A.detach().cpu().double(), layer.lora_B.detach().cpu().double())
+    return factor_blocks(layer, layer.lora_A.detach().cpu().double(), layer.lora_B.detach().cpu().double())
 
 
-def blocks_of(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
+def factor_blocks(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
     """The same of an A and a B in the layer's form, as they are."""
     rows = layer.block_rows()
     return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora.adapters.single import Form, with_rank
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import same_values
-from lora.models.blocks import Pair, blocks_of, tensors_of
+from lora.models.blocks import Pair, factor_blocks, tensors_of
 
 
 @torch.no_grad()
@@ -60,4 +60,4 @@ def without_start(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: T
 
 
 def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    return blocks_of(layer, A.detach().cpu(), B.detach().cpu())
+    return factor_blocks(layer, A.detach().cpu(), B.detach().cpu())
