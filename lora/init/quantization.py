@@ -16,7 +16,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import Names, lora_layers, names_of, without_wrappers
-from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
+from lora.models.spectral import decomposed, form_problems, rank_problems, scaling_problems, split, weight_blocks
 from lora.models.start import remember_start, start_from, undo_start_on_error, unwritable
 
 _WHAT = "loftq: nothing was changed"
@@ -183,7 +183,7 @@ def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair
     """The best s · B A for what the base lacks, and the norm of what is left."""
     lost = weight - layer.base_weight()
     q = layer.lora_B.shape[1]
-    pairs = split(layer, [decomposed(block, q, niter) for block in blocks_of(layer, lost)])
+    pairs = split(layer, [decomposed(block, q, niter) for block in weight_blocks(layer, lost)])
     return pairs, float((lost - _update(layer, pairs)).norm())
 
 

@@ -20,7 +20,7 @@ from lora.errors import raise_all
 from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
-from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
+from lora.models.blocks import block_rank, factor_blocks, layer_rank, padded, tensors_of
 from lora.models.model import lora_layers, names_of, sharded_problems
 
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
@@ -119,7 +119,7 @@ class Swappable(LoRALayer):
     def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
         r, lora_alpha = self.padded_from
         q = block_rank(self, r)
-        if any(bool(factor.any()) for B_g, A_g in blocks_of(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
+        if any(bool(factor.any()) for B_g, A_g in factor_blocks(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
             return super().lora_trimmed(A, B)
         return r, lora_alpha, *_at(self, A, B, q)
 
@@ -260,5 +260,5 @@ def _prepare(layer: LoRALayer, larger: _Larger) -> None:
 @torch.no_grad()
 def _at(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
     """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
-    pairs = [(B[:, :q], A[:q]) for B, A in blocks_of(layer, A, B)]
+    pairs = [(B[:, :q], A[:q]) for B, A in factor_blocks(layer, A, B)]
     return tensors_of(layer, [padded(B, A, q) for B, A in pairs])
