@@ -10,12 +10,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters.single import with_rank
 from lora.errors import Problems, is_number, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Step, observe
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import tensors_of
 from lora.models.model import Names, lora_layers, names_of, sharded_problems
@@ -186,7 +185,7 @@ def _begin(layer: LinearLoRA, start: Start, writes_base: bool) -> None:
     """Give the layer its A and B, of another rank perhaps, and let it train."""
     r = start.r
     if r != layer.r:
-        layer.lora_alpha = with_rank({"scaling": layer.scaling, "use_rslora": layer.use_rslora}, r)["lora_alpha"]
+        layer.lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
         layer.r = r
         for name, value in zip(("lora_A", "lora_B"), tensors_of(layer, start.pairs), strict=True):
             old: nn.Parameter = getattr(layer, name)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems, join, table
-from lora.functional.fused import is_plain, is_storage
+from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
@@ -188,7 +188,7 @@ def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
     """‖pack(W) − W‖ / ‖W − W₀‖."""
     twin = copy.deepcopy(layer)
     weights.write_weight(twin, merged)
-    exact = torch.promote_types(merged.dtype, torch.float32)
+    exact = exact_dtype(merged.dtype)
     update, error = merged.to(exact) - before.to(exact), weights.read_weight(twin).to(exact) - merged.to(exact)
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
@@ -203,7 +203,7 @@ def rounding_lost(layer: LoRALayer) -> float:
     """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight; for a large one, of a part."""
     weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
     dtype = weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
+    exact = exact_dtype(dtype)
     weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
     if layer.use_dora:
         update = (weight + update) * layer.magnitude_gain(exact) - weight

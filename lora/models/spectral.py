@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import Problems, is_count
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
 
@@ -86,7 +86,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
 
 def weight_blocks(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
     """The layer's blocks of a weight, in float32, or float64 where the weight is."""
-    return list(layer.weight_blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
+    return list(layer.weight_blocks(weight.detach().to(exact_dtype(weight.dtype))))
 
 
 @torch.no_grad()

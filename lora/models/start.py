@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.starts import Init
@@ -169,7 +169,7 @@ def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
     if layer.lora_start is None:
         return weight
     A, B, scaling = layer.lora_start
-    dtype, device = torch.promote_types(weight.dtype, torch.float32), layer.lora_A.device
+    dtype, device = exact_dtype(weight.dtype), layer.lora_A.device
     with without_autocast(device):
         started = layer.delta(A.to(device, dtype), B.to(device, dtype)) * scaling
     started = weights.of(layer, "weight").sharded_like(started)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora.errors import raise_all
+from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
 from lora.models.blocks import block_rank, factor_blocks, layer_rank, padded, tensors_of
@@ -100,7 +101,7 @@ class Swappable(LoRALayer):
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
         # Whatever `.to()` makes of the parameters: a scaling has many digits.
-        return self.lora_A.device, torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.lora_A.device, exact_dtype(self.lora_A.dtype)
 
     # ---- between the rank of an adapter and that of the layer --------------------------------------------------
 

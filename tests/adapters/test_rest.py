@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
+from lora.adapters.base import same_sample
 from lora.adapters.files import checksum
-from lora.adapters.rest import same_sample
 
 HINT = "`check_base=False` loads the adapter all the same."
 
