@@ -223,11 +223,15 @@ def remember_values(names: Names) -> None:
 
 
 def _tell_parents(names: Names, attribute: str, told: Mapping[Any, object]) -> None:
+    """Note something of each of these modules at its parents, by the name of the child."""
     modules = {name: module for module, known in names.items() for name in known}
+    notes: dict[nn.Module, dict[str, object]] = {}
     for module, what in told.items():
         for name in filter(None, names[module]):
             parent, _, child = name.rpartition(".")
-            vars(modules[parent])[attribute] = {**vars(modules[parent]).get(attribute, {}), child: what}
+            notes.setdefault(modules[parent], {})[child] = what
+    for parent_module, children in notes.items():  # a new dict, so that the old one can be put back
+        vars(parent_module)[attribute] = vars(parent_module).get(attribute, {}) | children
 
 
 def forget_children(module: nn.Module) -> None:
@@ -274,9 +278,9 @@ def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) 
     """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
 
     Args:
-        modules: whose classes, attributes and parameters the block changes, and what their parameters point to and
-            whether these train. Values written into tensors are not put back,
-        written: but for those of these tensors. A copy of each is kept until the block ends.
+        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
+            `requires_grad` were; values that the block wrote into tensors are not.
+        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
     """
     modules = list(modules)
     states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]

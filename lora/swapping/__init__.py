@@ -177,7 +177,7 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
     >>> model[0].lora_A.shape, model[0]
     (torch.Size([8, 8]), Linear(in_features=8, out_features=4, bias=True, r=8, lora_alpha=4, ...padded_from=(2, 1)))
     >>> other = torch.nn.Sequential(lora.Linear(8, 4, r=5), lora.Linear(4, 4, r=1))
-    >>> lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+    >>> _ = lora.load_adapter(model, lora.adapter_of(other), check_base=False)
     >>> [settings["r"] for settings in lora.adapter_of(model).modules.values()]
     [5, 1]
     """
