@@ -18,7 +18,7 @@ from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models.injection import adapt
+from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.learnt import since_start
 from lora.models.model import (
     Names,
@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
     >>> lora.save_adapter(model, path)
-    >>> lora.load_adapter(model, path)
+    >>> _ = lora.load_adapter(model, path)
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
@@ -102,7 +102,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     lora_alpha: float | None = None,
-) -> None:
+) -> InjectionReport:
     """Load an adapter into a plain model or into one with LoRA layers.
 
     A plain model gets LoRA layers first, as the file describes them, and is frozen but for what the file holds. The
@@ -126,6 +126,9 @@ def load_adapter(
         check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
             is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
+    Returns:
+        The report of `lora.inject`, for all layers that have LoRA now.
+
     Raises:
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
         TypeError: `source` is neither a path nor an adapter, or `lora_alpha` is given for a format that says it.
@@ -142,8 +145,7 @@ def load_adapter(
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> lora.save_adapter(base, path)
     >>> lora.eject(base)
-    >>> lora.load_adapter(base, path)
-    >>> base[0].r
+    >>> lora.load_adapter(base, path).modules[0].r
     2
     """
     wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
@@ -162,6 +164,8 @@ def load_adapter(
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
         remember_values(fit.names)
+    layers = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
+    return report_of(model, fit.names, layers, tuple(fit.adapter.modules_to_save))
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:

@@ -15,6 +15,7 @@ from lora.adapters.base import differences, own_tensors
 from lora.adapters.fitted import fitted, renamed
 from lora.adapters.single import NO_ROOM
 from lora.errors import join
+from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import adapted_class, kind_for
@@ -156,7 +157,7 @@ class Fit:
             shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
             general["use_dora"] = True
         for parameter, shape in shapes.items():
-            exact = torch.promote_types(dtype, torch.float32) if parameter == MAGNITUDE else dtype
+            exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 

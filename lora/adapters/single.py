@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter, ModuleAdapter
 from lora.errors import AdapterError, join, raise_all
+from lora.functional.fused import exact_dtype
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
@@ -82,7 +83,7 @@ def portable(adapter: Adapter) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
         A, B = _padded(A, B, rank, settings.base.groups)
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings.scaling)
+        B = B.to(exact_dtype(B.dtype)) * float(settings.scaling)
         modules[name] = settings.with_scaling_one(rank)
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
     made = replace(adapter, modules=modules, tensors=tensors, trained_in_full=[], kept=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,9 +17,8 @@ from lora.adapters.base import Base, sample_of
 from lora.adapters.files import kind, read_object, read_tensors, short
 from lora.adapters.formats import FILE, rest_of
 from lora.errors import AdapterError, is_number, join, raise_all
-from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 from lora.layers.layer import scaling_of, settings_problems
 from lora.models.training import is_bias
 
@@ -52,6 +52,10 @@ _REFUSED_SETTINGS = (
     "trainable_token_indices",
     "target_parameters",
 )
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LONGEST_PATTERN = 1000
+# Matching goes through all ways in which a pattern may lie on a name, at worst; more than these take too long.
+_MOST_WAYS = 10**7
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
 _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
@@ -77,11 +81,15 @@ def read(path: Path) -> Adapter:
         names += [FILE] if whole else []  # which would have been read, and not as PEFT's
         raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
-    raise_all(f"read_adapter: {folder} is not loaded", _config_problems(config), AdapterError)
+    what = f"read_adapter: {folder} is not loaded"
+    raise_all(what, _config_problems(config), AdapterError)
     tensors, metadata = READERS[file.name](file)
     pairs, full, problems = _sort(tensors)
+    for option in _PATTERNS:
+        longest = max(map(len, pairs), default=1)
+        raise_all(what, _pattern_problems(option, config.get(option) or (), longest), AdapterError)
     adapter = _adapter(config, pairs, full, problems)
-    raise_all(f"read_adapter: {folder} is not loaded", problems, AdapterError)
+    raise_all(what, problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
     _tell_bases(adapter, metadata)
     kept, rest = rest_of(metadata, file)
@@ -143,12 +151,12 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for option in ("use_rslora", "use_dora"):
         if not isinstance(config.get(option, False), bool):
             yield f"`{option}` must be true or false, got {short(config[option])}."
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in _PATTERNS:
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict):
             yield f"`{option}` must map names to numbers, got {short(patterns)}."
             continue
-        yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern)))
+        yield from _pattern_problems(option, patterns, 1)
         yield from (
             f"`{option}`: {short(p)} must have a number, got {short(v)}."
             for p, v in patterns.items()
@@ -157,6 +165,10 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
+
+
+def _pattern_problems(option: str, patterns: Iterable[str], length: int) -> Iterator[str]:
+    yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern, length)))
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
@@ -188,14 +200,14 @@ def _adapter(
 ) -> Adapter:
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = (Patterns(config.get(option) or {}) for option in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
         missing = [part for part in PARAMETERS if part not in pair]
         problems += [f"{name}: {part} is missing." for part in missing]
         if not missing:
             try:
-                r = ranks.value_for(name, config.get("r", 8))
-                lora_alpha = alphas.value_for(name, config.get("lora_alpha", 8))
+                r = value_for(name, ranks, config.get("r", 8))
+                lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))
                 modules[name] = _settings(config, r, lora_alpha, pair)
                 A = within_groups(pair["lora_A"], modules[name].base.groups)
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
@@ -262,3 +274,45 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
         scaling=scaling_of(lora_alpha, r, use_rslora),
         base=base,
     )
+
+
+# ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
+
+
+def compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+    """Patterns, each for a whole name or the end of one after a dot, and their values."""
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def value_for(name: str, patterns: Iterable[tuple[re.Pattern[str], Any]], default: Any) -> Any:
+    """The value of the first pattern that a name matches."""
+    return next((value for pattern, value in patterns if pattern.match(name)), default)
+
+
+def pattern_problem(pattern: str, length: int = 1) -> str | None:
+    """Why a regular expression is not matched with names of up to this length; None if it is."""
+    bare = _bare(pattern)
+    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
+        long = " with a name so long" if length > 1 else ""
+        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern[:80]!r} is no regular expression: {error}."
+    return None
+
+
+def ways(pattern: str, length: int) -> int:
+    """In how many ways a pattern without repeated groups may lie on a name of this length, at most.
+
+    >>> ways("q_proj|v_proj", 20), ways(r".*\\.(q|v)_proj", 20)
+    (42, 462)
+    """
+    bare = _bare(pattern)
+    repeats = 1 + len(re.findall(r"[*+{]", bare))  # `.*` and its like; one is ours
+    choices = math.prod(1 + part.count("|") for part in re.split(r"[()]", bare)) << bare.count("?")
+    return choices * math.comb(length + repeats, repeats)
+
+
+def _bare(pattern: str) -> str:
+    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character

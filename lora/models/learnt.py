@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import same_values
-from lora.models.blocks import Pair, blocks_of, tensors_of
+from lora.models.blocks import Pair, factor_blocks, tensors_of
 
 
 @torch.no_grad()
@@ -59,4 +59,4 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
 
 
 def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    return blocks_of(layer, A.detach().cpu(), B.detach().cpu())
+    return factor_blocks(layer, A.detach().cpu(), B.detach().cpu())
