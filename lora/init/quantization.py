@@ -54,8 +54,8 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
 
         min ‖W − Q − s · B A‖        Q: the quantised base; s · B A: the best approximation of W − Q at rank r
 
-    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. A step that makes things worse is
-    taken back, and is the last. The pretrained function is then that of Q + s · B A, which is near W: `lora.disabled`
+    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. The first step that makes the error
+    larger is undone and ends the turns. The pretrained function is then that of Q + s · B A, near W: `lora.disabled`
     computes it, and the adapter that `lora.save_adapter` writes is what training adds to it, so that a base in full
     precision can load it. `lora.eject` leaves the base as it was with one step, and quantised anew after more.
 
