@@ -69,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
     >>> lora.save_adapter(model, path)
-    >>> lora.load_adapter(model, path)
+    >>> _ = lora.load_adapter(model, path)
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
@@ -99,7 +99,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     lora_alpha: float | None = None,
-) -> InjectionReport | None:
+) -> InjectionReport:
     """Load an adapter into a plain model or into one with LoRA layers.
 
     A plain model gets LoRA layers first, as the file describes them, and is frozen but for what the file holds. The
@@ -124,7 +124,7 @@ def load_adapter(
             is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
     Returns:
-        What `lora.inject` returns, for a plain model; None for one that has LoRA layers.
+        The report of `lora.inject`, for all layers that have LoRA now.
 
     Raises:
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
@@ -142,10 +142,8 @@ def load_adapter(
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> lora.save_adapter(base, path)
     >>> lora.eject(base)
-    >>> print(lora.load_adapter(base, path))
-    module  kind    weight  r  scaling  parameters
-    0       Linear  4 × 8   2  4                24
-    trainable: 24 of 60 parameters (40.00 %)
+    >>> lora.load_adapter(base, path).modules[0].r
+    2
     """
     wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
     lora_layers(model, "load_adapter", none=True)
@@ -164,7 +162,8 @@ def load_adapter(
             mark_only_lora_as_trainable(model)
         _take_over(fit)
         remember_values(fit.names)
-    return report_of(model, fit.names, layers, tuple(fit.names[module][0] for module in saved)) if layers else None
+    adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
+    return report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:

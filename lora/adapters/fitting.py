@@ -14,6 +14,7 @@ from torch import Tensor
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import beyond_peft, differences, own_tensors, trained_in_full
 from lora.errors import AdapterError, Problems, join
+from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer, scaling_of
@@ -148,7 +149,7 @@ class Fit:
             cls.check_dora(module, shapes["lora_B"])
             shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
         for parameter, shape in shapes.items():
-            exact = torch.promote_types(dtype, torch.float32) if parameter == MAGNITUDE else dtype
+            exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
         self.plans.append(Plan(module, kind, {**settings.general, "adapter_dtype": dtype, **own}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
-from lora.formats import flat, from_peft, peft
+from lora.formats import loralib, peft
 from lora.formats.portable import portable
 
 
@@ -12,12 +12,12 @@ def enter() -> None:
     FORMATS["peft"] = Format(
         "PEFT",
         peft.write,
-        lambda path, lora_alpha: from_peft.read(path),
-        from_peft.reads,
-        from_peft.claims,
-        (peft.CONFIG, *from_peft.READERS),
+        lambda path, lora_alpha: peft.read(path),
+        peft.reads,
+        peft.claims,
+        (peft.CONFIG, *peft.READERS),
     )
     FORMATS["portable"] = Format(
         "PEFT", lambda adapter, path, names: peft.write(portable(adapter), path, names), files=FORMATS["peft"].files
     )
-    FORMATS["loralib"] = Format("loralib", read=flat.read, reads=flat.reads)
+    FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)

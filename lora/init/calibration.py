@@ -79,25 +79,25 @@ def calibrate(
         model: a model with LoRA layers, of which some wait. Only linear layers can; the others in it stay as they are.
         batches: each is given to the model as keywords (a mapping), as arguments (a tuple or list) or as one argument
             (anything else), its tensors moved to the device of the model's first parameter.
-        step: instead of that a function of model and batch. What it returns has to be the loss, or have one as its
-            `loss`, where a layer waits for LoRA-GA. Default: None.
+        step: a function of model and batch, called instead. Where a layer waits for LoRA-GA it must return the loss, or
+            something that has the loss as its `loss`. Default: None.
         rho: let EVA move ranks between its layers, to where they explain most of the variance: each layer gets
             between 1 and rho · r, all of them together what they had. The scalings stay. Default: 1, ranks stay.
-        ignore_index: inputs at positions with this label do not count for EVA and CorDA, nor do those that an
-            `attention_mask` leaves out, in batches that are mappings. None: labels do not matter. Default: -100.
+        ignore_index: in batches that are mappings, EVA and CorDA pass over inputs at positions with this label, and
+            those that `attention_mask` leaves out. None: labels do not matter. Default: -100.
         corda_method: "ipm" trains the directions that matter most for these data, to learn a task like theirs; "kpm"
-            the ones that matter least, to keep what the model knows of them. Default: "ipm".
+            trains those that matter least, to keep what the model knows of them. Default: "ipm".
         stable_gamma: γ of LoRA-GA: the larger, the smaller A and B. Default: 16.
 
     Returns:
         A report that prints as a table: module, method, rank, and the share that the rank explains.
 
     Raises:
-        ValueError: no layer waits, one that does is not linear, or its rank is above what its weight has (LoRA-GA needs
-            2 r), its base weight is to be written and belongs to another module as well, or is packed, or (CorDA) its
-            scaling is not above 0; an argument is out of range; there are no batches, no loss for LoRA-GA, or a layer
-            that none of them reached; an input or a gradient is not finite, or says nothing. One error lists all, and
-            the model is as it was.
+        ValueError: no layer waits; one that waits is not linear, has a rank above that of its weight (LoRA-GA needs
+            2 r), has a base weight that would be written but is tied to another module's or packed, or (CorDA) a
+            scaling that is not above 0; an argument is out of range; there are no batches, or no loss for LoRA-GA; no
+            batch reached a layer; inputs or gradients are not finite, all zero or (EVA) all the same. One error lists
+            all, and the model is as it was.
 
     From "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv:2410.07170, section
     3; "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000, section 3; "CorDA:

@@ -14,13 +14,13 @@ from lora.init.observe import Gradients, Inputs
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import Pair, Spectrum
 from lora.models.spectral import (
-    blocks_of,
     decomposed,
     nothing_problems,
     rank_problems,
     scaling_problems,
     split,
     value_problems,
+    weight_blocks,
 )
 
 _NITER = 4  # power iterations of the randomised SVD: PEFT's number
@@ -97,7 +97,7 @@ def _corda(seen: dict[LinearLoRA, Inputs], options: Options) -> dict[LinearLoRA,
         C /= C.diagonal().mean()
         C.diagonal().add_(_DAMPING)
         with without_autocast(C.device):
-            blocks = [block.to(C) @ C for block in blocks_of(layer, layer.base_weight())]  # (rows, in_features)
+            blocks = [block.to(C) @ C for block in weight_blocks(layer, layer.base_weight())]  # (rows, in_features)
         which = CORDA[options.corda_method](layer.r)
         # The least directions take the whole decomposition.
         niter = _NITER if options.corda_method == "ipm" else None
@@ -131,7 +131,7 @@ def _lora_ga_problems(layer: LinearLoRA) -> Iterable[str]:
 
 
 def _corda_problems(layer: LinearLoRA) -> Iterable[str]:
-    unreadable = list(value_problems(layer)) or nothing_problems(blocks_of(layer, layer.base_weight()))
+    unreadable = list(value_problems(layer)) or nothing_problems(weight_blocks(layer, layer.base_weight()))
     return *rank_problems(layer, _shapes(layer)), *scaling_problems(layer), *unreadable
 
 

@@ -16,7 +16,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import Names, lora_layers, names_of, without_wrappers
-from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
+from lora.models.spectral import decomposed, form_problems, rank_problems, scaling_problems, split, weight_blocks
 from lora.models.start import remember_start, start_from, undo_start_on_error, unwritable
 
 _WHAT = "loftq: nothing was changed"
@@ -54,8 +54,8 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
 
         min ‖W − Q − s · B A‖        Q: the quantised base; s · B A: the best approximation of W − Q at rank r
 
-    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. A step that makes things worse is
-    taken back, and is the last. The pretrained function is then that of Q + s · B A, which is near W: `lora.disabled`
+    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. The first step that makes the error
+    larger is undone and ends the turns. The pretrained function is then that of Q + s · B A, near W: `lora.disabled`
     computes it, and the adapter that `lora.save_adapter` writes is what training adds to it, so that a base in full
     precision can load it. `lora.eject` leaves the base as it was with one step, and quantised anew after more.
 
@@ -183,7 +183,7 @@ def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair
     """The best s · B A for what the base lacks, and the norm of what is left."""
     lost = weight - layer.base_weight()
     q = layer.lora_B.shape[1]
-    pairs = split(layer, [decomposed(block, q, niter) for block in blocks_of(layer, lost)])
+    pairs = split(layer, [decomposed(block, q, niter) for block in weight_blocks(layer, lost)])
     return pairs, float((lost - _update(layer, pairs)).norm())
 
 

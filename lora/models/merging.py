@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems, join, table
-from lora.functional.fused import is_plain, is_storage
+from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
@@ -32,7 +32,7 @@ from lora.models.training import forget_originals
 class MergedModule:
     """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost.
 
-    Of one that was packed also how, and the share of the update that packing the merged weight again would lose.
+    If it was packed, also how, and the share of the update that packing the merged weight again would lose.
     """
 
     name: str
@@ -46,8 +46,8 @@ class MergedModule:
 class MergeReport:
     """What `lora.merge` did: how much of each module's update was lost to rounding.
 
-    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 where the update went in whole, 1 where rounding
-    took as much as there was. Of a large matrix it is measured on evenly spaced columns, half a million values or more.
+    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 if nothing of the update was lost, 1 if rounding lost
+    as much as there was. In a large matrix it is measured on evenly spaced columns, half a million values or more.
     """
 
     modules: tuple[MergedModule, ...]
@@ -70,9 +70,9 @@ class MergeReport:
 def merge(model: nn.Module) -> MergeReport:
     """Write W = g ⊙ (W₀ + s · B A) into the base weights, in place, and leave plain torch layers.
 
-    The sum is taken in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
-    rounding takes a good part of a small update; the report says how much of it. Packed (quantised) weights become
-    dense ones, in the dtype that their layer computes in; the report says what packing them again would lose.
+    The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
+    rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
+    the dtype that their layer computes in; the report says how much packing them again would lose.
 
     Args:
         model: a model with LoRA layers, injected or constructed.
@@ -81,9 +81,9 @@ def merge(model: nn.Module) -> MergeReport:
         A report that prints as a table: module, dtype, and the share of the update that rounding lost.
 
     Raises:
-        ValueError: there is no LoRA layer, a weight is tied to another module's (which the update would change too),
-            a weight is sharded, or neither dense nor packed in a known way, a merged weight would not be finite, or a
-            layer has a forward of its instance. One error lists everything, and the model is as it was.
+        ValueError: there is no LoRA layer; a weight is tied to another module's (which the update would change too),
+            is sharded, or is neither dense nor packed in a known way; a merged weight would not be finite; or the
+            instance of a layer has its own `forward`. One error lists everything, and the model is as it was.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -188,7 +188,7 @@ def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
     """‖pack(W) − W‖ / ‖W − W₀‖."""
     twin = copy.deepcopy(layer)
     weights.write_weight(twin, merged)
-    exact = torch.promote_types(merged.dtype, torch.float32)
+    exact = exact_dtype(merged.dtype)
     update, error = merged.to(exact) - before.to(exact), weights.read_weight(twin).to(exact) - merged.to(exact)
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
@@ -200,10 +200,10 @@ def _is_packed_as_known(layer: LoRALayer) -> bool:
 
 @torch.no_grad()
 def rounding_lost(layer: LoRALayer) -> float:
-    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
+    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight; for a large one, of a part."""
     weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
     dtype = weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
+    exact = exact_dtype(dtype)
     weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
     if layer.use_dora:
         update = (weight + update) * layer.magnitude_gain(exact) - weight

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import Problems, is_count
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
 
@@ -50,7 +50,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
         if niter is not None and not is_count(niter):
             problems.add(f"`niter` must be an integer of at least 0, got {niter!r}.")
         problems.add(*start_problems(layer, scales=True))
-    blocks = blocks_of(layer, layer.base_weight())
+    blocks = weight_blocks(layer, layer.base_weight())
     return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
 
 
@@ -74,7 +74,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
     with Problems(f"olora: a {type(layer).__name__} cannot start so") as problems:
         problems.add(*start_problems(layer, scales=False))
     pairs, q = [], layer.lora_B.shape[1]
-    for block in blocks_of(layer, layer.base_weight()):
+    for block in weight_blocks(layer, layer.base_weight()):
         with without_autocast(block.device):
             Q, R = torch.linalg.qr(block)
         pairs.append((Q[:, :q], R[:q]))
@@ -84,9 +84,9 @@ def olora(layer: LoRALayer) -> list[Pair]:
 # ---- the blocks of a weight, and whether they can be taken apart -------------------------------------------------
 
 
-def blocks_of(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
+def weight_blocks(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
     """The layer's blocks of a weight, in float32, or float64 where the weight is."""
-    return list(layer.weight_blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
+    return list(layer.weight_blocks(weight.detach().to(exact_dtype(weight.dtype))))
 
 
 @torch.no_grad()

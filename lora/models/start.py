@@ -1,7 +1,7 @@
-"""How the adapters of a model start, those too that are taken out of the base weight, which is then not lost.
+"""How the adapters of a model start, and how a start that is taken out of the base weight is undone.
 
-An adapter that starts as a part of W₀ leaves W₀ + s · B A unchanged, and W₀ not. The layer remembers the A and B that
-it started from: its pretrained weight is W₀ + s₀ · B₀ A₀.
+An adapter that starts as a part of W₀ changes W₀, and leaves W₀ + s · B A as it was. The layer remembers the A and B
+that it started from, so that the pretrained weight is not lost: it is W₀ + s₀ · B₀ A₀.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.starts import Init
 from lora.models import spectral
-from lora.models.blocks import Pair, blocks_of, tensors_of
+from lora.models.blocks import Pair, factor_blocks, tensors_of
 from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems, undo_on_error
 
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
-    """Start the adapters of a model again, in the way of your choice.
+    """Start the adapters of a model again, in a way of your choice.
 
-    For layers that were constructed: load the pretrained weights first. `lora.inject` does the same by itself.
+    This is for layers that were constructed: load the pretrained weights first. `lora.inject` does it by itself.
 
     ==================  ==========================================================================================
     True, "kaiming"     A ~ kaiming uniform, B = 0; embeddings A = 0, B ~ N(0, 1)
@@ -156,7 +156,7 @@ def start_from(layer: LoRALayer, pairs: Sequence[Pair], *, writes_base: bool) ->
 
 
 def remember_start(layer: LoRALayer, base_written: bool = True) -> None:
-    """Take A and B, as they are, for a part of the pretrained weight; was the base weight changed for it?"""
+    """Note that A and B, as they are, are a part of the pretrained weight, and whether the base weight lacks it."""
     # On the CPU, whatever device the layer is moved to: it is asked for when a run begins or ends.
     A, B = (factor.detach().to("cpu", copy=True) for factor in (layer.lora_A, layer.lora_B))
     layer.lora_start, layer.base_written = (A, B, layer.scaling), base_written
@@ -169,7 +169,7 @@ def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
     if layer.lora_start is None:
         return weight
     A, B, scaling = layer.lora_start
-    dtype, device = torch.promote_types(weight.dtype, torch.float32), layer.lora_A.device
+    dtype, device = exact_dtype(weight.dtype), layer.lora_A.device
     with without_autocast(device):
         started = layer.delta(A.to(device, dtype), B.to(device, dtype)) * scaling
     started = weights.of(layer, "weight").sharded_like(started)
@@ -256,4 +256,4 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
 
 
 def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    return blocks_of(layer, A.detach().cpu(), B.detach().cpu())
+    return factor_blocks(layer, A.detach().cpu(), B.detach().cpu())

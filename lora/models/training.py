@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,15 @@ from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded, is_writable
-from lora.models.model import adapter_of_module, check_none_replaced, lora_layers, names_of, owned_tensors
+from lora.models.model import (
+    adapter_of_module,
+    by_tensor,
+    check_none_replaced,
+    is_persistent,
+    lora_layers,
+    names_of,
+    owned_tensors,
+)
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -25,22 +33,22 @@ BIAS_CHOICES = ("none", "all", "lora_only")
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_A: bool = False) -> None:
     """Let the adapters train, and biases where asked, and freeze everything else.
 
-    Goes by module: a parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`, whatever the
-    modules around it are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train, too.
+    A parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`; names of modules do not count.
+    Modules that `lora.inject` was told to train in full (`modules_to_save`) train, too.
 
     Args:
         model: any module with LoRA layers in it.
         bias: which biases train too: "none", "all" (every module's) or "lora_only" (the LoRA layers').
             Default: "none".
-        freeze_A: freeze lora_A as well, as it started: LoRA-FA (arXiv:2308.03303). Linear layers keep no input for
-            backward then. Embeddings, whose A starts at zero and whose inputs are ids, train both factors. A is saved
-            and loaded all the same; a model that gets its LoRA layers from a file trains both until this is called
-            again. Default: False.
+        freeze_A: freeze lora_A as well, as it started: LoRA-FA (arXiv:2308.03303). Linear layers then keep no input for
+            backward. Embeddings, whose A starts at zero and whose inputs are ids, train both factors. A is still saved
+            and loaded; a model that gets its LoRA layers from a file trains both until this is called again.
+            Default: False.
 
     Raises:
         ValueError: `bias` is none of the three; nothing has changed then.
 
-    From loralib. What this makes trainable, and a frozen A, is what `lora.lora_state_dict` with the same `bias` holds.
+    From loralib. `lora.lora_state_dict` with the same `bias` holds what this makes trainable, and a frozen A.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2), torch.nn.Linear(8, 2))
@@ -53,8 +61,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     """
     weights.reshard(model)
     trained = _trained(model, bias)
-    if freeze_A:
-        trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
+    if freeze_A:  # a layer learns with its A as it started if that is not zero
+        layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
+        trained -= {id(layer.lora_A) for layer in layers if layer.starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
@@ -74,13 +83,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Returns:
         The adapters' tensors by their names in the model, the biases asked for, and the parameters and buffers of
         modules that train in full. Load it with ``model.load_state_dict(state, strict=False)``, or use
-        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. (Adapters that started
-        as a part of the base weight, PiSSA's say, belong to what is left of it: a plain base can load only what
-        `lora.save_adapter` writes.) Of a sharded model they are DTensors, for torch.distributed.checkpoint; what that
-        loads into them goes to the model by `load_state_dict`: fused layers that are divided among ranks give copies.
+        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. Adapters that started
+        as a part of the base weight (PiSSA's, for example) fit only what is left of that weight; for a plain base, use
+        `lora.save_adapter`. The tensors of a sharded model are DTensors, for torch.distributed.checkpoint. For
+        tensor-parallel fused layers they are copies: after loading into them, call `model.load_state_dict`.
 
     Raises:
-        ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps a tensor in parts; all are listed.
+        ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps tensors in parts; all are listed.
 
     From loralib.
 
@@ -121,11 +130,6 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
     return trained
 
 
-def _can_freeze_A(module: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether the layer learns with its A as it started: not if that is zero."""
-    return isinstance(module, LoRALayer) and module.r > 0 and module.starts_at_zero == "lora_B"
-
-
 def is_bias(name: str) -> bool:
     """Whether a parameter's own name is a bias's, as torch's modules name theirs (`bias_ih_l0`, `in_proj_bias`)."""
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
@@ -161,26 +165,25 @@ def param_groups(
 
         lr of lora_B = lr_ratio · lr of lora_A
 
-    B starts at zero and adds up r features, A adds up all of the layer's: at one learning rate for both, B learns too
-    slowly the wider the layer is. Compared with plain LoRA, take a somewhat smaller `lr`.
+    B starts at zero and sums r features; A sums all features of the layer. At one learning rate for both, the wider the
+    layer, the slower B learns. Take a somewhat smaller `lr` than for plain LoRA.
 
     Args:
         model: a model with LoRA layers.
         lr: learning rate of A, and of everything that is not named here.
-        lr_ratio: how many times higher that of the factor that starts at zero is: B, and in embeddings A. Default: 16.
-        weight_decay: of A, B and weights that train in full; magnitudes (DoRA), biases, norms and other vectors have
-            none. Default: 0.
-        lr_embedding: learning rate of both factors in embeddings, if these are to have one of their own.
-            Default: None.
+        lr_ratio: by how much the rate of the factor that starts at zero (B; in embeddings, A) is higher. Default: 16.
+        weight_decay: of A, B and weights that train in full. Magnitudes (DoRA), biases, norms and other vectors do not
+            decay. Default: 0.
+        lr_embedding: learning rate of both factors in embeddings. Default: None, as in other layers.
 
     Returns:
-        Dicts with "params", "lr", "weight_decay" and "name", which is of "lora_A", "lora_B", "embedding_A",
-        "embedding_B", "lora_magnitude", "biases", "weights" and "norms" (the last three: `bias` and
-        `modules_to_save`). Each parameter with `requires_grad` is in exactly one, a tied one, too; frozen ones are in
-        none, and empty groups are left out. Learning-rate schedulers of torch scale each group's own rate.
+        Dicts with "params", "lr", "weight_decay" and "name": "lora_A", "lora_B", "embedding_A", "embedding_B",
+        "lora_magnitude", "biases", "weights" or "norms" (the last three from `bias` and `modules_to_save`). Each
+        parameter with `requires_grad`, tied or not, is in exactly one group; empty groups are left out. Torch's
+        learning-rate schedulers scale each group's own rate.
 
     Raises:
-        ValueError: a number is out of range, nothing trains, or there is no LoRA layer; all that is wrong is listed.
+        ValueError: a number is out of range, nothing trains, or there is no LoRA layer. One error lists everything.
 
     From "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354. PEFT's `create_loraplus_optimizer`
     gives embeddings 1e-6 (its `loraplus_lr_embedding`), and raises the rate of magnitudes, biases and norms as well.
@@ -199,8 +202,10 @@ def param_groups(
     """
     lora_layers(model, "param_groups")
     members: dict[str, list[nn.Parameter]] = {role: [] for role in _DECAYS}
-    for role, parameter in _trainable(model):
-        members[role].append(parameter)
+    for owners in by_tensor(owned_tensors(names_of(model))):  # a tied one counts as what it is first
+        parameter = owners[0].tensor
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+            members[_role(owners[0].module, owners[0].own, parameter)].append(parameter)
     with Problems("param_groups: no groups were made") as problems:
         numbers = {"lr": lr, "lr_ratio": lr_ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding})}
         for name, value in numbers.items():
@@ -228,16 +233,6 @@ def param_groups(
     ]
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What trains, with its role; a tied parameter once, as what it is first."""
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield _role(module, name, parameter), parameter
-
-
 def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if isinstance(module, LoRALayer) and name in ("lora_A", "lora_B", "lora_magnitude"):
         embeds = module.starts_at_zero == "lora_A" and name != "lora_magnitude"
@@ -254,14 +249,14 @@ def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within ``with lora.disabled(model):`` the model computes what the base model does.
 
-    Modules and biases that train in full, and buffers that moved in training (running statistics), count with the
-    values that they had when LoRA was put in, too.
+    Modules and biases that train in full, and buffers that training changed (running statistics), have the values that
+    they had when LoRA was put in.
 
     Args:
         model: a model with LoRA layers, or a part of one.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, or what trains in full is sharded, or was resized since.
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded or was resized since.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -290,9 +285,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
-    # A counter, not a flag, and kept on the module: contexts of several generators may end in any order.
+    # A counter on the module, not a flag: contexts may end in any order, for example those of several generators.
     first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
-    bases: dict[int, Tensor] = {}  # of a tensor that several modules share, one
+    bases: dict[int, Tensor] = {}  # one for a tensor that several modules share
     for module in first:
         swapped = [(trained, base) for trained, base in _originals(module) if id(trained) not in bases]
         bases |= {id(trained): base for trained, base in swapped}
@@ -327,7 +322,7 @@ def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
-    """Put other tensors in the places of these, wherever in the model they stand; values are not written."""
+    """Put other tensors in the places of these, wherever they are in the model; no values are written."""
     if not replacements:
         return
     for module in model.modules():
@@ -339,8 +334,8 @@ def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
 
 # ---- parameters outside the adapters: what they were before training --------------------------------------------
 #
-# `modules_to_save`, trained biases and running statistics change the base model itself. Their values from before are
-# kept on the module that owns them, so that `disabled` and `eject` can give the base model back.
+# `modules_to_save`, trained biases and running statistics change the base model itself. The module that owns them keeps
+# their values from before, so that `disabled` and `eject` can give the base model back.
 
 
 def train_in_full(module: nn.Module) -> None:
@@ -378,21 +373,18 @@ def forget_originals(module: nn.Module) -> None:
 
 
 def keep(module: nn.Module, name: str) -> None:
-    """Have an adapter hold one of the module's own tensors as it is, though it does not train; remember what it was."""
+    """Let an adapter hold one of the module's own tensors, though it does not train; remember what it was."""
     remember(module, name)
     module.__dict__.setdefault("lora_kept", set()).add(name)
 
 
 def is_kept(module: nn.Module, name: str) -> bool:
-    """Whether an adapter is to hold this tensor of a module, and yet it is nothing that trains."""
+    """Whether an adapter is to hold this tensor of a module, though it does not train."""
     return not trains_in_full(module) and (name in module._buffers or name in module.__dict__.get("lora_kept", ()))
 
 
 def has_moved(module: nn.Module, name: str) -> bool:
-    """Whether one of the module's own tensors is not what it was; only buffers are looked at, which move by themselves.
-
-    Parameters that train count as moved.
-    """
+    """Whether one of the module's own tensors is not what it was. Parameters that train always count as moved."""
     now: Tensor = getattr(module, name)
     if name not in module._buffers or trains_in_full(module):
         return True
@@ -423,10 +415,10 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
 
 
 def _may_move(buffer: Tensor) -> bool:
-    """Whether training may write to a buffer; those that no copy can be written back to are left alone.
+    """Whether training may write to a buffer, and its value from before could be written back.
 
-    Integers of several elements are codes and positions, which do not move, and may be a model's whole weight (GPTQ's);
-    one alone counts batches.
+    Several integers are codes or positions, which do not move, and may be a model's whole weight (GPTQ's). A single one
+    counts batches.
     """
     if type(buffer) is not Tensor or buffer.is_meta or buffer.layout is not torch.strided or not is_writable(buffer):
         return False
@@ -434,14 +426,13 @@ def _may_move(buffer: Tensor) -> bool:
 
 
 def _remember_trained(model: nn.Module) -> None:
-    """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
+    """Keep a copy of buffers, and of what trains outside the adapters; one copy if a parameter has several owners."""
     seen: set[int] = set()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and _may_move(buffer):
-                remember(module, name)
-        adapter = adapter_of_module(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
-                seen.add(id(parameter))
-                remember(module, name)
+    for one in owned_tensors(names_of(model)):
+        _, module, own, tensor = one
+        if own in module._buffers:
+            if is_persistent(one) and _may_move(tensor):
+                remember(module, own)
+        elif tensor.requires_grad and own not in adapter_of_module(module) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            remember(module, own)

@@ -11,7 +11,7 @@ from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import Base
 from lora.adapters.files import open_file, read_header, read_tensors, reading
 from lora.errors import AdapterError, join, raise_all
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 from lora.layers.layer import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
