@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.single import portable
-from lora.formats import from_peft, loralib, peft
+from lora.formats import loralib, peft
 
 
 def enter() -> None:
@@ -12,10 +12,10 @@ def enter() -> None:
     FORMATS["peft"] = Format(
         "PEFT",
         peft.write,
-        lambda path, lora_alpha: from_peft.read(path),
-        from_peft.reads,
-        from_peft.claims,
-        (peft.CONFIG, *from_peft.READERS),
+        lambda path, lora_alpha: peft.read(path),
+        peft.reads,
+        peft.claims,
+        (peft.CONFIG, *peft.READERS),
     )
     FORMATS["portable"] = Format(
         "PEFT", lambda adapter, path, names: peft.write(portable(adapter), path, names), files=FORMATS["peft"].files
