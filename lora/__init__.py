@@ -24,7 +24,7 @@ from lora.models.merging import merge, merged_state_dict
 from lora.models.model import OBSTACLES, UNREADABLE
 from lora.models.start import initialize
 from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
-from lora.parallel.replicas import check_dropout, check_in_step, flattened, wrapped
+from lora.parallel.ddp import check_dropout, check_in_step, flattened, wrapped
 from lora.swapping import prepare_for_swap
 
 # What the wings add to the rings' tables.

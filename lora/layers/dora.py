@@ -52,19 +52,20 @@ class Magnitudes(LayerKind):
         """‖W₀ + s · B A‖ for each output that has a magnitude, in float32, or float64 where the weight is."""
         return self.squared_norms().clamp(min=0).sqrt()  # rounding may leave less than nothing
 
-    @torch.no_grad()
     def squared_norms(self) -> Tensor:
         """‖W₀ + s · B A‖² for each output that has a magnitude."""
-        weight, rows, s = self.base_weight(), self.block_rows(), self.lora_scaling()
-        dtype = exact_dtype(weight.dtype)
-        with without_autocast(weight.device):
-            Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
-            As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))
-            added = []
-            for W, A, B in zip(self.weight_blocks(weight), As, Bs, strict=True):  # (rows, cols), (q, cols), (rows, q)
-                cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype
-                added.append(((2 * s * cross + s * s * (B @ (A @ A.T))) * B).sum(1))  # (rows)
-            return self._base_squares(weight, dtype) + torch.cat(added)
+        with torch.no_grad():  # not as a decorator, which a compiler cannot follow on a layer that is made in its sight
+            weight, rows, s = self.base_weight(), self.block_rows(), self.lora_scaling()
+            dtype = exact_dtype(weight.dtype)
+            with without_autocast(weight.device):
+                Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
+                As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))
+                added = []
+                # (rows, columns), (q, columns), (rows, q)
+                for W, A, B in zip(self.weight_blocks(weight), As, Bs, strict=True):
+                    cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype
+                    added.append(((2 * s * cross + s * s * (B @ (A @ A.T))) * B).sum(1))  # (rows)
+                return self._base_squares(weight, dtype) + torch.cat(added)
 
     def _base_squares(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """‖W₀‖² for each output, remembered while the weight stays what it is."""

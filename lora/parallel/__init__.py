@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora.parallel.styles import (
+    from lora.parallel.tensor_parallel import (
         ColwiseParallel,
         MergedColwiseParallel,
         RowwiseParallel,
@@ -29,7 +29,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lora.parallel' has no attribute {name!r}")
-    return getattr(import_module("lora.parallel.styles"), name)
+    return getattr(import_module("lora.parallel.tensor_parallel"), name)
 
 
 def __dir__() -> list[str]:

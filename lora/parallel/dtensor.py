@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from lora.layers.weights import Alone, Plain, of
-from lora.parallel.local import TensorParallel
+from lora.parallel.forward import TensorParallel
 
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")

@@ -319,7 +319,7 @@ def test_a_merged_model_keeps_the_statistics_that_it_was_trained_with(path):
 def test_a_statistic_that_was_taken_away_is_named(use):
     model = trained(Net())
     model.norm.running_mean = None
-    with pytest.raises(ValueError, match=r"norm\.running_mean: is not there any more; give it a value again first"):
+    with pytest.raises(ValueError, match=r"norm\.running_mean: no longer exists; give it a value again first"):
         use(model)
     assert type(model.up) is lora.Linear
 

@@ -201,9 +201,7 @@ def test_a_layer_that_the_wrapped_model_does_not_hold_is_found(ranks):
 
 def looks(count, change):
     wrapped = DDP(adapted())
-    with unittest.mock.patch(
-        "lora.parallel.replicas._unsynchronised", wraps=lora.parallel.replicas._unsynchronised
-    ) as looked:
+    with unittest.mock.patch("lora.parallel.ddp._unsynchronised", wraps=lora.parallel.ddp._unsynchronised) as looked:
         train(wrapped, batches_of(count), share)
         change(wrapped)
         train(wrapped, batches_of(count), share)

@@ -290,7 +290,7 @@ def test_what_cannot_be_divided_is_refused(ranks):
     assert told["odd"] == "each of the `splits` (=(7, 5, 4)) must be divisible by the number of ranks (=2)."
     assert told["unknown"] == "a Linear does not say how it is split; give `splits`."
     assert told["wrong"] == "`splits` (=(8, 4)) must add up to `out_features` (=16)."
-    assert told["other"] == "`splits` (=(4, 4, 8)) are (8, 4, 4) in the layer."
+    assert told["other"] == "`splits` (=(4, 4, 8)) disagrees with the layer's own splits (=(8, 4, 4))."
     assert told["embedding"] == "`MergedColwiseParallel` is for linear layers, not for a Embedding."
 
 

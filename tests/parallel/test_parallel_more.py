@@ -92,7 +92,7 @@ class OwnForward(nn.Linear):
 def refuses_more():
     def error(module, style, on=None):
         before = dict(module.named_parameters())
-        with pytest.raises(ValueError, match="is not divided among ranks") as caught:
+        with pytest.raises(ValueError, match="was not divided among ranks") as caught:
             parallelize_module(nn.Sequential(module), on or mesh(), {"0": style})
         assert all(before[name] is parameter for name, parameter in module.named_parameters()), "left as it was"
         return str(caught.value)

@@ -15,30 +15,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel as _Colwise
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
 from lora.errors import raise_all
+from lora.layers import weights
 from lora.layers.embedding import EmbeddingLoRA
+from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA, MergedLinearLoRA
+from lora.layers.registry import class_for
 from lora.models.model import by_tensor, names_of, owned_tensors, without_wrappers
-from lora.parallel.dividing import (
-    divide,
-    in_order_of_output,
-    is_adapted,
-    local_forward,
-    state_in_model_order,
-    state_in_rank_order,
+from lora.parallel.dtensor import dim_of_rows, in_model_order, in_rank_order
+from lora.parallel.forward import (
+    ColwiseEmbedding,
+    ColwiseLinear,
+    LocalForward,
+    RowwiseEmbedding,
+    RowwiseLinear,
+    TensorParallel,
 )
-from lora.parallel.dtensor import dim_of_rows, in_rank_order
-from lora.parallel.gradients import clip_grad_norm_, sum_gradients
-from lora.parallel.local import ColwiseEmbedding, ColwiseLinear, RowwiseEmbedding, RowwiseLinear
 
 __all__ = [
     "ColwiseParallel",
@@ -173,7 +177,7 @@ class MergedColwiseParallel(_Colwise):
         if not splits:
             raise ValueError(f"a {type(module).__name__} does not say how it is split; give `splits`.")
         if self.splits not in (None, splits):
-            raise ValueError(f"`splits` (={self.splits}) are {splits} in the layer.")
+            raise ValueError(f"`splits` (={self.splits}) disagrees with the layer's own splits (={splits}).")
         if sum(splits) != outputs:
             raise ValueError(f"`splits` (={splits}) must add up to `out_features` (={outputs}).")
         if any(size % ranks for size in splits):
@@ -192,6 +196,92 @@ class MergedColwiseParallel(_Colwise):
         output = in_order_of_output(output, *mod.divided_splits)
         return output if use_local_output else DTensor.from_local(output, device_mesh, output_layouts, run_check=False)
 
+
+# ---- dividing one layer -----------------------------------------------------------------------------------------
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether the module is a layer with LoRA."""
+    return isinstance(module, LoRALayer) and module.r > 0
+
+
+def local_forward(layer: Any, table: Mapping[type[LoRALayer], type[LocalForward]], mesh: DeviceMesh) -> LocalForward:
+    """What each rank is to do with the layer; ValueError with all that keeps the layer from being divided so."""
+    kinds = [kind for kind in table if isinstance(layer, kind)]
+    sums = bool(kinds) and table[kinds[0]].sums
+    raise_all(
+        f"tensor parallelism: this {type(layer).__name__} was not divided among ranks",
+        _problems(layer, bool(kinds), sums, mesh),
+    )
+    return table[kinds[0]](type(layer), mesh)
+
+
+def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator[str]:
+    if mesh.ndim != 1:
+        yield f"the mesh must have one dimension, got {mesh.ndim}: pass a part of it, `mesh['tp']` say."
+    if not known:
+        yield "only linear layers and embeddings can be tensor-parallel."
+    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+        yield "it is sharded already; tensor parallelism comes first, then `fully_shard`."
+    if not layer.dense or weights.packing_of(layer) is not None:
+        yield f"its weight, a {type(layer.weight).__name__}, is packed, or its forward is not its base class's."
+    if layer.lora_start is not None or layer.awaits:
+        yield f"it starts from its base weight or from data (`init_lora_weights={layer.init_lora_weights!r}`)."
+    if isinstance(layer, EmbeddingLoRA) and layer.sparse:
+        yield "`sparse` gradients are not divided."
+    if isinstance(layer, EmbeddingLoRA) and (layer.max_norm is not None or (sums and layer.use_dora)):
+        yield "`max_norm`, and `use_dora` where the vocabulary is divided, need whole columns or rows."
+
+
+def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement, ...]) -> nn.Module:
+    """Divide the layer's tensors, and let it take and give what the style says."""
+    for own, parameter in layer._parameters.items():
+        if parameter is not None:
+            source = getattr(style, "src_data_rank", 0)
+            if source is None and own.startswith("lora_"):  # weights may be alike already; adapters start at random
+                source = 0
+            placements = [local.placement(layer, own)]
+            whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
+            setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
+    layer.__class__ = class_for(TensorParallel, type(layer))
+    layer.lora_local = local
+    return distribute_module(
+        layer,
+        local.mesh,
+        None,
+        partial(style._prepare_input_fn, style.input_layouts, layout),
+        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+    )
+
+
+def in_order_of_output(output: Tensor, splits: tuple[int, ...], ranks: int) -> Tensor:
+    """(..., out_features) in the model's order, from that of the ranks."""
+    by_rank = [torch.split(part, [size // ranks for size in splits], -1) for part in output.chunk(ranks, -1)]
+    return torch.cat([part for split in zip(*by_rank, strict=True) for part in split], -1)
+
+
+def state_in_model_order(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A state dict hook: a divided fused projection's rows as the model has them."""
+    _reorder(module, state, prefix, in_model_order)
+
+
+def state_in_rank_order(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A hook for what is loaded: rows as the module keeps them."""
+    _reorder(module, state, prefix, in_rank_order)
+
+
+@torch.no_grad()
+def _reorder(
+    module: nn.Module, state: dict[str, Any], prefix: str, order: Callable[[nn.Module, str, Tensor], Tensor]
+) -> None:
+    for own in module._parameters:
+        name = f"{prefix}{own}"
+        # A state dict of parameters themselves, not of their values, has them as they are.
+        if name in state and not isinstance(state[name], nn.Parameter):
+            state[name] = order(module, own, state[name])
+
+
+# ---- plans in transformers' words -------------------------------------------------------------------------------
 
 # transformers' words for the styles of a plan: a style for the layer, whose splits it may know.
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -244,7 +334,7 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
             problems.append(f"{pattern}: no style is called {word!r}; known are {', '.join(map(repr, _STYLES))}.")
         elif word in _STYLES:
             styles |= {name: _style_for(modules[name], word) for name in names}
-    raise_all("plan_of cannot make a plan", [*problems, *_coming_apart(model, styles)])
+    raise_all("plan_of: no plan was made", [*problems, *_coming_apart(model, styles)])
     return styles
 
 
@@ -254,7 +344,8 @@ def _coming_apart(model: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iter
         names = [one.names[0] for one in group]
         trains = isinstance(group[0].tensor, nn.Parameter) and group[0].tensor.requires_grad
         if len(names) > 1 and trains and any(name.rpartition(".")[0] in styles for name in names):
-            yield f"{', '.join(names)}: is one parameter, which trains, and would be several."
+            together = " and ".join(names)
+            yield f"{together} are one tied, trainable parameter; this plan would split it into separate ones."
 
 
 def _style_for(module: nn.Module, word: str) -> ParallelStyle:
@@ -262,3 +353,71 @@ def _style_for(module: nn.Module, word: str) -> ParallelStyle:
     if isinstance(module, MergedLinearLoRA) and isinstance(style, ColwiseParallel):
         return MergedColwiseParallel(output_layouts=style.output_layouts[0])
     return style
+
+
+# ---- gradients of which each rank has a part --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module) -> None:
+    """Add up the gradients of which each rank has a part, in one reduction for each mesh.
+
+    Without it torch adds up one after the other where they are used: in `clip_grad_norm_`, and again in the optimizer.
+
+    Args:
+        model: a model with tensor-parallel layers, after the last backward of a step; all ranks call.
+
+    >>> import torch, lora, lora.parallel
+    >>> lora.parallel.sum_gradients(torch.nn.Sequential(lora.Linear(4, 2, r=1)))  # nothing is divided: nothing to add
+    """
+    meshes: dict[tuple[DeviceMesh, int, torch.dtype], list[Any]] = {}
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            for dim, placement in enumerate(gradient.placements):
+                if placement.is_partial():
+                    meshes.setdefault((gradient.device_mesh, dim, gradient.dtype), []).append(parameter)
+    for (mesh, dim, _), parameters in meshes.items():
+        parts = [parameter.grad.to_local() for parameter in parameters]
+        summed = torch.cat([part.reshape(-1) for part in parts])
+        torch.distributed.all_reduce(summed, group=mesh.get_group(dim))
+        for parameter, part, piece in zip(
+            parameters, parts, torch.split(summed, [part.numel() for part in parts]), strict=True
+        ):
+            placements = [Replicate() if n == dim else p for n, p in enumerate(parameter.grad.placements)]
+            sizes = {"shape": parameter.shape, "stride": parameter.stride()}
+            parameter.grad = DTensor.from_local(piece.view_as(part), mesh, placements, run_check=False, **sizes)
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `max_norm`, taken over all of the model.
+
+    torch's own takes no model in which some gradients are divided among ranks and others are not. Adds up first what
+    ranks have parts of (`sum_gradients`).
+
+    Args:
+        model: a model with tensor-parallel layers, and others; all ranks call.
+        max_norm: the largest norm.
+
+    Returns:
+        The norm before, a tensor without dimensions, the same on all ranks.
+
+    >>> import torch, lora, lora.parallel
+    >>> model = torch.nn.Sequential(lora.Linear(4, 2, r=1))
+    >>> model[0].lora_B.grad = torch.full((2, 1), 3.0)
+    >>> lora.parallel.clip_grad_norm_(model, 1.0), model[0].lora_B.grad.norm().round(decimals=4)
+    (tensor(4.2426), tensor(1.))
+    """
+    sum_gradients(model)
+    by_mesh: dict[DeviceMesh | None, list[Any]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = [nn.utils.get_total_norm([parameter.grad for parameter in group]) for group in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.tensor(0.0)
+    for group in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total

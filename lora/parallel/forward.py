@@ -21,9 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora.functional import Lookup, lora_embedding
+from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer, needs_no_data
 from lora.layers.linear import MergedLinearLoRA
-from lora.parallel.replicas import check_in_step
+from lora.layers.registry import class_for
+from lora.parallel.ddp import check_in_step
 
 Dims = dict[str, int | None]
 Sizes = dict[str, tuple[str, int]]
@@ -76,6 +78,21 @@ class TensorParallel(LoRALayer):
         return y  # each rank's part is
 
 
+class SummedNorms(LoRALayer):
+    """In front of the class of a rank's part, which has a part of each norm."""
+
+    base_class = LoRALayer
+
+    lora_local: LocalForward
+
+    def squared_norms(self) -> Tensor:
+        squares: Any = super().squared_norms()
+        with torch.no_grad(), without_autocast(squares.device):
+            summed: Any = DTensor.from_local(squares, self.lora_local.mesh, [Partial()], run_check=False)
+            whole: Tensor = summed.full_tensor()
+        return whole
+
+
 class LocalForward:
     """What each rank of a mesh does with a layer: the layer's own forward, as if this rank's part were all of it.
 
@@ -91,7 +108,8 @@ class LocalForward:
     takes_parts: ClassVar[bool] = False
     sizes: ClassVar[Sizes]
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, cls: type[LoRALayer], mesh: DeviceMesh) -> None:
+        self.part_class = class_for(SummedNorms, cls) if self.sums else cls
         self.mesh = mesh
         self.seeds = Seeds(mesh)
 
@@ -132,8 +150,7 @@ class LocalForward:
         if self.sums and "bias" in tensors:  # once in the sum; the others' gradients for it are zero, and there
             tensors["bias"] = tensors["bias"] * float(self.mesh.get_local_rank() == 0)
         smaller = {size: tensors[own].shape[self._dim(layer, own, dim)] for size, (own, dim) in self.sizes.items()}
-        own_class = _class_behind(type(layer))
-        part = object.__new__(own_class)
+        part = object.__new__(self.part_class)
         vars(part).update(vars(layer))
         vars(part).update(
             _parameters=tensors | dict.fromkeys(layer._parameters.keys() - tensors.keys()),
@@ -141,8 +158,6 @@ class LocalForward:
             _norms=None,
             **smaller,
         )
-        if self.sums:
-            vars(part)["squared_norms"] = lambda: self._summed(own_class.squared_norms(part))
         return part
 
     @contextmanager
@@ -165,18 +180,8 @@ class LocalForward:
         part: Tensor = parameter.to_local(grad_placements=[Partial()]) if whole else parameter.to_local()
         return part
 
-    def _summed(self, squares: Tensor) -> Tensor:
-        partial: Any = DTensor.from_local(squares, self.mesh, [Partial()], run_check=False)
-        whole: Tensor = partial.full_tensor()
-        return whole
-
     def _dim(self, layer: LoRALayer, own: str, dim: int) -> int:
         return 1 - dim if own == "weight" and getattr(layer, "fan_in_fan_out", False) else dim
-
-
-def _class_behind(cls: type[LoRALayer]) -> type[LoRALayer]:
-    """The layer's class behind `TensorParallel` (and behind FSDP2's, which is put in front later)."""
-    return next(c for c in cls.__mro__ if issubclass(c, LoRALayer) and not issubclass(c, TensorParallel))
 
 
 class ColwiseLinear(LocalForward):
@@ -223,7 +228,7 @@ class RowwiseEmbedding(LocalForward):
         first = -(-part.num_embeddings // self.mesh.size()) * self.mesh.get_local_rank()
         mine = (x >= first) & (x < first + len(weight))  # (...)
         rows = torch.where(mine, x - first, 0)
-        # A rank that no rows are left for has none to look at.
+        # The last ranks may own no rows of the vocabulary.
         base = F.embedding(rows, weight) if len(weight) else weight.new_zeros(*x.shape, weight.shape[1])
         how = Lookup(part.padding_idx, part.scale_grad_by_freq, part.sparse)
         y = lora_embedding(x, base, part.lora_A, part.lora_B, part.scaling, how)  # (..., embedding_dim)
