@@ -176,6 +176,15 @@ def test_rounding_is_told_from_change(values, dtype):
         assert not same_sample(rounded.tolist(), moved.tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_the_narrower_dtype_is_no_rounding(dtype):
+    exact = torch.tensor([1.0, 1 / 3])
+    rounded = exact.to(dtype)
+    assert same_sample(exact.tolist(), rounded.tolist())
+    rounded[0] += torch.finfo(dtype).eps
+    assert not same_sample(exact.tolist(), rounded.tolist())
+
+
 def test_float32_values_that_differ_in_the_sixth_digit_are_others():
     theirs = torch.rand(8, generator=torch.Generator().manual_seed(0)).tolist()
     assert not same_sample(theirs, [value * (1 + 1e-6) for value in theirs])
