@@ -23,7 +23,6 @@ from phi3 import checkpoints, fetch, gguf_files, pretrained
 from phi3.errors import UserError
 
 import lora
-from lora.adapters import fingerprint
 
 # What answers, and how much of the adapter's update it takes.
 VOICES = {"pretrained": 0.0, "fine-tuned": 1.0}
@@ -52,9 +51,9 @@ def write_base(adapter: lora.Adapter, path: Path, dtype: str, cache_dir: Path) -
     return gguf_files.export_base(model, fetch.fetch(fetch.SMOLLM2, cache_dir), path, dtype)
 
 
-def _fits(settings: dict[str, Any], module: Any) -> bool:
+def _fits(settings: Any, module: Any) -> bool:
     try:
-        fingerprint.check(settings["base"], module)
+        settings.base.check(module)
     except (ValueError, AttributeError):  # another weight, or no such module
         return False
     return True

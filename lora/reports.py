@@ -1,9 +1,8 @@
 """The types of what lora's functions report.
 
-Functions that adapt a model, or write weights or adapters that differ from what they were made of, return a report:
-`inject`, `merge`, `calibrate`, `loftq`, `extract`, `resize`. It prints as a table where there is a row for each module.
-Functions after which everything is as the caller said (`eject`, `initialize`, `prepare_for_swap`, `load_adapter`,
-`save_adapter`) return None.
+One rule says which functions return one: those that adapt a model or merge (`inject`, `load_adapter`, `calibrate`,
+`loftq`, `merge`), and those that approximate (`extract`, `resize`). Functions that put back, start or prepare (`eject`,
+`initialize`, `prepare_for_swap`) return None. Reports print as tables.
 
 >>> import torch, lora
 >>> report = lora.inject(torch.nn.Sequential(torch.nn.Linear(8, 2)), target_modules=["0"], r=2)

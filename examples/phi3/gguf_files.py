@@ -134,17 +134,16 @@ def _pairs(adapter: lora.Adapter) -> dict[str, tuple[float, Tensor, Tensor]]:
         elif not unsound:
             try:
                 single, A, B = as_single(settings, *adapter.pair(module))
-                pairs[f"{tensor_name(module)}.weight"] = single["scaling"], A, B
+                pairs[f"{tensor_name(module)}.weight"] = single.scaling, A, B
             except ValueError as error:  # shapes that do not fit
                 problems.append(f"{module}: {error}")
     _raise_all("the adapter cannot be written for llama.cpp", problems)
     return pairs
 
 
-def _no_place(module: str, settings: dict[str, Any]) -> str | None:
-    base = settings.get("base")
-    kind = base.get("kind") if isinstance(base, dict) else None
-    if settings.get("use_dora"):
+def _no_place(module: str, settings: Any) -> str | None:
+    kind = getattr(settings.base, "kind", None)
+    if settings.use_dora:
         return "llama.cpp knows no DoRA; merge the adapter instead."
     if tensor_name(module) is None:
         return "llama.cpp has no name for it in a Phi-3."

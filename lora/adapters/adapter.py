@@ -2,22 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.bare import bare_layer
-from lora.adapters.rest import rest_problems
+from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import is_number, join
-from lora.layers.layer import LoRALayer, settings_problems
+from lora.layers.layer import LoRALayer, alpha_of, settings_problems
+from lora.layers.registry import kind_for
+from lora.models.injection import Plan, adapt
 
 PARAMETERS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"
+#: The settings that say how A and B are cut into blocks: they must agree between a file and a model.
+FORM = ("splits", "enable_lora", "factored")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ---- one module ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModuleAdapter(Record):
+    """One module's adapter but for its tensors: what gives A and B their meaning.
+
+        ΔW = scaling · B A        scaling = lora_alpha / r  (rsLoRA: lora_alpha / √r), unless it was set otherwise
+
+    Reads as a mapping, too: `adapter.modules[name]["r"]`. To change one, `dataclasses.replace` makes another.
+
+    Attributes:
+        r, lora_alpha, lora_dropout, use_rslora, use_dora: as in `lora.Linear`.
+        splits, enable_lora: as in `lora.MergedLinear`; None for other kinds.
+        factored: as in `lora.Conv2d`; None for other kinds.
+        scaling: s, which B A is multiplied by.
+        base: what is known of the base weight.
+
+    >>> import lora
+    >>> base = {"kind": "linear", "shape": [2, 3]}
+    >>> said = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0, "base": base}
+    >>> module = ModuleAdapter.from_mapping(said)
+    >>> module.r, module["base"]["shape"], module.at_rank(6).lora_alpha
+    (4, (2, 3), 12.0)
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    use_dora: bool = False
+    splits: tuple[int, ...] | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    factored: bool | None = None
+    scaling: float
+    base: Base
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base: Any = self.base
+        if isinstance(base, Mapping) and not isinstance(base, Base):
+            object.__setattr__(self, "base", Base.from_mapping(base))
+
+    @classmethod
+    def of(cls, layer: LoRALayer) -> ModuleAdapter:
+        """That of a layer, without its tensors."""
+        settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
+        return cls.from_mapping({**settings, "scaling": layer.scaling, "base": Base.of(layer)})
+
+    def _entries(self) -> dict[str, Any]:
+        general = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+        form = [option for option in FORM if getattr(self, option) is not None]
+        entries = {option: getattr(self, option) for option in (*general, *form)}
+        return {**entries, **self.more, "scaling": self.scaling, "base": self.base}
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the module's own tensors in an adapter."""
+        return (*PARAMETERS, MAGNITUDE) if self.use_dora else PARAMETERS
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """How A and B are cut into blocks: `splits`, `enable_lora`, `factored`; None where one does not apply."""
+        return {option: getattr(self, option) for option in FORM}
+
+    def at_rank(self, r: int) -> ModuleAdapter:
+        """The same at another rank: the scaling is kept, and `lora_alpha` is what gives it."""
+        return replace(self, r=r, lora_alpha=alpha_of(self.scaling, r, self.use_rslora))
+
+    def with_scaling_one(self, r: int) -> ModuleAdapter:
+        """The same at another rank and with a scaling of 1, by `lora_alpha` = r."""
+        return replace(self, r=r, lora_alpha=r, use_rslora=False, scaling=1.0)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, whatever the model."""
+        yield from settings_problems(self.r, self.lora_alpha, self.lora_dropout)
+        if self.r == 0:
+            yield "`r` must be at least 1, got 0."
+        if not isinstance(self.use_rslora, bool):
+            yield f"`use_rslora` must be true or false, got {self.use_rslora!r}."
+        if not is_number(self.scaling):
+            yield f"`scaling` must be a finite number, got {self.scaling!r}."
+        for option in ("factored", "use_dora"):
+            if not isinstance(getattr(self, option), (bool, type(None))):
+                yield f"`{option}` must be true or false, got {getattr(self, option)!r}."
+        if isinstance(self.base, Base):
+            yield from self.base.problems()
+        else:
+            yield f"`base` must describe the base weight, got {self.base!r}."
+
+    def layer(self, A: Tensor, B: Tensor, magnitude: Tensor | None = None) -> LoRALayer:
+        """A LoRA layer with these tensors, whose base weight has a shape and no values.
+
+        Its `delta(A, B)` is B A in the shape of the base weight; given a `weight`, `merge_into` adds the update to it.
+
+        Args:
+            A, B: the adapter's tensors; they are shared.
+            magnitude: that of DoRA, shared as well. Default: None, the layer without it.
+
+        Raises:
+            ValueError: the kind of layer is a user's own, or settings and shapes do not fit each other.
+        """
+        make = _MAKE.get(self.base.kind)
+        if make is None:
+            raise ValueError(f"is of the kind {self.base.kind}, which only its model knows.")
+        shape = self._shape_by(A, B) if self.base.shape is None else self.base.shape
+        if self.base.kind != "conv" and len(shape) != 2:
+            raise ValueError(f"`base` must have a shape of two sizes for {self.base.kind!r}, got {shape}.")
+        module = make(shape, self.base)
+        kind = kind_for(type(module))
+        assert kind is not None, "these are torch's own"
+        kind, own = kind.configure(module, **self.form)
+        for name, tensor, expected in zip(PARAMETERS, (A, B), kind.lora_shapes(module, self.r, **own), strict=True):
+            _check_shape(name, tensor, tuple(expected))
+        general = {key: getattr(self, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+        adapt([Plan(module, kind, general | own | {"use_dora": magnitude is not None})])
+        assert isinstance(module, LoRALayer), "it was adapted"
+        module.scaling = float(self.scaling)
+        module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
+        if magnitude is not None:
+            _check_shape(MAGNITUDE, magnitude, tuple(module.lora_magnitude.shape))
+            module.lora_magnitude = nn.Parameter(magnitude, False)
+        if self.base.fan_in_fan_out:
+            module.fan_in_fan_out = True
+            module.weight = nn.Parameter(module.weight.T, False)
+        return module
+
+    def _shape_by(self, A: Tensor, B: Tensor) -> tuple[int, ...]:
+        """The shape of a packed base weight, which its description leaves open."""
+        if self.base.kind == "conv":
+            raise ValueError("`base` must have a shape for a convolution.")
+        outputs, inputs = sum(self.splits or (B.shape[0],)), A.shape[1]
+        transposed = self.base.kind == "embedding" or self.base.fan_in_fan_out
+        return (inputs, outputs) if transposed else (outputs, inputs)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}.")
+
+
+def _linear(shape: tuple[int, ...], base: Base) -> nn.Module:
+    out_features, in_features = reversed(shape) if base.fan_in_fan_out else shape
+    return nn.Linear(in_features, out_features, bias=False, device="meta")
+
+
+def _embedding(shape: tuple[int, ...], base: Base) -> nn.Module:
+    num_embeddings, embedding_dim = shape
+    return nn.Embedding(num_embeddings, embedding_dim, device="meta")
+
+
+def _conv(shape: tuple[int, ...], base: Base) -> nn.Module:
+    out_channels, in_channels, *kernel = shape
+    classes: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    if len(kernel) not in classes or out_channels % base.groups:
+        raise ValueError(f"no convolution has a weight of shape {shape} and {base.groups} groups.")
+    sizes = in_channels * base.groups, out_channels, tuple(kernel)
+    return classes[len(kernel)](*sizes, groups=base.groups, bias=False, device="meta")
+
+
+_MAKE: dict[str, Callable[[tuple[int, ...], Base], nn.Module]] = {
+    "linear": _linear,
+    "embedding": _embedding,
+    "conv": _conv,
+}
+
+
+# ---- all modules -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +202,7 @@ class Adapter:
 
     Attributes:
         modules: for each adapted module, by name, the settings that define its adapter, its `scaling`, and `base`,
-            what is known of its base weight.
+            what is known of its base weight. Mappings that are given are made ModuleAdapters.
         tensors: by their names in the model, the adapters' and those that trained in full.
         trained_in_full: names of the tensors that replace the base model's.
         modules_to_save: names of the modules that train in full.
@@ -48,7 +221,7 @@ class Adapter:
             [2., 2., 2.]])
     """
 
-    modules: dict[str, dict[str, Any]]
+    modules: dict[str, ModuleAdapter]
     tensors: dict[str, Tensor]
     trained_in_full: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
@@ -57,13 +230,23 @@ class Adapter:
     kept: list[str] = field(default_factory=list)
     rest: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        wrong = [name for name, module in self.modules.items() if not isinstance(module, Mapping)]
+        if wrong:
+            raise TypeError(f"`modules` must map names to mappings of settings, not so for {', '.join(wrong)}.")
+        made = {
+            name: module if isinstance(module, ModuleAdapter) else ModuleAdapter.from_mapping(module)
+            for name, module in self.modules.items()
+        }
+        object.__setattr__(self, "modules", made)
+
     def __repr__(self) -> str:
         parameters = sum(tensor.numel() for tensor in self.tensors.values())
         return f"Adapter(modules={len(self.modules)}, parameters={parameters}, format={self.format!r})"
 
     def layer(self, name: str) -> LoRALayer:
         """A module's adapter as a LoRA layer by itself, whose base weight has no values; ValueError if it cannot be."""
-        return bare_layer(self.modules[name], *self.pair(name), self.magnitude(name))
+        return self.modules[name].layer(*self.pair(name), self.magnitude(name))
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of one module."""
@@ -81,8 +264,8 @@ class Adapter:
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
         expected = {*self.trained_in_full}
-        for module, settings in self.modules.items():
-            expected |= {join(module, name) for name in parameters_of(settings)}
+        for name, module in self.modules.items():
+            expected |= {join(name, own) for own in module.parameters}
         yield from (f"{name} is missing." for name in sorted(expected - self.tensors.keys()))
         yield from (f"{name} is unexpected." for name in sorted(self.tensors.keys() - expected))
         for name in sorted({*self.kept} - {*self.trained_in_full}):
@@ -90,33 +273,12 @@ class Adapter:
         yield from rest_problems(self.rest)
         if not self.modules:
             yield "it adapts no module."
-        for name, settings in self.modules.items():
-            yield from _setting_problems(name, settings)
+        for name, module in self.modules.items():
+            yield from (f"{name}: {problem}" for problem in module.problems())
         for name, tensor in self.tensors.items():
             if name not in self.trained_in_full:
                 yield from _dtype_problems(name, tensor)
             yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
-
-
-def parameters_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a module's own tensors in an adapter."""
-    return (*PARAMETERS, MAGNITUDE) if settings.get("use_dora") else PARAMETERS
-
-
-def _setting_problems(name: str, settings: dict[str, Any]) -> Iterator[str]:
-    r, use_rslora = settings.get("r"), settings.get("use_rslora")
-    for problem in settings_problems(r, settings.get("lora_alpha"), settings.get("lora_dropout")):
-        yield f"{name}: {problem}"
-    if r == 0:
-        yield f"{name}: `r` must be at least 1, got 0."
-    if not isinstance(use_rslora, bool):
-        yield f"{name}: `use_rslora` must be true or false, got {use_rslora!r}."
-    if not is_number(settings.get("scaling")):
-        yield f"{name} has no scaling: it must be a finite number, got {settings.get('scaling')!r}."
-    for option in ("factored", "use_dora"):
-        if not isinstance(settings.get(option), (bool, type(None))):
-            yield f"{name}: `{option}` must be true or false, got {settings[option]!r}."
-    yield from (f"{name}: {problem}" for problem in fingerprint.problems(settings.get("base")))
 
 
 def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint, rest
-from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.adapters import base
+from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target, tied, trained_in_full
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.models.injection import adapt
-from lora.models.learnt import difference
+from lora.models.injection import InjectionReport, adapt, report_of
+from lora.models.learnt import since_start
 from lora.models.model import (
     Names,
     lora_layers,
@@ -72,7 +71,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
     >>> lora.save_adapter(model, path)
-    >>> lora.load_adapter(model, path)
+    >>> _ = lora.load_adapter(model, path)
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
@@ -103,7 +102,7 @@ def load_adapter(
     *,
     check_base: bool = True,
     lora_alpha: float | None = None,
-) -> None:
+) -> InjectionReport:
     """Load an adapter into a plain model or into one with LoRA layers.
 
     A plain model gets LoRA layers first, as the file describes them, and is frozen but for what the file holds. The
@@ -127,6 +126,9 @@ def load_adapter(
         check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
             is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
+    Returns:
+        The report of `lora.inject`, for all layers that have LoRA now.
+
     Raises:
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
         TypeError: `source` is neither a path nor an adapter, or `lora_alpha` is given for a format that says it.
@@ -143,8 +145,7 @@ def load_adapter(
     >>> path = os.path.join(tempfile.mkdtemp(), "adapter.safetensors")
     >>> lora.save_adapter(base, path)
     >>> lora.eject(base)
-    >>> lora.load_adapter(base, path)
-    >>> base[0].r
+    >>> lora.load_adapter(base, path).modules[0].r
     2
     """
     wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
@@ -163,6 +164,8 @@ def load_adapter(
             mark_only_lora_as_trainable(model)
         _take_over(fit.adapter, fit.modules, fit.as_before)
         remember_values(fit.names)
+    layers = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
+    return report_of(model, fit.names, layers, tuple(fit.adapter.modules_to_save))
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -217,19 +220,19 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
     raise_all("the adapter is not taken", _in_parts(names), AdapterError)
     full, kept = _held(model, names)
     raise_all("the adapter is not taken", _quantised(full, kept), AdapterError)
-    about: dict[str, dict[str, Any]] = {}
+    about: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
         about[name], its = _own(layer)
         if join(name, "weight") in full:
-            about[name]["base"]["sample"] = None  # the file holds all of it
+            about[name] = replace(about[name], base=replace(about[name].base, sample=None))  # the file holds all of it
         tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
     for name, (module, own) in full.items():
         whole = _whole(module, own)
         tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
     held = {id(getattr(module, own)) for module, own in full.values()}
-    others = rest.describe(names, held, {join(name, "weight") for name in adapted})
+    others = base.describe(names, held, {join(name, "weight") for name in adapted})
     return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
 
 
@@ -239,7 +242,7 @@ def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, st
     kept = [name for name, (module, own) in full.items() if is_kept(module, own)]
     held = {id(getattr(module, own)) for module, own in full.values()}
     ends = {*resized_embeddings(model)}
-    for known, module, own, tensor in rest.own_tensors(names):
+    for known, module, own, tensor in base.own_tensors(names):
         if module in ends and id(tensor) not in held and own in module._parameters:
             full[known[0]] = module, own
             kept.append(known[0])
@@ -251,7 +254,7 @@ def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -
     """A complaint for each part of the base model that nobody else has, and that is quantised."""
     for name in kept:
         module, own = full[name]
-        if own == "weight" and rest.describe_tensor(getattr(module, own))["shape"] is None:
+        if own == "weight" and base.describe_tensor(getattr(module, own))["shape"] is None:
             yield (
                 f"{name}: rows were added to it, which only this model has, and it is quantised; leave it out when the "
                 "model is quantised."
@@ -269,15 +272,16 @@ def _in_parts(names: Names) -> Iterator[str]:
     yield from weights.split_up_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
 
 
-def _own(layer: LoRALayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _own(layer: LoRALayer) -> tuple[ModuleAdapter, dict[str, Tensor]]:
     """The settings and the tensors of a layer's adapter."""
-    settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
-    about = {**settings, "scaling": layer.scaling, "base": fingerprint.describe(layer)}
+    about = ModuleAdapter.of(layer)
     tensors = {own: _whole(layer, own) for own, _ in layer.lora_parameters()}
     if layer.lora_start is not None:
-        about, *pair = difference(weights.ranks_of(layer).with_whole(layer, *PARAMETERS), about)
+        about = replace(about, scaling=about.scaling or 1.0).at_rank(2 * layer.r)
+        pair = [*since_start(weights.ranks_of(layer).with_whole(layer, *PARAMETERS), about.scaling)]
     else:
-        about["r"], about["lora_alpha"], *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
+        r, lora_alpha, *pair = layer.lora_trimmed(*(tensors[own] for own in PARAMETERS))
+        about = replace(about, r=r, lora_alpha=lora_alpha)
     return about, tensors | dict(zip(PARAMETERS, pair, strict=True))
 
 
@@ -302,7 +306,7 @@ def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[
     for name, settings in adapter.modules.items():
         layer = modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
-        layer.lora_take(settings["r"], settings["lora_alpha"], float(settings["scaling"]), settings["use_rslora"])
+        layer.lora_take(settings.r, settings.lora_alpha, float(settings.scaling), settings.use_rslora)
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")

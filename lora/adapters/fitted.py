@@ -11,15 +11,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import beyond_peft
 from lora.adapters.single import Form, as_in
 from lora.errors import join
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, scaling_of
 from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.models.learnt import without_start
+from lora.models.learnt import to_start
 from lora.models.model import without_wrappers
 
 # What wrappers put in front of every name.
@@ -78,7 +78,7 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
             continue
         started = isinstance(module, LoRALayer) and module.lora_start is not None
         # Of lora's own only what is a single pair there and a merged layer here (`lora.combine` makes such).
-        single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings[name].get("splits")
+        single = isinstance(module, MergedLinearLoRA) and module.r > 0 and not settings[name].splits
         if adapter.format == "lora" and not (started or single):
             continue
         convert = _since_start if started else _as_in
@@ -96,28 +96,28 @@ def fitted(adapter: Adapter, modules: Mapping[str, nn.Module]) -> tuple[Adapter,
     return replace(adapter, modules=settings, tensors=tensors), problems
 
 
-def _since_start(module: nn.Module, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def _since_start(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     assert isinstance(module, LoRALayer), "it has a start"
     if format != "lora":
         raise ValueError(
             f"its adapter in the model started from a part of the base weight, which a file of format {format!r} "
             "does not know; load it into the plain base model."
         )
-    return without_start(module, settings, A, B)
+    return settings.at_rank(module.r), *to_start(module, settings.r, settings.scaling, A, B)
 
 
-def _as_in(module: nn.Module, format: str, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def _as_in(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     if format == "loralib":
         return _loralib_in(module, settings, A, B)
-    beyond = fingerprint.beyond_peft(module) if settings["base"]["kind"] == "conv" else ""
+    beyond = beyond_peft(module) if settings.base.kind == "conv" else ""
     if beyond:
         raise ValueError(f"in PEFT the update of this convolution is computed without its {beyond}, and not here.")
     if isinstance(module, LoRALayer) and module.r > 0:
         return as_in(module, settings, A, B)
-    return {**settings}, A, B
+    return settings, A, B
 
 
-def _loralib_in(module: nn.Module, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def _loralib_in(module: nn.Module, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     """What a flat file leaves open, from the module: of convolutions r, of fused layers the splits."""
     kind = type(module) if isinstance(module, LoRALayer) else kind_for(type(module))
     r, known = B.shape[1], dict[str, Any]()
@@ -134,7 +134,7 @@ def _loralib_in(module: nn.Module, settings: Mapping[str, Any], A: Tensor, B: Te
         )
     if r == 0:
         raise ValueError(f"lora_B {tuple(B.shape)} does not fit a kernel of {module.kernel_size}.")
-    return {**settings, **known, "r": r, "scaling": settings["lora_alpha"] / r}, A, B
+    return replace(settings, **known, r=r, scaling=scaling_of(settings.lora_alpha, r, False)), A, B
 
 
 def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import differences, own_tensors
 from lora.adapters.fitted import fitted, renamed
-from lora.adapters.rest import differences, own_tensors
 from lora.adapters.single import NO_ROOM
 from lora.errors import join
+from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import adapted_class, kind_for
@@ -25,10 +25,7 @@ from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors,
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, is_kept, originals
 
-# The settings that give tensors their meaning, beside r: they must agree between a file and a model.
-_FORM = ("splits", "enable_lora", "factored")
 _GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-_SWITCH = "use_dora"
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
 _COMMON_ROWS, _NEAR = 0.01, 0.01  # and how near a row is that was rounded
 _ROWS = 4096  # that are compared at once
@@ -50,7 +47,7 @@ def _with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
     for name, settings in adapter.modules.items():
         layer = modules.get(name)
         if isinstance(layer, LoRALayer):
-            pair = layer.lora_padded(settings["r"], *adapter.pair(name))
+            pair = layer.lora_padded(settings.r, *adapter.pair(name))
             tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
     return replace(adapter, tensors=tensors)
 
@@ -81,13 +78,13 @@ class Fit:
                 module = self._module(name)
                 if any(tensor.is_meta for tensor in module.parameters()):
                     raise ValueError("has no values yet, being on the meta device; give it some first.")
-                fingerprint.check_kind(settings["base"], module)
+                settings.base.check_kind(module)
                 if injected:
                     self._compare(name, module, settings)
                 else:
                     self._plan(model, name, module, settings)
                 if check_base and join(name, "weight") not in adapter.trained_in_full:
-                    fingerprint.check(settings["base"], module)
+                    settings.base.check(module)
             except (ValueError, TypeError) as error:
                 self.problems.append(f"{name}: {error}")
         for module in injected:
@@ -127,41 +124,40 @@ class Fit:
             raise ValueError("there is no such module in the model.")
         return self.modules[name]
 
-    def _compare(self, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
+    def _compare(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
-        r, ranks = settings["r"], module.lora_ranks()
+        r, ranks = settings.r, module.lora_ranks()
         if r > ranks[0] and isinstance(ranks, range):
             raise ValueError(NO_ROOM.format(r, ranks[0]))
-        with_dora = bool(settings.get(_SWITCH))
+        with_dora = bool(settings.use_dora)
         if with_dora != module.use_dora:
-            raise ValueError(f"`{_SWITCH}` is {with_dora} in the file and {module.use_dora} in the model.")
+            raise ValueError(f"`use_dora` is {with_dora} in the file and {module.use_dora} in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
         if r not in ranks:
             raise ValueError(f"`r` is {r} in the file and {module.r} in the model.")
-        for option in _FORM:
-            theirs, ours = settings.get(option), getattr(module, option, None)
-            if _plain(theirs) != _plain(ours):
+        for option, theirs in settings.form.items():
+            ours = getattr(module, option, None)
+            if theirs != ours:
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")
 
-    def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: dict[str, Any]) -> None:
+    def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
         reason = refusal(model, self.names[module], module)
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)
-        wanted = {option: settings.get(option) for option in _FORM}
-        kind, own = kind.configure(module, **wanted)
+        kind, own = kind.configure(module, **settings.form)
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
-        shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings["r"], **own), strict=True))
-        general = {key: settings[key] for key in _GENERAL}
-        if settings.get(_SWITCH):
+        shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings.r, **own), strict=True))
+        general = {key: getattr(settings, key) for key in _GENERAL}
+        if settings.use_dora:
             cls = adapted_class(kind, module)
             cls.check_dora(module, shapes["lora_B"])
             shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
-            general[_SWITCH] = True
+            general["use_dora"] = True
         for parameter, shape in shapes.items():
-            exact = torch.promote_types(dtype, torch.float32) if parameter == MAGNITUDE else dtype
+            exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
         self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
 
@@ -312,7 +308,3 @@ def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:
         same.append(cast_alone | (distance <= 16 * torch.finfo(torch.float32).eps * size))
         near += int((distance <= _NEAR * size).sum())
     return torch.cat(same), near
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value

@@ -49,7 +49,7 @@ class Format(NamedTuple):
 
 def _write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
     about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
-    write_tensors(path, adapter.tensors, {"lora": json.dumps(about), **rest_as_metadata(adapter)})
+    write_tensors(path, adapter.tensors, {"lora": json.dumps(about, default=dict), **rest_as_metadata(adapter)})
 
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:

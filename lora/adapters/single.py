@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter
-from lora.adapters.bare import bare_layer
-from lora.errors import AdapterError, is_number, join, raise_all
+from lora.adapters.adapter import Adapter, ModuleAdapter
+from lora.errors import AdapterError, join, raise_all
+from lora.functional.fused import exact_dtype
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
 
 NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
-Form = tuple[dict[str, Any], Tensor, Tensor]
+Form = tuple[ModuleAdapter, Tensor, Tensor]
 _MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
 
 
-def as_single(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def as_single(settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     """Settings, A and B of the same update as one linear layer's, embedding's or factored convolution's.
 
         merged linear, G splits      A as it is, (G·r, in);  B block-diagonal, (out, G·r), zero where nothing is enabled
@@ -33,23 +32,13 @@ def as_single(settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
     Raises:
         ValueError: the kind of layer is a user's own, or shapes do not fit the settings.
     """
-    layer = bare_layer(settings, A, B)
+    layer = settings.layer(A, B)
     if isinstance(layer, MergedLinearLoRA):
         B = _block_diagonal(B, layer)
     elif isinstance(layer, ConvLoRA) and not layer.factored:
         A, B = _factored(A, B, layer)
-    single = {key: value for key, value in settings.items() if key not in ("splits", "enable_lora", "factored")}
-    if isinstance(layer, ConvLoRA):
-        single["factored"] = True
-    return with_rank(single, A.shape[0]), A, B
-
-
-def with_rank(settings: Mapping[str, Any], r: int) -> dict[str, Any]:
-    """The settings at another rank: the scaling is kept, and lora_alpha is what gives it."""
-    lora_alpha = settings["scaling"] * (math.sqrt(r) if settings["use_rslora"] else r)
-    if not is_number(lora_alpha):
-        raise ValueError(f"a scaling of {settings['scaling']} at rank {r} takes a `lora_alpha` beyond floats.")
-    return {**settings, "r": r, "lora_alpha": lora_alpha}
+    single = replace(settings, splits=None, enable_lora=None, factored=isinstance(layer, ConvLoRA) or None)
+    return single.at_rank(A.shape[0]), A, B
 
 
 def singles(adapter: Adapter, what: str) -> dict[str, Form]:
@@ -77,7 +66,7 @@ def portable(adapter: Adapter) -> Adapter:
             added, buffers that moved), for which the form has no place; or a kind of layer is a user's own.
     """
     what = "the adapter has no portable form"
-    dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+    dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
     # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.
     beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
@@ -86,23 +75,23 @@ def portable(adapter: Adapter) -> Adapter:
     problems += [f"{name} {base_part if name in adapter.kept else 'trains in full'}." for name in full]
     raise_all(what, problems, AdapterError)
     forms = singles(adapter, what)
-    groups = math.lcm(*(settings["base"].get("groups", 1) for settings, _, _ in forms.values()))
-    rank = -(-max(settings["r"] for settings, _, _ in forms.values()) // groups) * groups
+    groups = math.lcm(*(settings.base.groups for settings, _, _ in forms.values()))
+    rank = -(-max(settings.r for settings, _, _ in forms.values()) // groups) * groups
     values = sum(rank * (A.numel() + B.numel()) // A.shape[0] for _, A, B in forms.values())
     raise_all(what, [f"it would have {values} values, at rank {rank}."] if values > _MOST_VALUES else [], AdapterError)
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
-        A, B = _padded(A, B, rank, settings["base"].get("groups", 1))
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings["scaling"])
-        modules[name] = {**settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
+        A, B = _padded(A, B, rank, settings.base.groups)
+        B = B.to(exact_dtype(B.dtype)) * float(settings.scaling)
+        modules[name] = settings.with_scaling_one(rank)
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
     made = replace(adapter, modules=modules, tensors=tensors, trained_in_full=[], kept=[])
     raise_all(what, made.problems(), AdapterError)  # a scaling may have made an infinity
     return made
 
 
-def as_in(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -> Form:
+def as_in(layer: LoRALayer, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
     """A single pair in the form of a layer that exists, where that is exact; ValueError where it is not.
 
     Ranks that add nothing are left out. A merged linear layer gets A for every split, and its own rows of B; a pair
@@ -110,11 +99,12 @@ def as_in(layer: LoRALayer, settings: Mapping[str, Any], A: Tensor, B: Tensor) -
     """
     if isinstance(layer, MergedLinearLoRA):
         A, B = _by_split(layer, *_trimmed(A, B, _ranks(layer, len(layer.slices()))))
-        return {**with_rank(settings, B.shape[1]), "splits": layer.splits, "enable_lora": layer.enable_lora}, A, B
+        settings = replace(settings.at_rank(B.shape[1]), splits=layer.splits, enable_lora=layer.enable_lora)
+        return settings, A, B
     if isinstance(layer, ConvLoRA) and not layer.factored:
         raise ValueError("`factored` is True in the file and False in the model.")
-    A, B = _trimmed(A, B, _ranks(layer), settings["base"].get("groups", 1))
-    return with_rank(settings, A.shape[0]), A, B
+    A, B = _trimmed(A, B, _ranks(layer), settings.base.groups)
+    return settings.at_rank(A.shape[0]), A, B
 
 
 def _ranks(layer: LoRALayer, splits: int = 1) -> Sequence[int]:

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import PARAMETERS, Adapter
-from lora.adapters.bare import bare_layer
-from lora.adapters.rest import difference
+from lora.adapters.adapter import FORM, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import Base, difference, sample_difference
 from lora.adapters.single import Form, as_single
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
@@ -101,7 +99,7 @@ def combine(
     with Problems(what, AdapterError) as problems:
         for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
             having = {n: pair for n, pair in enumerate(adapters) if name in pair[0].modules}
-            bases = {n: adapter.modules[name]["base"] for n, (adapter, _) in having.items()}
+            bases = {n: adapter.modules[name].base for n, (adapter, _) in having.items()}
             found = list(_base_problems(bases, check_base))
             problems.add(*(f"{name}: {problem}" for problem in found))
             if not found:  # other bases have other shapes
@@ -112,12 +110,12 @@ def combine(
             kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
             rest = adapter.rest | rest
     generator = torch.Generator().manual_seed(seed)
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, addends in sums.items():
         pairs = METHODS[method](addends.parts, _Options(addends.q, density, generator))
         rank = layer_rank(addends.like, pairs[0][0].shape[1])
-        modules[name] = {**addends.settings, "r": rank, "lora_alpha": rank, "use_rslora": False, "scaling": 1.0}
+        modules[name] = addends.settings.with_scaling_one(rank)
         tensors |= named(name, tensors_of(addends.like, pairs), addends.dtype)
     tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
     result = Adapter(
@@ -177,18 +175,16 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         raise_all(what, [f"`factor` must be a finite number, got {factor!r}."])
     check([adapter], what, in_full=False)
     result = copied(adapter)
-    for settings in result.modules.values():
-        settings["scaling"] *= factor
-        settings["lora_alpha"] *= factor
+    for name, settings in adapter.modules.items():
+        scaling, lora_alpha = settings.scaling * factor, settings.lora_alpha * factor
+        result.modules[name] = replace(settings, scaling=scaling, lora_alpha=lora_alpha)
     return sound(result, what)
 
 
 # ---- what is added up: one module of several adapters, brought to one form -----------------------------------------
 
-# What makes two adapters' tensors of one module alike.
-_FORM = ("splits", "enable_lora", "factored")
-# What must agree between descriptions of one base weight, and what it is where nothing is said.
-_FACTS: dict[str, Any] = {"kind": None, "groups": 1, "shape": None, "fan_in_fan_out": False}
+# What must agree between descriptions of one base weight.
+_FACTS = ("kind", "groups", "shape", "fan_in_fan_out")
 _ALWAYS_KNOWN = ("kind", "groups")
 
 
@@ -204,7 +200,7 @@ class _Sum(NamedTuple):
 
     parts: list[_Part]
     like: LoRALayer
-    settings: dict[str, Any]
+    settings: ModuleAdapter
     q: int
     dtype: torch.dtype
 
@@ -212,18 +208,18 @@ class _Sum(NamedTuple):
 def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r: int | None) -> _Sum:
     """What makes up a module of the result; ValueError where the adapters' modules do not fit each other, or `r`."""
     forms = _alike([(adapter.modules[name], *adapter.pair(name)) for adapter, _ in adapters])
-    layers = [bare_layer(*form) for form in forms]
+    layers = [settings.layer(A, B) for settings, A, B in forms]
     if len({(layer.lora_A.shape[1:], layer.lora_B.shape[0]) for layer in layers}) > 1:
         listed = ", ".join(f"{(*layer.lora_A.shape,)} and {(*layer.lora_B.shape,)}" for layer in layers)
         raise ValueError(f"lora_A and lora_B must be for one base weight, got the shapes {listed}.")
     ranks = [layer.r for layer in layers]
     if method == "linear" and len(set(ranks)) > 1:
         raise ValueError(f"all ranks must be equal for the method 'linear', got {', '.join(map(str, ranks))}.")
-    base = _best_known([settings["base"] for settings, *_ in forms])
+    base = _best_known([settings.base for settings, *_ in forms])
     return _Sum(
         [_Part(weight * layer.scaling, pairs_of(layer)) for layer, (_, weight) in zip(layers, adapters, strict=True)],
         layers[0],
-        copy.deepcopy({**forms[0][0], "base": base}),
+        replace(forms[0][0], base=base),
         block_rank(layers[0], r or max(ranks)),
         widest(tensor for _, *pair in forms for tensor in pair),
     )
@@ -231,8 +227,8 @@ def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r
 
 def _alike(forms: list[Form]) -> list[Form]:
     """The same updates, all in one form."""
-    layers = [bare_layer(*form) for form in forms]
-    if len({tuple(getattr(layer, option, None) for option in _FORM) for layer in layers}) == 1:
+    layers = [settings.layer(A, B) for settings, A, B in forms]
+    if len({tuple(getattr(layer, option, None) for option in FORM) for layer in layers}) == 1:
         return forms
     merged = [layer for layer in layers if isinstance(layer, MergedLinearLoRA)]
     if len(merged) == len(layers) and len({layer.splits for layer in merged}) == 1:
@@ -242,7 +238,7 @@ def _alike(forms: list[Form]) -> list[Form]:
 
 
 def _widened(
-    settings: Mapping[str, Any], A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
+    settings: ModuleAdapter, A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
 ) -> Form:
     """A merged linear layer's adapter with zeros for more enabled splits."""
     pairs, wide = iter(pairs_of(layer)), []
@@ -251,12 +247,12 @@ def _widened(
         if enabled:
             wide.append(next(pairs) if own else (zeros(size, layer.r), zeros(layer.r, A.shape[1])))
     Bs, As = zip(*wide, strict=True)
-    return {**settings, "enable_lora": enable_lora}, torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
+    return replace(settings, enable_lora=enable_lora), torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
 
 
-def _best_known(bases: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _best_known(bases: Iterable[Base]) -> Base:
     """The first of the descriptions of one base weight that says most."""
-    return max(bases, key=lambda base: (base.get("sample") is not None, base.get("shape") is not None))
+    return max(bases, key=lambda base: (base.sample is not None, base.shape is not None))
 
 
 # ---- the methods: parts are added up, block by block ---------------------------------------------------------------
@@ -343,7 +339,7 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
     if method not in METHODS:
         yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
     elif r is not None and method not in _OF_ANY_RANK:
-        yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; the adapters say it for {method!r}."
+        yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; {method!r} takes none."
     if r is not None and not is_count(r, 1):
         yield f"`r` must be an integer of at least 1, got {r!r}."
     if not (is_number(density) and 0 < density <= 1):
@@ -352,19 +348,19 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
         yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
 
 
-def _base_problems(bases: Mapping[int, dict[str, Any]], check_base: bool) -> Iterator[str]:
+def _base_problems(bases: Mapping[int, Base], check_base: bool) -> Iterator[str]:
     """How the base weights of one module differ, by the numbers of the adapters."""
     known = _best_known(bases.values())
     first = next(n for n, base in bases.items() if base is known)
     for n, base in bases.items():
         of = f"the base weights of adapters {first} and {n} are not the same:"
-        for fact, default in _FACTS.items():
-            ours, theirs = known.get(fact, default), base.get(fact, default)
-            if ours != theirs and (fact in _ALWAYS_KNOWN or (known.get("shape") and base.get("shape"))):
+        for fact in _FACTS:
+            ours, theirs = getattr(known, fact), getattr(base, fact)
+            if ours != theirs and (fact in _ALWAYS_KNOWN or (known.shape and base.shape)):
                 yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
-        apart = fingerprint.sample_difference(known.get("sample"), base.get("sample")) if check_base else None
+        apart = sample_difference(known.sample, base.sample) if check_base else None
         if apart is not None:
-            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them."
+            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them anyway."
 
 
 def _rest_problems(
@@ -374,14 +370,14 @@ def _rest_problems(
     for name in adapter.kept:
         if name in kept and not torch.equal(kept[name].cpu(), adapter.tensors[name].cpu()):
             yield (
-                f"{name}: adapter {n} and one before it hold this part of the base model, and it differs in them; "
+                f"{name}: adapter {n} and an earlier one hold different values for this part of the base model; "
                 "`check_base=False` takes the first."
             )
     for name, about in adapter.rest.items():
         if name in rest and difference(rest[name], about):
             yield (
-                f"{name}: adapter {n} was trained in another base model than those before it; `check_base=False` "
-                "combines them all the same."
+                f"{name}: adapter {n} was trained in another base model than an earlier one; `check_base=False` "
+                "combines them anyway."
             )
 
 
@@ -390,10 +386,10 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
     with Problems(what, AdapterError) as problems:
         for n, adapter in enumerate(adapters):
             found = [*adapter.problems()]
-            dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
-            found += [f"{name} has a magnitude (DoRA), and is no update that adds to a weight." for name in dora]
+            dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
+            found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
             trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
-            found += [f"{name} trained in full and is no update." for name in trained]
+            found += [f"{name} trained in full, and is not an update." for name in trained]
             prefix = f"adapter {n}: " if len(adapters) > 1 else ""
             problems.add(*(f"{prefix}{problem}" for problem in found))
 

@@ -10,10 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import Adapter
-from lora.adapters.rest import describe
-from lora.adapters.single import with_rank
+from lora.adapters.adapter import Adapter, ModuleAdapter
+from lora.adapters.base import Base, describe
 from lora.arithmetic.algebra import check, copied, named, sound, widest
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
@@ -96,7 +94,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
             with problems.at(name):
                 layer = adapter.layer(name)
                 pairs, kept[name] = _resized(layer, r, energy)
-                result.modules[name] = with_rank(settings, layer_rank(layer, pairs[0][0].shape[1]))
+                result.modules[name] = settings.at_rank(layer_rank(layer, pairs[0][0].shape[1]))
                 result.tensors.update(named(name, tensors_of(layer, pairs), widest(adapter.pair(name))))
     return Resized(sound(result, what), kept)
 
@@ -198,18 +196,16 @@ def extract(
 
 def _approximated(
     layer: LoRALayer, weight: Tensor, r: int | None, energy: float | None
-) -> tuple[dict[str, Any], tuple[Tensor, Tensor], float]:
+) -> tuple[ModuleAdapter, tuple[Tensor, Tensor], float]:
     """Settings, A and B of the best approximation of what `weight` differs by, and the share that it keeps."""
     dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
     difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
     spectra = [dense_spectrum(matrix) for matrix in layer.weight_blocks(difference)]
     share = shares(spectra)
     q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
-    rank = layer_rank(layer, q)
-    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
-    form = {"factored": True} if hasattr(layer, "factored") else {}
+    settings = ModuleAdapter.of(layer).with_scaling_one(layer_rank(layer, q))
     pair = tensors_of(layer, [cut(part, q) for part in spectra])
-    return {**settings, **form, "base": fingerprint.describe(layer)}, pair, float(share[q - 1])
+    return settings, pair, float(share[q - 1])
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------
@@ -223,7 +219,7 @@ class _Changes:
         # A tensor that has several names is one entry here.
         self.known_as = {
             id(group[0].tensor): [without_wrappers(name) for one in group for name in one.names]
-            for group in by_tensor(one for one in owned_tensors(names) if is_persistent(one))
+            for group in by_tensor(filter(is_persistent, owned_tensors(names)))
         }
         self.changed = {name for name, ours in self.ours.items() if _differs(ours, self.theirs[name])}
 
@@ -285,7 +281,7 @@ def _lora_twin(module: nn.Module) -> LoRALayer | None:
     kind, form = kind.configure(twin, splits=None, enable_lora=None, factored=True)
     twin.__class__ = class_for(kind, type(twin))
     twin.attach(getattr(module, "groups", 1), **form)  # the least rank that fits
-    known = fingerprint.describe(twin)["kind"] in _FORMS and twin.beyond_weight() is None
+    known = Base.of(twin).kind in _FORMS and twin.beyond_weight() is None
     return twin if known else None
 
 
@@ -310,16 +306,8 @@ def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers under all their names."""
-    return {
-        join(without_wrappers(name), own): tensor
-        for name, module in model.named_modules(remove_duplicate=False)
-        for own, tensor in _own_tensors(module).items()
-    }
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    own = {**module._parameters, **module._buffers}
-    return {name: t for name, t in own.items() if t is not None and name not in module._non_persistent_buffers_set}
+    owned = filter(is_persistent, owned_tensors(names_of(model)))
+    return {without_wrappers(name): one.tensor for one in owned for name in one.names}
 
 
 def _has_values(tensor: Tensor) -> bool:

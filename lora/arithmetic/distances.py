@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.bare import bare_layer
 from lora.adapters.single import as_single
 from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, pairs_of, spectrum
@@ -70,7 +69,7 @@ def effective_rank(S: Tensor) -> float:
 def distance(a: Adapter, b: Adapter, name: str) -> Distance:
     """How far apart the two updates of a module are; ValueError if they are updates of different weights."""
     if a.magnitude(name) is not None or b.magnitude(name) is not None:
-        raise ValueError("with magnitudes (DoRA) only the base weight says what an adapter does.")
+        raise ValueError("with magnitudes (DoRA), updates cannot be compared without the base weight.")
     pairs_a, pairs_b = _alike(a, b, name)
     if [_shape(pair) for pair in pairs_a] != [_shape(pair) for pair in pairs_b]:
         raise ValueError("their base weights have different shapes.")
@@ -84,20 +83,16 @@ def distance(a: Adapter, b: Adapter, name: str) -> Distance:
 def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     """The blocks of both, scaled; in the form that all kinds of layers have, where their own differ."""
     settings = [adapter.modules[name] for adapter in (a, b)]
-    bases = [[about["base"]["kind"], about["base"].get("groups", 1)] for about in settings]
+    bases = [(about.base.kind, about.base.groups) for about in settings]
     if bases[0] != bases[1]:
         raise ValueError(f"they are for different layers, {' and '.join(f'{kind} ({g})' for kind, g in bases)}.")
-    forms = [{key: about.get(key) for key in ("splits", "enable_lora", "factored")} for about in settings]
-    same = _plain(forms[0]) == _plain(forms[1])
+    same = settings[0].form == settings[1].form
     pairs = []
     for adapter, about in zip((a, b), settings, strict=True):
-        layer = adapter.layer(name) if same else bare_layer(*as_single(about, *adapter.pair(name)))
+        about, A, B = (about, *adapter.pair(name)) if same else as_single(about, *adapter.pair(name))
+        layer = about.layer(A, B)
         pairs.append([(B * layer.scaling, A) for B, A in pairs_of(layer)])
     return pairs[0], pairs[1]
-
-
-def _plain(form: dict[str, object]) -> dict[str, object]:
-    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in form.items()}
 
 
 def _shape(pair: Pair) -> tuple[int, int]:

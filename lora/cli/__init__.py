@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -19,11 +19,7 @@ from lora.adapters.files import as_path, check_place, kind
 from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
 from lora.errors import AdapterError
 
-if TYPE_CHECKING:  # generic for type checkers only
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-else:
-    Subparsers = argparse._SubParsersAction
-
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 T = TypeVar("T")
 _FLAGS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON and nothing else"},
@@ -69,9 +65,8 @@ def add_output(parser: argparse.ArgumentParser, **format: Any) -> None:
     """Enter where to write an adapter, and in which format."""
     parser.add_argument("out", metavar="OUT", help="a file or a folder for the format lora, a folder for the others")
     about = "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1"
-    parser.add_argument(
-        "--format", choices=[name for name, entry in FORMATS.items() if entry.write is not None], help=about, **format
-    )
+    writable = [name for name, entry in FORMATS.items() if entry.write is not None]
+    parser.add_argument("--format", choices=writable, help=about, **format)
 
 
 def path_argument(text: str) -> Path:

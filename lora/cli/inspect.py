@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, parameters_of
+from lora.adapters.adapter import Adapter
+from lora.adapters.base import Base
 from lora.adapters.files import replace_file
 from lora.adapters.formats import read_adapter
 from lora.arithmetic.distances import blocks, distance, relative
@@ -115,9 +116,8 @@ def examine(adapter: Adapter) -> dict[str, Any]:
 
 def _module(adapter: Adapter, name: str, problems: list[str]) -> dict[str, Any]:
     settings = adapter.modules[name]
-    base = settings.get("base")
-    base = base if isinstance(base, Mapping) else {}
-    keys = [join(name, part) for part in parameters_of(settings)]
+    base = settings.base if isinstance(settings.base, Base) else {}
+    keys = [join(name, part) for part in settings.parameters]
     own = {key: adapter.tensors[key] for key in keys if key in adapter.tensors}
     alone = replace(adapter, modules={name: settings}, tensors=own, trained_in_full=[], kept=[], rest={})
     measured = []
@@ -231,7 +231,7 @@ def _difference(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str
 def _identical(a: Adapter, b: Adapter, name: str) -> bool:
     """Whether modules that only their model understands are the same to the bit."""
     alike = a.modules[name] == b.modules[name]
-    keys = [join(name, part) for part in parameters_of(a.modules[name])]
+    keys = [join(name, part) for part in a.modules[name].parameters]
     return alike and all(torch.equal(a.tensors[key], b.tensors[key]) for key in keys)
 
 

@@ -6,17 +6,16 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import fingerprint
 from lora.adapters.adapter import Adapter
-from lora.adapters.bare import bare_layer
+from lora.adapters.base import describe_tensor, difference
 from lora.adapters.files import open_file
-from lora.adapters.rest import describe_tensor, difference
 from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
 from lora.cli.folder import (
     ModelFolder,
@@ -102,13 +101,13 @@ class FolderMerge:
 
     def _layer(self, name: str, key: str, check_base: bool) -> LoRALayer:
         """The module's LoRA layer, without a base weight; ValueError if the one in the files is none for it."""
-        entry, base = self.model.entry(key), self.adapter.modules[name]["base"]
+        entry, base = self.model.entry(key), self.adapter.modules[name].base
         if entry.dtype not in _DTYPES:
             raise ValueError(
                 f"its base weight is {entry.dtype}, which is quantised or not floating-point: "
                 "merge into the weights that it was made from."
             )
-        beyond = base.get("beyond_weight")
+        beyond = base.beyond_weight
         if beyond:
             raise ValueError(f"weights cannot say that {beyond}; use `lora.merge` on the model.")
         layer = self._bare(name, entry.shape)
@@ -117,18 +116,18 @@ class FolderMerge:
         if check_base and key not in self.full:
             probe = nn.Module()  # of its own, so that what is mapped does not stay so
             probe.weight = nn.Parameter(self.model.tensor(key), False)
-            fingerprint.check(base, probe)
+            base.check(probe)
         return layer
 
     def _bare(self, name: str, shape: tuple[int, ...]) -> LoRALayer:
         """A module's layer; of a linear one whose file does not say which way the weight is stored, as it fits."""
         settings = self.adapter.modules[name]
-        base = settings["base"]
-        if base["kind"] != "linear" or base.get("fan_in_fan_out", False) is not None:
+        base = settings.base
+        if base.kind != "linear" or base.fan_in_fan_out is not None:
             return self.adapter.layer(name)
-        ways = [{**base, "shape": None, "fan_in_fan_out": transposed} for transposed in (False, True)]
+        ways = [replace(base, shape=None, fan_in_fan_out=transposed) for transposed in (False, True)]
         tensors = *self.adapter.pair(name), self.adapter.magnitude(name)
-        layers = [bare_layer({**settings, "base": way}, *tensors) for way in ways]
+        layers = [replace(settings, base=way).layer(*tensors) for way in ways]
         fitting = [layer for layer in layers if layer.weight.shape == shape]
         if len(fitting) == 2:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.single import portable
-from lora.formats import flat, from_peft, peft
+from lora.formats import from_peft, loralib, peft
 
 
 def enter() -> None:
@@ -20,4 +20,4 @@ def enter() -> None:
     FORMATS["portable"] = Format(
         "PEFT", lambda adapter, path, names: peft.write(portable(adapter), path, names), files=FORMATS["peft"].files
     )
-    FORMATS["loralib"] = Format("loralib", read=flat.read, reads=flat.reads)
+    FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)

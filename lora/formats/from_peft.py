@@ -12,15 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters import fingerprint
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import Base, sample_of
 from lora.adapters.files import kind, read_object, read_tensors, short
 from lora.adapters.formats import FILE, rest_of
 from lora.errors import AdapterError, is_number, join, raise_all
-from lora.formats.patterns import Patterns, pattern_problem
 from lora.formats.peft import BASES, CONFIG, LAYOUTS, PREFIX, WEIGHTS, within_groups
-from lora.formats.pickled import read_torch
-from lora.layers.layer import settings_problems
+from lora.formats.torch_files import read_torch
+from lora.layers.layer import scaling_of, settings_problems
 from lora.models.training import is_bias
 
 Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
@@ -53,6 +52,10 @@ _REFUSED_SETTINGS = (
     "trainable_token_indices",
     "target_parameters",
 )
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LONGEST_PATTERN = 1000
+# Matching goes through all ways in which a pattern may lie on a name, at worst; more than these take too long.
+_MOST_WAYS = 10**7
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
 _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
@@ -78,11 +81,15 @@ def read(path: Path) -> Adapter:
         names += [FILE] if whole else []  # which would have been read, and not as PEFT's
         raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
     config = _read_config(folder / CONFIG)
-    raise_all(f"read_adapter: {folder} is not loaded", _config_problems(config), AdapterError)
+    what = f"read_adapter: {folder} is not loaded"
+    raise_all(what, _config_problems(config), AdapterError)
     tensors, metadata = READERS[file.name](file)
     pairs, full, problems = _sort(tensors)
+    for option in _PATTERNS:
+        longest = max(map(len, pairs), default=1)
+        raise_all(what, _pattern_problems(option, config.get(option) or (), longest), AdapterError)
     adapter = _adapter(config, pairs, full, problems)
-    raise_all(f"read_adapter: {folder} is not loaded", problems, AdapterError)
+    raise_all(what, problems, AdapterError)
     _tell_layouts(adapter, config, metadata)
     _tell_bases(adapter, metadata)
     kept, rest = rest_of(metadata, file)
@@ -96,14 +103,15 @@ def _tell_layouts(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping
     """
     layouts = _from_json(metadata, LAYOUTS)
     for name, settings in adapter.modules.items():
-        if settings["base"]["kind"] != "linear":
+        if settings.base.kind != "linear":
             continue
         if isinstance(layouts, dict):
             layout = layouts.get(name)
-            settings["base"]["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
+            layout = layout if isinstance(layout, bool) else None
         else:
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
-            settings["base"]["fan_in_fan_out"] = False if sure else None
+            layout = False if sure else None
+        adapter.modules[name] = replace(settings, base=replace(settings.base, fan_in_fan_out=layout))
 
 
 def _tell_bases(adapter: Adapter, metadata: Mapping[str, str]) -> None:
@@ -112,7 +120,8 @@ def _tell_bases(adapter: Adapter, metadata: Mapping[str, str]) -> None:
     for name, settings in adapter.modules.items():
         known = bases.get(name) if isinstance(bases, dict) else None
         facts = known if isinstance(known, dict) else {}
-        settings["base"] |= {fact: facts[fact] for fact in ("shape", "sample") if facts.get(fact) is not None}
+        facts = {fact: facts[fact] for fact in ("shape", "sample") if facts.get(fact) is not None}
+        adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
 
 
 def _from_json(metadata: Mapping[str, str], key: str) -> Any:
@@ -142,12 +151,12 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for option in ("use_rslora", "use_dora"):
         if not isinstance(config.get(option, False), bool):
             yield f"`{option}` must be true or false, got {short(config[option])}."
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in _PATTERNS:
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict):
             yield f"`{option}` must map names to numbers, got {short(patterns)}."
             continue
-        yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern)))
+        yield from _pattern_problems(option, patterns, 1)
         yield from (
             f"`{option}`: {short(p)} must have a number, got {short(v)}."
             for p, v in patterns.items()
@@ -156,6 +165,10 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
+
+
+def _pattern_problems(option: str, patterns: Iterable[str], length: int) -> Iterator[str]:
+    yield from (f"`{option}`: {problem}" for pattern in patterns if (problem := pattern_problem(pattern, length)))
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
@@ -185,18 +198,18 @@ def _adapter(
     full: dict[str, Tensor],
     problems: list[str],
 ) -> Adapter:
-    modules: dict[str, dict[str, Any]] = {}
+    modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = (Patterns(config.get(option) or {}) for option in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
         missing = [part for part in PARAMETERS if part not in pair]
         problems += [f"{name}: {part} is missing." for part in missing]
         if not missing:
             try:
-                r = ranks.value_for(name, config.get("r", 8))
-                lora_alpha = alphas.value_for(name, config.get("lora_alpha", 8))
+                r = value_for(name, ranks, config.get("r", 8))
+                lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))
                 modules[name] = _settings(config, r, lora_alpha, pair)
-                A = within_groups(pair["lora_A"], modules[name]["base"].get("groups", 1))
+                A = within_groups(pair["lora_A"], modules[name].base.groups)
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
                 if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                     tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
@@ -205,9 +218,10 @@ def _adapter(
     if not pairs:
         problems.append("it adapts no module.")
     for name in [name for name in full if _is_base_weight(name, pairs)]:
-        module = modules.get(name.rpartition(".")[0])
-        if module is not None:
-            module["base"] |= {"shape": list(full[name].shape), "sample": fingerprint.sample_of(full[name])}
+        owner = name.rpartition(".")[0]
+        if owner in modules:
+            base = replace(modules[owner].base, shape=tuple(full[name].shape), sample=sample_of(full[name]))
+            modules[owner] = replace(modules[owner], base=base)
     # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
     before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
     full = {name: tensor for name, tensor in full.items() if name not in before}
@@ -238,18 +252,67 @@ def _saved(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(f"{pattern}." in f"{owner}." for pattern in patterns)]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
-    rslora = config.get("use_rslora", False)
-    base: dict[str, Any] = {"kind": "embedding" if "embedding" in pair else "linear", "shape": None}
-    settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": config.get("lora_dropout", 0.0), "use_rslora": rslora}
-    settings["use_dora"] = config.get("use_dora", False)
-    if A.dim() > 2:
+    if A.dim() == 2:
+        base = Base(kind="embedding" if "embedding" in pair else "linear")
+    else:
         groups = int(r) // B.shape[1]
-        base = {"kind": "conv", "shape": [B.shape[0], A.shape[1] // groups, *A.shape[2:]], "groups": groups}
-        settings["factored"] = True
-    return {**settings, "scaling": lora_alpha / (math.sqrt(r) if rslora else r), "base": base}
+        base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)
+    use_rslora = config.get("use_rslora", False)
+    return ModuleAdapter(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=config.get("lora_dropout", 0.0),
+        use_rslora=use_rslora,
+        use_dora=config.get("use_dora", False),
+        factored=True if A.dim() > 2 else None,
+        scaling=scaling_of(lora_alpha, r, use_rslora),
+        base=base,
+    )
+
+
+# ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
+
+
+def compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
+    """Patterns, each for a whole name or the end of one after a dot, and their values."""
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def value_for(name: str, patterns: Iterable[tuple[re.Pattern[str], Any]], default: Any) -> Any:
+    """The value of the first pattern that a name matches."""
+    return next((value for pattern, value in patterns if pattern.match(name)), default)
+
+
+def pattern_problem(pattern: str, length: int = 1) -> str | None:
+    """Why a regular expression is not matched with names of up to this length; None if it is."""
+    bare = _bare(pattern)
+    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
+        long = " with a name so long" if length > 1 else ""
+        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern[:80]!r} is no regular expression: {error}."
+    return None
+
+
+def ways(pattern: str, length: int) -> int:
+    """In how many ways a pattern without repeated groups may lie on a name of this length, at most.
+
+    >>> ways("q_proj|v_proj", 20), ways(r".*\\.(q|v)_proj", 20)
+    (42, 462)
+    """
+    bare = _bare(pattern)
+    repeats = 1 + len(re.findall(r"[*+{]", bare))  # `.*` and its like; one is ours
+    choices = math.prod(1 + part.count("|") for part in re.split(r"[()]", bare)) << bare.count("?")
+    return choices * math.comb(length + repeats, repeats)
+
+
+def _bare(pattern: str) -> str:
+    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character

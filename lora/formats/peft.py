@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from lora.adapters.files import check_place, kind, packed, replace_file, writing
 from lora.adapters.formats import rest_as_metadata
 from lora.adapters.single import Form, singles
 from lora.errors import AdapterError, raise_all
+from lora.layers.layer import alpha_of
 from lora.models.training import is_bias
 
 CONFIG = "adapter_config.json"
@@ -44,16 +44,16 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
         check_place(path / name)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     for name, (settings, A, B) in forms.items():
-        embedding = settings["base"]["kind"] == "embedding"
-        A = over_all_channels(A, settings["base"].get("groups", 1))
+        embedding = settings.base.kind == "embedding"
+        A = over_all_channels(A, settings.base.groups)
         for part, tensor in (("A", A), ("B", B)):
             tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
         magnitude = adapter.magnitude(name)
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
-    layouts = {name: settings["base"].get("fan_in_fan_out", False) for name, (settings, _, _) in forms.items()}
-    known = {name: {fact: s["base"].get(fact) for fact in ("shape", "sample")} for name, (s, _, _) in forms.items()}
+    layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
+    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     content = packed(path / WEIGHTS, tensors, metadata)
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
@@ -94,7 +94,7 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
 def _homeless(adapter: Adapter) -> Iterator[str]:
     """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
     for name, settings in adapter.modules.items():
-        beyond = settings["base"].get("beyond_peft")
+        beyond = settings.base.beyond_peft
         if beyond:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
@@ -111,14 +111,14 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
 
 
 def _homeless_magnitudes(adapter: Adapter) -> Iterator[str]:
-    with_dora = [name for name, settings in adapter.modules.items() if settings.get("use_dora")]
+    with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
     for name in with_dora:
         settings = adapter.modules[name]
-        if not all(settings.get("enable_lora") or (True,)):
+        if not all(settings.enable_lora or (True,)):
             yield f"{name}: PEFT would have a magnitude for every output, and here splits without LoRA have none."
-        if settings["base"].get("groups", 1) > 1:
+        if settings.base.groups > 1:
             yield f"{name}: PEFT has no DoRA for convolutions with groups."
 
 
@@ -135,11 +135,11 @@ def _full_key(name: str, forms: Mapping[str, Form]) -> str:
 
 def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
     about = {name: settings for name, (settings, _, _) in forms.items()}
-    rslora = all(settings["use_rslora"] for settings in about.values())
-    ranks = {name: settings["r"] for name, settings in about.items()}
-    alphas = {name: s["scaling"] * (math.sqrt(s["r"]) if rslora else s["r"]) for name, s in about.items()}
+    rslora = all(settings.use_rslora for settings in about.values())
+    ranks = {name: settings.r for name, settings in about.items()}
+    alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = _most_common(ranks), _most_common(alphas)
-    linear = [settings["base"] for settings in about.values() if settings["base"]["kind"] == "linear"]
+    linear = [settings.base for settings in about.values() if settings.base.kind == "linear"]
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -149,10 +149,10 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        "lora_dropout": max(settings["lora_dropout"] for settings in about.values()),
+        "lora_dropout": max(settings.lora_dropout for settings in about.values()),
         "use_rslora": rslora,
-        "use_dora": any(settings.get("use_dora") for settings in about.values()),
-        "fan_in_fan_out": bool(linear) and all(base.get("fan_in_fan_out", False) for base in linear),
+        "use_dora": any(settings.use_dora for settings in about.values()),
+        "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
         "target_modules": _targets(list(about), names),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},

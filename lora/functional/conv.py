@@ -78,13 +78,7 @@ def plain_lora_conv(
     geometry: Geometry,
     dropout: float | Tensor = 0.0,
 ) -> Tensor:
-    """What `lora_conv` computes, as the equation reads, in operations that autograd knows.
-
-    Args:
-        dropout: the probability, or what to multiply x by in the place of dropping at random.
-
-    The other arguments and the result are `lora_conv`'s.
-    """
+    """The equation of `lora_conv` in operations that autograd knows; `dropout` may be what to multiply x by."""
     convolve = CONVOLUTIONS[weight.dim() - 2]
     y: Tensor = convolve(x, weight, bias, *geometry)  # (N, out_channels, *out_size)
     h = convolve(drop(x, dropout), A.to(x.dtype), None, *geometry)  # (N, r, *out_size)

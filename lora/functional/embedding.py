@@ -52,7 +52,7 @@ def lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float,
 
 
 def plain_lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, how: Lookup) -> Tensor:
-    """What `lora_embedding` computes, as the equation reads, in operations that autograd knows."""
+    """The equation of `lora_embedding` in operations that autograd knows."""
     dtype = torch.promote_types(y.dtype, A.dtype)
     h = F.embedding(ids, A.T.to(dtype), how.padding_idx, scale_grad_by_freq=how.scale_grad_by_freq)  # (..., r)
     with without_autocast(y.device):

@@ -51,12 +51,12 @@ def _is_tracing() -> bool:
 
 
 def is_storage(dtype: torch.dtype) -> bool:
-    """Whether numbers are only stored in this dtype, and nothing is trained in it: the float8 and float4 dtypes."""
+    """Whether this dtype only stores numbers, and nothing is computed in it: the float8 and float4 dtypes."""
     return dtype.is_floating_point and dtype.itemsize < 2
 
 
 def refuse_storage(dtype: torch.dtype) -> None:
-    """TypeError for a weight that is only stored in its dtype, and meets inputs as if it could be computed with."""
+    """TypeError for a weight whose dtype only stores it, where it would be computed with."""
     if is_storage(dtype):
         raise TypeError(
             f"the base weight is stored in {dtype}, which nothing is computed in; before each forward the layer must "
@@ -65,7 +65,7 @@ def refuse_storage(dtype: torch.dtype) -> None:
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of this one are computed with before they are rounded once: float32 or better."""
+    """The dtype to compute in before rounding once to this one: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -75,7 +75,7 @@ def cast(tensor: Maybe, dtype: torch.dtype) -> Maybe:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether operations on this kind of device are being cast automatically."""
+    """Whether autocast is on for this kind of device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -156,7 +156,7 @@ def drop(x: Tensor, dropout: float | Tensor) -> Tensor:
 
 
 class Fused(NamedTuple):
-    """What a fused function is told beside tensors, whatever its kind."""
+    """The options of a fused function, whatever its kind of layer."""
 
     scaling: float
     noise: Noise | None
@@ -169,7 +169,7 @@ class Fused(NamedTuple):
         return self.scaling if self.noise is None else self.scaling * self.noise.rescale
 
     def dropout(self, x: Tensor, rows: Tensor) -> float | Tensor:
-        """What drops of x, in a plain function, what was dropped of it here, where it lay as `rows` (N, features)."""
+        """The `dropout` that makes a plain function drop the same values of x; `rows` is x as (N, features)."""
         if self.noise is None:
             return 0.0
         return self.noise.drop(torch.ones_like(rows)).view(x.shape) * self.noise.rescale
@@ -185,7 +185,7 @@ def choose(
     dropout: float,
     slices: Slices | None = None,
 ) -> Fused | None:
-    """How to compute in one fused function; None where only autograd's own operations will do."""
+    """The options of the fused function for these tensors; None where only autograd's own operations will do."""
     if weight.requires_grad or not is_plain(x, weight, bias, A, B):
         return None
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
@@ -200,21 +200,21 @@ def choose(
 
 
 class FusedFunction(torch.autograd.Function):
-    """A plain function with a hand-written backward. A subclass says
+    """A plain function's twin with a hand-written backward. A subclass has `inputs`, the number of its tensors, and
 
-        forward(ctx, *inputs, *options)    the value; sets `ctx.shape`, that of the first input, and saves all inputs,
-                                           and after them what else `gradients` wants
-        gradients(ctx, dy)                 the backward, by hand: the gradient of each input, None where none is needed
-        twin(ctx, *inputs)                 the value, in operations that autograd knows
+        forward(ctx, *inputs, *options)    the value; saves all inputs first, and then what else `gradients` uses
+        gradients(ctx, dy)                 the gradient of each input, None where none is needed
+        twin(ctx, *inputs)                 the value in operations that autograd knows, for `backward` to be
+                                           differentiated, or taken of many dy at once
 
-    The first input may be saved as None where its gradient needs no value of it, because the function is linear in it.
+    A function that is linear in its first input may save None for that, and its shape as `ctx.shape`.
     """
 
     inputs: ClassVar[int]
 
     @classmethod
     def run(cls, x: Tensor, *arguments: Any) -> Tensor:
-        """Compute, and tell autograd."""
+        """The value, which autograd knows a backward of."""
         with without_autocast(x.device):
             y: Tensor = cls.apply(x, *arguments)  # type: ignore[no-untyped-call]
         return y
@@ -237,7 +237,7 @@ class FusedFunction(torch.autograd.Function):
     @classmethod
     @torch.enable_grad()
     def _plain_backward(cls, ctx: Any, dy: Tensor) -> list[Tensor | None]:
-        """Autograd's own gradients, of the twin: for a backward that is itself differentiated, or takes many dy."""
+        """Autograd's own gradients of the twin, which can be differentiated."""
         inputs, needs = list(ctx.saved_tensors[: cls.inputs]), ctx.needs_input_grad[: cls.inputs]
         if inputs[0] is None:
             # Not of dy, which may be many: then autograd would meet a value that is many, too.

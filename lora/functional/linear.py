@@ -76,13 +76,7 @@ def plain_lora_linear(
     dropout: float | Tensor = 0.0,
     slices: Slices | None = None,
 ) -> Tensor:
-    """What `lora_linear` computes, as the equation reads, in operations that autograd knows.
-
-    Args:
-        dropout: the probability, or what to multiply x by in the place of dropping at random.
-
-    The other arguments and the result are `lora_linear`'s.
-    """
+    """The equation of `lora_linear` in operations that autograd knows; `dropout` may be what to multiply x by."""
     y = F.linear(x, weight, bias)  # (..., out_features)
     h = F.linear(drop(x, dropout), A.to(x.dtype))  # (..., G·r)
     update = up_slices(h, B.to(x.dtype), slices or ((0, weight.shape[0]),), weight.shape[0])
@@ -133,9 +127,6 @@ def _parts_of_B(B: Tensor, slices: Slices) -> Sequence[Tensor]:
     return [B] if len(slices) == 1 else torch.split(B, [stop - start for start, stop in slices])
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
-
-
 class _LoRALinear(FusedFunction):
     """`plain_lora_linear`, fused. Saves x (if A trains) and h (if B does), and inputs that are not copies.
 
@@ -151,8 +142,8 @@ class _LoRALinear(FusedFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
         y, h = _forward(x, weight, bias, A, B, fused)
-        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        ctx.fused, ctx.shape, ctx.keeps_x = fused, x.shape, needs_A
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        ctx.fused, ctx.shape = fused, x.shape
         # x itself: of a view made here, double backward would know nothing.
         ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
         return y
@@ -160,13 +151,14 @@ class _LoRALinear(FusedFunction):
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
         x, weight, _, A, B, h = ctx.saved_tensors
-        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, _, needs_bias, _, _, _ = ctx.needs_input_grad
         dx, dA, dB = _backward(dy, x, weight, A, B, h, ctx.fused, needs_x)
         return dx, None, _rows(dy).sum(0) if needs_bias else None, dA, dB
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:
-        if not ctx.keeps_x and ctx.needs_input_grad[4]:
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        if needs_B and not needs_A:
             raise RuntimeError(
                 "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does "
                 "not; let lora_A train, or compute with `lora.functional.plain_lora_linear`."

@@ -42,7 +42,7 @@ def magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1
 
 
 def plain_magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
-    """What `magnify` computes, as the equation reads, in operations that autograd knows."""
+    """The equation of `magnify` in operations that autograd knows."""
     shape = _along(y, dim)
     scaled = y if bias is None else y - bias.view(shape).to(y.dtype)
     return y + (excess.view(shape) * scaled).to(y.dtype)

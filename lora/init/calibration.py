@@ -10,18 +10,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters.single import with_rank
-from lora.errors import is_number, raise_all, table
+from lora.errors import Problems, is_number, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
-from lora.init.observe import Inputs, Statistic, Step, observe
-from lora.layers.layer import LoRALayer
+from lora.init.observe import Step, observe
+from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import tensors_of
-from lora.models.initialization import unroundable, unwritable
 from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
-from lora.models.start import start_from, undo_start_on_error
+from lora.models.start import start_from, undo_start_on_error, unroundable, unwritable
 
 _WHAT = "calibrate: nothing was changed"
 
@@ -81,25 +79,25 @@ def calibrate(
         model: a model with LoRA layers, of which some wait. Only linear layers can; the others in it stay as they are.
         batches: each is given to the model as keywords (a mapping), as arguments (a tuple or list) or as one argument
             (anything else), its tensors moved to the device of the model's first parameter.
-        step: instead of that a function of model and batch. What it returns has to be the loss, or have one as its
-            `loss`, where a layer waits for LoRA-GA. Default: None.
+        step: a function of model and batch, called instead. Where a layer waits for LoRA-GA it must return the loss, or
+            something that has the loss as its `loss`. Default: None.
         rho: let EVA move ranks between its layers, to where they explain most of the variance: each layer gets
             between 1 and rho · r, all of them together what they had. The scalings stay. Default: 1, ranks stay.
-        ignore_index: inputs at positions with this label do not count for EVA and CorDA, nor do those that an
-            `attention_mask` leaves out, in batches that are mappings. None: labels do not matter. Default: -100.
+        ignore_index: in batches that are mappings, EVA and CorDA pass over inputs at positions with this label, and
+            those that `attention_mask` leaves out. None: labels do not matter. Default: -100.
         corda_method: "ipm" trains the directions that matter most for these data, to learn a task like theirs; "kpm"
-            the ones that matter least, to keep what the model knows of them. Default: "ipm".
+            trains those that matter least, to keep what the model knows of them. Default: "ipm".
         stable_gamma: γ of LoRA-GA: the larger, the smaller A and B. Default: 16.
 
     Returns:
         A report that prints as a table: module, method, rank, and the share that the rank explains.
 
     Raises:
-        ValueError: no layer waits, one that does is not linear, or its rank is above what its weight has (LoRA-GA needs
-            2 r), its base weight is to be written and belongs to another module as well, or is packed, or (CorDA) its
-            scaling is not above 0; an argument is out of range; there are no batches, no loss for LoRA-GA, or a layer
-            that none of them reached; an input or a gradient is not finite, or says nothing. One error lists all, and
-            the model is as it was.
+        ValueError: no layer waits; one that waits is not linear, has a rank above that of its weight (LoRA-GA needs
+            2 r), has a base weight that would be written but is tied to another module's or packed, or (CorDA) a
+            scaling that is not above 0; an argument is out of range; there are no batches, or no loss for LoRA-GA; no
+            batch reached a layer; inputs or gradients are not finite, all zero or (EVA) all the same. One error lists
+            all, and the model is as it was.
 
     From "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation", arXiv:2410.07170, section
     3; "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000, section 3; "CorDA:
@@ -125,10 +123,11 @@ def calibrate(
     waiting: dict[LinearLoRA, Any] = {layer: METHODS[str(layer.awaits)] for layer in layers}  # type: ignore[misc]
     seen: dict[LinearLoRA, Any] = {layer: method.statistic(layer) for layer, method in waiting.items()}
     count = observe(model, seen, batches, step, ignore_index)
-    problems = [] if count else ["there must be at least one batch, and `batches` is empty."]
-    for layer, statistic in seen.items():
-        problems += [f"{names[layer][0]}: {problem}" for problem in _seen_problems(layer, statistic) if count]
-    raise_all(_WHAT, problems)
+    raise_all(_WHAT, [] if count else ["there must be at least one batch, and `batches` is empty."])
+    with Problems(_WHAT) as problems:
+        for layer, statistic in seen.items():
+            found = list(statistic.problems()) or filter(None, [waiting[layer].lacks(layer, statistic)])
+            problems.add(*(f"{names[layer][0]}: {problem}" for problem in found))
     starts: dict[LinearLoRA, Start] = {}
     for method in METHODS.values():
         its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
@@ -137,7 +136,7 @@ def calibrate(
     with undo_start_on_error(layers):
         for layer, method in waiting.items():
             start = starts[layer]
-            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), _rank(start), start.share))
+            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), start.r, start.share))
             _begin(layer, start, method.writes_base)
     return CalibrationReport(tuple(modules), count)
 
@@ -179,30 +178,14 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
     yield from unroundable(written, names)
 
 
-def _seen_problems(layer: LinearLoRA, seen: Statistic) -> Iterator[str]:
-    """What keeps the data from starting the layer."""
-    if seen.problem:
-        yield seen.problem
-    if not seen.count:
-        yield "no batch reached it." if isinstance(seen, Inputs) else "no batch's loss reached it."
-    elif not seen.is_finite():
-        yield f"its {'inputs are' if isinstance(seen, Inputs) else 'gradient is'} not finite."
-    else:
-        yield from METHODS[str(layer.awaits)].seen_problems(layer, seen)
-
-
 # ---- the start -------------------------------------------------------------------------------------------------
-
-
-def _rank(start: Start) -> int:
-    return start.pairs[0][1].shape[0]
 
 
 def _begin(layer: LinearLoRA, start: Start, writes_base: bool) -> None:
     """Give the layer its A and B, of another rank perhaps, and let it train."""
-    r = _rank(start)
+    r = start.r
     if r != layer.r:
-        layer.lora_alpha = with_rank({"scaling": layer.scaling, "use_rslora": layer.use_rslora}, r)["lora_alpha"]
+        layer.lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
         layer.r = r
         for name, value in zip(("lora_A", "lora_B"), tensors_of(layer, start.pairs), strict=True):
             old: nn.Parameter = getattr(layer, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,13 @@ from lora.init.observe import Gradients, Inputs
 from lora.layers.linear import LinearLoRA
 from lora.models.blocks import Pair, Spectrum
 from lora.models.spectral import (
-    blocks_of,
     decomposed,
     nothing_problems,
     rank_problems,
     scaling_problems,
     split,
     value_problems,
+    weight_blocks,
 )
 
 _NITER = 4  # power iterations of the randomised SVD: PEFT's number
@@ -40,6 +40,11 @@ class Start(NamedTuple):
 
     pairs: list[Pair]
     share: float
+
+    @property
+    def r(self) -> int:
+        """The rank of each block, which is the layer's: only linear layers start from data."""
+        return self.pairs[0][1].shape[0]
 
 
 @torch.no_grad()
@@ -92,7 +97,7 @@ def _corda(seen: dict[LinearLoRA, Inputs], options: Options) -> dict[LinearLoRA,
         C /= C.diagonal().mean()
         C.diagonal().add_(_DAMPING)
         with without_autocast(C.device):
-            blocks = [block.to(C) @ C for block in blocks_of(layer, layer.base_weight())]  # (rows, in_features)
+            blocks = [block.to(C) @ C for block in weight_blocks(layer, layer.base_weight())]  # (rows, in_features)
         which = CORDA[options.corda_method](layer.r)
         # The least directions take the whole decomposition.
         niter = _NITER if options.corda_method == "ipm" else None
@@ -116,21 +121,18 @@ def _kept(parts: list[Spectrum], which: slice, blocks: list[Tensor]) -> float:
 # ---- what the methods ask for ------------------------------------------------------------------------------------
 
 
-def _eva_problems(layer: LinearLoRA) -> Iterator[str]:
+def _eva_problems(layer: LinearLoRA) -> Iterable[str]:
     columns = layer.lora_A.shape[1]
-    yield from rank_problems(layer, [(columns, columns)])
+    return rank_problems(layer, [(columns, columns)])
 
 
-def _lora_ga_problems(layer: LinearLoRA) -> Iterator[str]:
-    yield from rank_problems(layer, _shapes(layer), 2)
-    yield from value_problems(layer)
+def _lora_ga_problems(layer: LinearLoRA) -> Iterable[str]:
+    return *rank_problems(layer, _shapes(layer), 2), *value_problems(layer)
 
 
-def _corda_problems(layer: LinearLoRA) -> Iterator[str]:
-    yield from rank_problems(layer, _shapes(layer))
-    yield from scaling_problems(layer)
-    unreadable = list(value_problems(layer))
-    yield from unreadable or nothing_problems(blocks_of(layer, layer.base_weight()))
+def _corda_problems(layer: LinearLoRA) -> Iterable[str]:
+    unreadable = list(value_problems(layer)) or nothing_problems(weight_blocks(layer, layer.base_weight()))
+    return *rank_problems(layer, _shapes(layer)), *scaling_problems(layer), *unreadable
 
 
 def _shapes(layer: LinearLoRA) -> list[tuple[int, int]]:
@@ -138,21 +140,18 @@ def _shapes(layer: LinearLoRA) -> list[tuple[int, int]]:
     return [(rows, layer.lora_A.shape[1]) for rows in layer.block_rows()]
 
 
-def _eva_sees_nothing(layer: LinearLoRA, seen: Inputs) -> Iterator[str]:
+def _eva_lacks(layer: LinearLoRA, seen: Inputs) -> str | None:
     if seen.count <= layer.r:
-        yield f"EVA needs more than r (={layer.r}) inputs, and it had {seen.count}."
-    elif not bool(seen.scatter.diagonal().any()):
-        yield "its inputs are all the same."
+        return f"EVA needs more than r (={layer.r}) inputs, and it had {seen.count}."
+    return None if bool(seen.scatter.diagonal().any()) else "its inputs are all the same."
 
 
-def _lora_ga_sees_nothing(layer: LinearLoRA, seen: Gradients) -> Iterator[str]:
-    if not any(bool(block.any()) for block in seen.blocks):
-        yield "its gradient is zero."
+def _lora_ga_lacks(layer: LinearLoRA, seen: Gradients) -> str | None:
+    return None if any(bool(block.any()) for block in seen.blocks) else "its gradient is zero."
 
 
-def _corda_sees_nothing(layer: LinearLoRA, seen: Inputs) -> Iterator[str]:
-    if not bool(seen.second_moment().diagonal().any()):
-        yield "its inputs are zero."
+def _corda_lacks(layer: LinearLoRA, seen: Inputs) -> str | None:
+    return None if bool(seen.second_moment().diagonal().any()) else "its inputs are zero."
 
 
 class Method(NamedTuple):
@@ -160,16 +159,17 @@ class Method(NamedTuple):
 
     #: What it needs to see of a layer.
     statistic: Callable[[LinearLoRA], Any]
-    #: What is wrong with a layer, and with what was seen of it.
+    #: What is wrong with a layer.
     problems: Callable[[LinearLoRA], Iterable[str]]
-    seen_problems: Callable[[LinearLoRA, Any], Iterable[str]]
+    #: What is wrong with finite data that were seen of it.
+    lacks: Callable[[LinearLoRA, Any], str | None]
     #: The starts of all its layers; takes what was seen out of the dict, to let go of it.
     start: Callable[[dict[LinearLoRA, Any], Options], dict[LinearLoRA, Start]]
     writes_base: bool
 
 
 METHODS = {
-    "eva": Method(Inputs, _eva_problems, _eva_sees_nothing, _eva, writes_base=False),
-    "lora_ga": Method(Gradients, _lora_ga_problems, _lora_ga_sees_nothing, _lora_ga, writes_base=True),
-    "corda": Method(Inputs, _corda_problems, _corda_sees_nothing, _corda, writes_base=True),
+    "eva": Method(Inputs, _eva_problems, _eva_lacks, _eva, writes_base=False),
+    "lora_ga": Method(Gradients, _lora_ga_problems, _lora_ga_lacks, _lora_ga, writes_base=True),
+    "corda": Method(Inputs, _corda_problems, _corda_lacks, _corda, writes_base=True),
 }

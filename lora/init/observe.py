@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,25 +11,62 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lora.functional.fused import exact_dtype
 from lora.layers.linear import LinearLoRA
-from lora.models.disabling import disabled
+from lora.models.training import disabled
 
 Step = Callable[[nn.Module, Any], Any]
+
+
+def observe(
+    model: nn.Module,
+    statistics: Mapping[LinearLoRA, Statistic],
+    batches: Iterable[Any],
+    step: Step | None,
+    ignore_index: int | None,
+) -> int:
+    """Run the pretrained model on the batches once, and let each layer's statistic see them; returns how many."""
+    counted = Counted(ignore_index)
+    probe = torch.zeros((), requires_grad=True)  # what every output depends on, so that it has a gradient
+    with_loss = any(isinstance(statistic, Gradients) for statistic in statistics.values())
+    count = 0
+    with ExitStack() as hooks:
+        for layer, statistic in statistics.items():
+            hooks.enter_context(statistic.watch(layer, counted, probe))
+        with disabled(model), torch.set_grad_enabled(with_loss):
+            for batch in batches:
+                counted.take(batch)
+                result = (step or run)(model, batch)
+                count += 1
+                if with_loss:
+                    torch.autograd.grad(_loss(result), probe, allow_unused=True)
+    return count
+
+
+# ---- what is summed ------------------------------------------------------------------------------------------------
 
 
 class Inputs:
     """Number, mean and scatter Σ (x − mean)(x − mean)ᵀ of a layer's inputs, in float32 or float64."""
 
     def __init__(self, layer: LinearLoRA) -> None:
-        self.count, self.problem = 0, ""
+        self.count = 0
         self.mean, self.scatter = torch.zeros(()), torch.zeros(())
+
+    def watch(self, layer: LinearLoRA, counted: Counted, probe: Tensor) -> RemovableHandle:
+        """See all that goes into the layer, until the handle is removed."""
+
+        def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            self.add(counted.rows(_input(args, kwargs)))
+
+        return layer.register_forward_pre_hook(see, with_kwargs=True)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take in rows (n, in_features); the mean of each batch apart, so that a large one costs no precision."""
         if not len(x):
             return
-        x = _exact(x)
+        x = x.to(exact_dtype(x.dtype))
         if not self.count:
             self.mean, self.scatter = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         total = self.count + len(x)
@@ -44,69 +81,73 @@ class Inputs:
         """Σ x xᵀ / n (in_features, in_features)."""
         return (self.scatter / self.count).addr_(self.mean, self.mean)
 
-    def is_finite(self) -> bool:
-        """Whether all inputs were."""
-        return bool(self.scatter.isfinite().all())
+    def problems(self) -> Iterator[str]:
+        """Why nothing can be made of what was seen."""
+        if not self.count:
+            yield "no batch reached it."
+        elif not bool(self.scatter.isfinite().all()):
+            yield "its inputs are not finite."
 
 
 class Gradients:
     """Σ dyᵀ x, the gradient of a layer's weight, for each block of rows that an update goes to."""
 
     def __init__(self, layer: LinearLoRA) -> None:
-        self.count, self.problem = 0, ""
+        self.count, self.changed = 0, False
         self.slices = layer.slices()
         self.blocks: list[Tensor] = []
+
+    def watch(self, layer: LinearLoRA, counted: Counted, probe: Tensor) -> RemovableHandle:
+        """See all inputs of the layer with the gradients of its outputs, until the handle is removed."""
+
+        def see(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None  # the first of the two forwards of an activation checkpoint
+            x = _input(args, kwargs).detach()
+            version = x._version
+            output = output + probe
+
+            def see_gradient(dy: Tensor) -> None:
+                self.changed |= x._version != version
+                self.add(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+
+            output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
+            return output
+
+        return layer.register_forward_hook(see, with_kwargs=True)
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Take in rows of the output's gradient (n, out_features) and of the input (n, in_features)."""
-        dy, x = _exact(dy), _exact(x)
+        dy, x = dy.to(exact_dtype(dy.dtype)), x.to(exact_dtype(x.dtype))
         if not self.blocks:
             self.blocks = [dy.new_zeros(stop - start, x.shape[1]) for start, stop in self.slices]
         for block, (start, stop) in zip(self.blocks, self.slices, strict=True):
             block.addmm_(dy[:, start:stop].T, x)
         self.count += len(x)
 
-    def is_finite(self) -> bool:
-        """Whether the gradient is."""
-        return all(bool(block.isfinite().all()) for block in self.blocks)
+    def problems(self) -> Iterator[str]:
+        """Why nothing can be made of what was seen."""
+        if self.changed:
+            yield "its input was changed in place after it was used; its weight's gradient needs it."
+        if not self.count:
+            yield "no batch's loss reached it."
+        elif not all(bool(block.isfinite().all()) for block in self.blocks):
+            yield "its gradient is not finite."
 
 
 Statistic = Inputs | Gradients
 
 
-def observe(
-    model: nn.Module,
-    statistics: Mapping[LinearLoRA, Statistic],
-    batches: Iterable[Any],
-    step: Step | None,
-    ignore_index: int | None,
-) -> int:
-    """Run the pretrained model on the batches once, and let each layer's statistic see them; returns how many."""
-    current = _Batch(ignore_index)
-    probe = torch.zeros((), requires_grad=True)  # what every output depends on, so that it has a gradient
-    with_loss = any(isinstance(statistic, Gradients) for statistic in statistics.values())
-    handles: list[RemovableHandle] = []
-    count = 0
-    try:
-        handles = [_watch(layer, statistic, current, probe) for layer, statistic in statistics.items()]
-        with disabled(model), torch.set_grad_enabled(with_loss):
-            for batch in batches:
-                current.take(batch)
-                result = (step or run)(model, batch)
-                count += 1
-                if with_loss:
-                    torch.autograd.grad(_loss(result), probe, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return count
+def _input(args: Any, kwargs: Any) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
-# ---- hooks -----------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------
 
 
-class _Batch:
+class Counted:
     """Which positions of the batch that is running count."""
 
     def __init__(self, ignore_index: int | None) -> None:
@@ -128,46 +169,6 @@ class _Batch:
         if self.mask is None or x.shape[:-1] not in (self.mask.shape, (self.mask.numel(),)):
             return rows
         return rows[self.mask.flatten().to(x.device)]
-
-
-def _watch(layer: LinearLoRA, statistic: Statistic, current: _Batch, probe: Tensor) -> RemovableHandle:
-    if isinstance(statistic, Gradients):
-        return layer.register_forward_hook(partial(_see_gradient, statistic, probe), with_kwargs=True)
-    return layer.register_forward_pre_hook(partial(_see_input, statistic, current), with_kwargs=True)
-
-
-def _see_input(statistic: Inputs, current: _Batch, layer: nn.Module, args: Any, kwargs: Any) -> None:
-    statistic.add(current.rows(_input(args, kwargs)))
-
-
-def _see_gradient(
-    statistic: Gradients, probe: Tensor, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> Tensor | None:
-    if not torch.is_grad_enabled():
-        return None  # the first of the two forwards of an activation checkpoint
-    x = _input(args, kwargs).detach()
-    version = x._version
-    output = output + probe
-
-    def see(dy: Tensor) -> None:
-        if x._version != version:
-            statistic.problem = "its input was changed in place after it was used; its weight's gradient needs it."
-        statistic.add(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
-
-    output.register_hook(see)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    x: Tensor = args[0] if args else kwargs["input"]
-    return x
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------
 
 
 def run(model: nn.Module, batch: Any) -> Any:

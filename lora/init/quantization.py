@@ -10,18 +10,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import is_count, join, raise_all, table
-from lora.functional.fused import without_autocast
+from lora.errors import Problems, is_count, join, raise_all, table
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
-from lora.models.initialization import unwritable
 from lora.models.model import Names, lora_layers, names_of, without_wrappers
-from lora.models.spectral import blocks_of, decomposed, form_problems, rank_problems, scaling_problems, split
-from lora.models.start import remember_start, start_from, undo_start_on_error
+from lora.models.spectral import decomposed, form_problems, rank_problems, scaling_problems, split, weight_blocks
+from lora.models.start import remember_start, start_from, undo_start_on_error, unwritable
 
 _WHAT = "loftq: nothing was changed"
-_NOTHING_LOST = "no LoRA layer has a base that is quantised; there is no loss to make up for."
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
@@ -56,8 +54,8 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
 
         min ‖W − Q − s · B A‖        Q: the quantised base; s · B A: the best approximation of W − Q at rank r
 
-    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. A step that makes things worse is
-    taken back, and is the last. The pretrained function is then that of Q + s · B A, which is near W: `lora.disabled`
+    With more steps, Q and B A take turns: Q = quantise(W − s · B A), then B A anew. The first step that makes the error
+    larger is undone and ends the turns. The pretrained function is then that of Q + s · B A, near W: `lora.disabled`
     computes it, and the adapter that `lora.save_adapter` writes is what training adds to it, so that a base in full
     precision can load it. `lora.eject` leaves the base as it was with one step, and quantised anew after more.
 
@@ -73,9 +71,9 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
         A report that prints as a table: module, rank, and ‖W − W'‖ / ‖W‖ before and now.
 
     Raises:
-        ValueError: there is no LoRA layer with a quantised base, one has a scaling that is not above 0, a rank above
-            that of its weight, or a weight that is missing, of another shape, not finite, or what the base holds
-            anyway; `steps` is not an integer of at least 1. One error lists all, and the model is as it was.
+        ValueError: no LoRA layer has a quantised base; a scaling is not above 0; a rank is above that of its weight; a
+            weight is missing, has another shape, is not finite, or equals the quantised base (nothing to correct);
+            `steps` is not an integer of at least 1. One error lists all, and the model is as it was.
 
     From "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659, algorithm 1.
 
@@ -100,11 +98,11 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
     """
     layers = [layer for layer in lora_layers(model, "loftq") if layer.r > 0 and is_packed(layer)]
     names = names_of(model)
-    raise_all(_WHAT, [*_argument_problems(weights, steps, niter), *([] if layers else [_NOTHING_LOST])])
-    problems: list[str] = []
-    for layer in layers:
-        problems += [f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)]
-    raise_all(_WHAT, [*problems, *(unwritable(layers, names) if steps > 1 else ())])
+    raise_all(_WHAT, _argument_problems(weights, steps, niter, layers))
+    with Problems(_WHAT) as problems:
+        for layer in layers:
+            problems.add(*(f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)))
+        problems.add(*(unwritable(layers, names) if steps > 1 else ()))
     modules = []
     with undo_start_on_error(layers):
         for layer in layers:
@@ -117,15 +115,15 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
     return LoftQReport(tuple(modules))
 
 
-def _argument_problems(weights: object, steps: object, niter: object) -> list[str]:
-    problems = []
+def _argument_problems(weights: object, steps: object, niter: object, layers: Sequence[LoRALayer]) -> Iterator[str]:
     if not isinstance(weights, Mapping) and not callable(weights):
-        problems.append(f"`weights` must be a mapping, or a function of a name, got a {type(weights).__name__}.")
-    if not is_count(steps) or steps == 0:
-        problems.append(f"`steps` must be an integer of at least 1, got {steps!r}.")
+        yield f"`weights` must be a mapping, or a function of a name, got a {type(weights).__name__}."
+    if not is_count(steps, 1):
+        yield f"`steps` must be an integer of at least 1, got {steps!r}."
     if niter is not None and not is_count(niter):
-        problems.append(f"`niter` must be None or an integer of at least 0, got {niter!r}.")
-    return problems
+        yield f"`niter` must be None or an integer of at least 0, got {niter!r}."
+    if not layers:
+        yield "no LoRA layer has a base that is quantised; there is no loss to make up for."
 
 
 def _problems(layer: LoRALayer, names: Names, weights: Weights) -> Iterator[str]:
@@ -143,7 +141,7 @@ def _problems(layer: LoRALayer, names: Names, weights: Weights) -> Iterator[str]
     elif not bool(weight.isfinite().all()):
         yield "the weight holds NaN or infinity."
     elif torch.equal(weight, base.to(weight.dtype)):
-        yield "its base has lost nothing of the weight; A and B would be zero, and never train."
+        yield "its base has lost nothing of the weight: A and B would both start at zero and never receive a gradient."
 
 
 def _keys(layer: LoRALayer, names: Names) -> list[str]:
@@ -157,7 +155,7 @@ def _original(layer: LoRALayer, names: Names, weights: Weights) -> Tensor | None
     for key in _keys(layer, names):
         with suppress(KeyError):
             weight = ask(key).detach()
-            return weight.to(layer.lora_A.device, torch.promote_types(weight.dtype, torch.float32))
+            return weight.to(layer.lora_A.device, exact_dtype(weight.dtype))
     return None
 
 
@@ -185,7 +183,7 @@ def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair
     """The best s · B A for what the base lacks, and the norm of what is left."""
     lost = weight - layer.base_weight()
     q = layer.lora_B.shape[1]
-    pairs = split(layer, [decomposed(block, q, niter) for block in blocks_of(layer, lost)])
+    pairs = split(layer, [decomposed(block, q, niter) for block in weight_blocks(layer, lost)])
     return pairs, float((lost - _update(layer, pairs)).norm())
 
 

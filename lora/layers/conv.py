@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
-from lora.functional.fused import autocasts, refuse_storage, without_autocast
+from lora.functional.fused import autocasts, exact_dtype, refuse_storage, without_autocast
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register
@@ -122,7 +122,7 @@ class ConvLoRA(LoRALayer):
     def _dense_norms(self) -> Tensor:
         """The norms of the sum itself: the update has no blocks in the weight's own rows."""
         weight = self.base_weight()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = exact_dtype(weight.dtype)
         with without_autocast(weight.device):
             update = self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
         total: Tensor = weight.to(dtype) + self.lora_scaling() * update

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.functional.fused import is_plain, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.functional.magnitude import magnify
 from lora.layers import weights
 from lora.layers.cache import remembered
@@ -56,7 +56,7 @@ class Magnitudes(LayerKind):
         """‖W₀ + s · B A‖² for each output that has a magnitude."""
         with torch.no_grad():  # not as a decorator, which a compiler cannot follow on a layer that is made in its sight
             weight, rows, s = self.base_weight(), self.block_rows(), self.lora_scaling()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = exact_dtype(weight.dtype)
             with without_autocast(weight.device):
                 Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
                 As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))

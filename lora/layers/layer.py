@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_count, is_number
-from lora.functional.fused import is_plain, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.layers import starts, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
@@ -168,7 +168,7 @@ class LoRALayer(Magnitudes):
 
     def merge_into(self, out: Tensor) -> Tensor:
         """Write W to `out`, which is like the weight: the weight itself, or another."""
-        dtype = torch.promote_types(out.dtype, torch.float32)
+        dtype = exact_dtype(out.dtype)
         with without_autocast(out.device):
             A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
             g = self.magnitude_gain(dtype) if self.use_dora else None
@@ -211,7 +211,7 @@ class LoRALayer(Magnitudes):
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         if use_dora:
             count = self.magnitudes(self, shape_B)
-            exact = torch.promote_types(dtype, torch.float32)  # it moves in small steps, and is small
+            exact = exact_dtype(dtype)  # it moves in small steps, and is small
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
 
@@ -238,7 +238,7 @@ class LoRALayer(Magnitudes):
         super().reset_parameters()  # type: ignore[misc]
 
     def start_adapter(self) -> None:
-        """Initialise the adapter as `init_lora_weights` says, where that needs nothing but starts."""
+        """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
         names = [name for name, _ in self.lora_parameters()]

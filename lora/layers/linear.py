@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Adapted, lora_linear
-from lora.functional.fused import without_autocast
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
@@ -77,7 +77,7 @@ class LinearLoRA(WithVocabulary):
         return self.stored(up_slices(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
 
     def merge_into(self, out: Tensor) -> Tensor:
-        exact = torch.promote_types(out.dtype, torch.float32)
+        exact = exact_dtype(out.dtype)
         A, B = self.lora_A.to(exact), self.lora_B.to(exact)
         gain = self.magnitude_gain(exact) if self.use_dora else None  # of the weight as it is, before it is written
         if out is not self.weight:

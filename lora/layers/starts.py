@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.functional.fused import exact_dtype
+
 Layer = Any  # a LoRALayer, whose file imports this one
 
 #: True, False, a name, or a function of a layer that writes its `lora_A` and `lora_B`.
@@ -73,7 +75,7 @@ def odd_problem(layer: Layer) -> str | None:
 
 
 def _randn(layer: Layer, rows: int, columns: int) -> Tensor:
-    dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    dtype = exact_dtype(layer.lora_A.dtype)
     return torch.randn(rows, columns, device=layer.lora_A.device, dtype=dtype)
 
 

@@ -11,11 +11,12 @@ of plain tensors import none of it, and pay for none of it.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -40,41 +41,39 @@ class Packing(NamedTuple):
     prepare_training: Callable[[Any, bool], None] = lambda module, adapted: None
 
 
-class Plain(NamedTuple):
-    """One of a module's own tensors, or a value for it, that this process has whole.
-
-    Tensors of other classes have subclasses of this one, with the same methods.
-    """
+@dataclass(frozen=True)
+class Plain:
+    """One of a module's own tensors, or a value for it; this process has all of it. A sharded one is a subclass."""
 
     module: nn.Module | None
     own: str
-    tensor: Any
+    tensor: Tensor
 
     def part(self) -> Tensor:
         """What this rank has of it."""
-        return cast(Tensor, self.tensor)
+        return self.tensor
 
     def whole(self) -> Tensor:
         """All of it, its rows in the model's order."""
-        return cast(Tensor, self.tensor)
+        return self.tensor
 
-    def write(self, value: Tensor) -> None:
-        """Copy a whole value, its rows in the model's order, into it."""
-        with torch.no_grad():
-            self.tensor.copy_(value)
+    def in_model_order(self) -> Tensor:
+        """It with its rows in the model's order, sharded as it is."""
+        return self.tensor
 
     def sharded_like(self, value: Tensor) -> Tensor:
         """A whole value, its rows in the model's order, sharded as this is."""
         return value
 
-    def in_model_order(self) -> Tensor:
-        """It with its rows in the model's order, sharded as it is."""
-        return cast(Tensor, self.tensor)
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Copy a whole value, its rows in the model's order, into it."""
+        self.tensor.copy_(value)
 
     def values_at(self, places: Tensor) -> Tensor:
         """The values at these places, counted as if it were flat; nothing large is gathered or copied."""
-        tensor = self.tensor.detach()  # by indices: a transposed tensor is not copied
-        return cast(Tensor, tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None])
+        tensor = self.tensor.detach()
+        return tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None]
 
     @classmethod
     def ranks(cls, tensors: Sequence[Tensor]) -> Alone:
@@ -83,10 +82,7 @@ class Plain(NamedTuple):
 
 
 class Alone:
-    """The ranks of a model that one process has whole: nothing is to be agreed on, and nobody waits.
-
-    Ranks of sharded models are a subclass of this; they call each method together.
-    """
+    """The ranks of a model that one process has whole. Those of a sharded one are a subclass, and call it together."""
 
     alone = True
     is_first = True
@@ -129,15 +125,14 @@ _SHARDINGS: dict[type | str, type[Plain] | str] = {
 
 
 def _row(table: dict[type | str, T | str], *classes: type) -> T | None:
-    """What a table says of the first of these classes that it knows, or knows a class of that it derives from."""
+    """What a table says of the first of these classes that it knows: by itself, or by a class that it derives from."""
     for cls in classes:
         for owner in cls.__mro__:
             for key in (owner, f"{owner.__module__}.{owner.__qualname__}"):
                 if key in table:
                     row = table[key]
                     if isinstance(row, str):
-                        module, name = row.split(":")
-                        row = table[key] = getattr(importlib.import_module(module), name)
+                        row = table[key] = pkgutil.resolve_name(row)
                     return cast(T, row)
     return None
 
@@ -294,7 +289,7 @@ def _sharding(tensor: object) -> type[Plain]:
 def ranks_of(model: nn.Module) -> Alone:
     """The ranks that a model, or a layer, is sharded over."""
     sharded = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor)]
-    return _sharding(sharded[0]).ranks(sharded) if sharded else Alone()
+    return _sharding(next(iter(sharded), None)).ranks(sharded)
 
 
 def outside_inference_mode(function: F) -> F:

@@ -1,4 +1,4 @@
-"""An update as products of matrices, one for each part of a weight that has ranks of its own; and their SVD."""
+"""An update in blocks: products of matrices, one for each part of a weight that has its own rank; and their SVD."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class Spectrum(NamedTuple):
 
 
 def pairs_of(layer: LoRALayer) -> list[Pair]:
-    """The blocks of B A in float64 and on the CPU (some devices have no float64), without the scaling.
+    """The blocks of B A without the scaling, in float64, and on the CPU: some devices have no float64.
 
     linear, embedding       one: B (out, r), A (r, in)
     merged linear           one for each enabled split: B (size, r), A (r, in)
     factored convolution    one for each group: B (out / groups, r / groups), A (r / groups, in / groups · k)
     loralib's convolution   one: its B and A
     """
-    return blocks_of(layer, layer.lora_A.detach().cpu().double(), layer.lora_B.detach().cpu().double())
+    return factor_blocks(layer, layer.lora_A.detach().cpu().double(), layer.lora_B.detach().cpu().double())
 
 
-def blocks_of(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
-    """The same of an A and a B in the layer's form, as they are."""
+def factor_blocks(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
+    """The blocks of an A and a B in the layer's form: views, in their dtype, on their device."""
     rows = layer.block_rows()
     return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
 
 
 def tensors_of(like: LoRALayer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """A and B that have these blocks, of whatever rank, in the form of the layer; new memory."""
+    """A and B with these blocks, of any rank, in the form of the layer; new memory."""
     A = torch.cat([A for _, A in pairs])  # (blocks·q, columns)
     B = torch.cat([B for B, _ in pairs])  # (all rows, q)
     return A.reshape(-1, *like.lora_A.shape[1:]), B.reshape(*B.shape, *like.lora_B.shape[2:])
@@ -70,7 +70,7 @@ def layer_rank(layer: LoRALayer, q: int) -> int:
 
 
 def spectrum(B: Tensor, A: Tensor) -> Spectrum:
-    """The SVD of B A, by thin QR of each and the SVD of a core of their rank; B A itself is not made."""
+    """The SVD of B A, from thin QR of each and the SVD of a core of their rank; B A itself is never built."""
     Q_B, R_B = torch.linalg.qr(B)  # (rows, p), (p, q) with p = min(rows, q)
     Q_A, R_A = torch.linalg.qr(A.T)  # (columns, p'), (p', q)
     U, S, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -83,7 +83,7 @@ def dense_spectrum(matrix: Tensor) -> Spectrum:
 
 
 def shares(spectra: Sequence[Spectrum]) -> Tensor:
-    """Of all blocks' energy Σσ², the share that q = 1, 2, … keeps; all ones for an update of zeros."""
+    """The share of all blocks' energy Σσ² that q = 1, 2, … keeps; all ones for an update of zeros."""
     longest = max(part.S.numel() for part in spectra)
     energy = torch.stack([F.pad(part.S.cpu().double().square(), (0, longest - part.S.numel())) for part in spectra])
     kept = energy.sum(0).cumsum(0)

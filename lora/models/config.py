@@ -20,7 +20,7 @@ from lora.models.training import BIAS_CHOICES
 
 T = TypeVar("T")
 
-#: PEFT's task types, each with the names of the heads that it trains in full: ends of names, as PEFT goes by them.
+#: PEFT's task types, each with the ends of the names of the heads that it trains in full, as PEFT finds them.
 HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

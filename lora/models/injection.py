@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, table
+from lora.errors import Problems, join, raise_all, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
 from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
-from lora.models.initialization import begin, problems_of_start
 from lora.models.model import (
     Memory,
     Names,
@@ -34,7 +33,7 @@ from lora.models.model import (
     sharded_problems,
     undo_on_error,
 )
-from lora.models.start import give_back
+from lora.models.start import begin, give_back, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
@@ -107,30 +106,29 @@ class Plan:
 def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpack[Settings]) -> InjectionReport:
     """Put LoRA into a model's layers, in place, and freeze everything else.
 
-    The same module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay; the
-    model computes what it did before until it is trained.
+    Module objects, Parameter objects, hooks, tied weights, devices, dtypes and training flags stay the same. The model
+    computes what it did before until it is trained.
 
-    Resize a vocabulary first, by transformers' `resize_token_embeddings`, if at all. Called after this, an adapted
-    embedding, or a head that is tied to one, follows: new ids have no update, and those of ids that are gone go; the
-    Parameter objects stay, gradients are dropped, and an optimizer, whose state has the old shapes, is to be made anew.
-    DoRA's magnitudes of an embedding follow only when ids come. An output head that is not tied is made anew, bias and
-    all, and loses its LoRA: whatever asks for the adapter then (saving, merging, `lora.disabled`) raises and names it.
-    So does every other layer that is replaced by one without LoRA, but for children of `nn.Sequential` and
-    `nn.ModuleList`.
+    Resize a vocabulary (transformers' `resize_token_embeddings`) before this, if at all. Afterwards, an adapted
+    embedding and heads tied to it follow: added ids have no update, and the updates of removed ids go. Parameter
+    objects stay, but gradients are dropped, and an optimizer must be made anew, since its state has the old shapes.
+    DoRA's magnitudes of an embedding follow only when ids are added. A head that is not tied is replaced, and loses its
+    LoRA: saving, merging and `lora.disabled` then raise, and name it. They do so for every layer that was replaced by
+    one without LoRA, except children of `nn.Sequential` and `nn.ModuleList`.
 
     Args:
-        model: any module; its layers of a kind that is known are nn.Linear, nn.Embedding, nn.Conv1d, 2d and 3d,
-            transformers' Conv1D, their subclasses, and what `lora.register` added.
+        model: any module. Known kinds of layer are nn.Linear, nn.Embedding, nn.Conv1d, 2d and 3d, transformers' Conv1D,
+            their subclasses, and what `lora.register` added.
         config: what to adapt and how.
-        **settings: the fields of a `LoraConfig`, in the place of `config`.
+        **settings: the fields of a `LoraConfig`, instead of `config`.
 
     Returns:
         A report that prints as a table: module, kind, weight, r, scaling, parameters, and the trainable share.
 
     Raises:
         TypeError: both `config` and settings are given, or neither.
-        ValueError: a name or pattern matches nothing, a module is adapted already or cannot be, its parent bypasses
-            its forward, settings do not fit it, or the model is wrapped in DistributedDataParallel already. One error
+        ValueError: a name or pattern matches nothing; a module has LoRA already or cannot have it; its parent bypasses
+            its forward; settings do not fit it; or the model is wrapped in DistributedDataParallel already. One error
             lists everything, and the model is as it was.
 
     >>> import torch, lora
@@ -154,12 +152,14 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for module in targets:
             with problems.at(names[module][0]):
                 plans.append(_plan(model, names[module], module, config))
-        problems.add(*obstacles(names), *_untrainable(names))
+        problems.add(*obstacles(names))
+        for module, known in names.items():  # adapted or not: gradients have to come through all of them
+            if "weight" in module._parameters and (reason := weights.why_not_train(module)):
+                problems.add(f"{known[0]}: {reason}")
     with undo_on_error(model.modules()):
         layers = adapt(plans)
         remember_layers(names, layers)
-        with Problems("inject: nothing was changed") as problems:
-            problems.add(*problems_of_start(layers, names, config.init_lora_weights))
+        raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
         mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
@@ -171,15 +171,15 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
 def eject(model: nn.Module) -> None:
     """Take LoRA out of a model, in place: the base model is back, in plain torch layers.
 
-    Parameters that trained in full (`modules_to_save`, biases) and buffers get the values that they had when LoRA was
-    put in. What `requires_grad` says of the others stays as it is.
+    Parameters that trained in full (`modules_to_save`, biases) and buffers get back the values that they had when LoRA
+    was put in. All `requires_grad` flags stay as they are.
 
     Args:
         model: a model with LoRA layers, injected or constructed.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, it is sharded, a layer has a forward of its instance, or what
-            trained in full was resized since. Nothing has changed then.
+        ValueError: there is no LoRA layer in the model, it is sharded, the instance of a layer has its own `forward`,
+            or what trained in full was resized since. Nothing has changed then.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
@@ -224,7 +224,7 @@ def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
         layer: Any = plan.module
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
             layer.detach()
-        vars(layer).pop("forward", None)  # the class's own, or `why_not` would have refused
+        vars(layer).pop("forward", None)  # the class's own, or `refusal` would have said so
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.attach(**plan.settings)
         layer.injected = True
@@ -242,10 +242,12 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
-    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, _around(model, names[0]))):
-        return "is sharded, and an adapter put in now would not be: each rank would train its own. Inject, then shard."
+    parts = names[0].split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
+    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
+        return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
     if "weight" not in {**module._parameters, **module._buffers}:
-        return "its `weight` is not its own but computed (a parametrization, pruning); make that permanent first."
+        return "its `weight` is computed (by a parametrization, or pruning); make that permanent first."
     if has_own_forward(module):
         return (
             "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
@@ -254,22 +256,12 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        reason = bypass_of(model.get_submodule(parent_name), child)
-        if reason:
-            return reason
-    return None
-
-
-def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The module of this name, and all that it is a part of."""
-    parts = name.split(".")
-    return (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
+    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
 
 
 def clashing_names(module: nn.Module) -> list[str]:
-    """Names of the module's own that its kind of LoRA layer would take for the adapter's."""
+    """Names that the module uses and that its kind of LoRA layer needs for the adapter."""
     kind = kind_for(type(module))
     if kind is None or isinstance(module, LoRALayer):
         return []
@@ -277,48 +269,35 @@ def clashing_names(module: nn.Module) -> list[str]:
     return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
 
 
-class Bypass(NamedTuple):
-    """The children whose weights a class of module reads without calling them, and what a user can do about it."""
-
-    children: tuple[str, ...]
-    way_out: str = "leave it out with `exclude_modules`"
-    only_on_fast_path: bool = False
-
-
-_SSM = Bypass(("conv1d", "out_proj"))
-
-# By full name, so that packages need not be installed; their subclasses count as well.
-_BYPASSES = {
-    "torch.nn.modules.activation.MultiheadAttention": Bypass(("out_proj",)),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": Bypass(
-        ("linear1", "linear2"),
-        "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first",
-        only_on_fast_path=True,
-    ),
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": Bypass(("q_proj", "k_proj", "v_proj", "out_proj")),
-    "transformers.models.mamba.modeling_mamba.MambaMixer": Bypass(("conv1d", "x_proj", "dt_proj", "out_proj")),
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": Bypass(
-        ("conv1d", "x_proj", "dt_proj", "out_proj")
-    ),
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": Bypass(("conv1d", "dt_proj")),
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": _SSM,
-    "transformers.models.bamba.modeling_bamba.BambaMixer": _SSM,
-    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": Bypass(("conv1d",)),
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": _SSM,
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": _SSM,
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": _SSM,
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": _SSM,
+# Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
+# nothing. By full name, so that packages need not be installed; subclasses count as well.
+_BYPASSED = {
+    "torch.nn.modules.activation.MultiheadAttention": "out_proj",
+    "torch.nn.modules.transformer.TransformerEncoderLayer": "linear1 linear2",
+    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": "q_proj k_proj v_proj out_proj",
+    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
+    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
+    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
 }
 
 
 def bypass_of(parent: nn.Module, child: str) -> str | None:
-    """The reason why LoRA in this child of `parent` would do nothing; None if it would do what it should."""
+    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
+    way_out = "leave it out with `exclude_modules`"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        way_out = "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first"
     for owner in type(parent).__mro__:
-        bypass = _BYPASSES.get(f"{owner.__module__}.{owner.__qualname__}")
-        if bypass and child in bypass.children:
-            if bypass.only_on_fast_path and not torch.backends.mha.get_fastpath_enabled():
-                return None
-            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {bypass.way_out}."
+        if child in _BYPASSED.get(f"{owner.__module__}.{owner.__qualname__}", "").split():
+            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
     return None
 
 
@@ -357,14 +336,6 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a module's adapter trains in: the weight's, and float32 where that is narrower."""
     weight: Any = module.weight
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _untrainable(names: Names) -> Iterator[str]:
-    """Modules whose packed weights give wrong gradients, be they adapted or not."""
-    for module, known in names.items():
-        reason = weights.why_not_train(module) if "weight" in module._parameters else None
-        if reason:
-            yield f"{known[0]}: {reason}"
 
 
 def report_of(

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all, table
-from lora.functional.fused import is_plain, is_storage
+from lora.errors import Problems, join, table
+from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
@@ -32,7 +32,7 @@ from lora.models.training import forget_originals
 class MergedModule:
     """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost.
 
-    Of one that was packed also how, and the share of the update that packing the merged weight again would lose.
+    If it was packed, also how, and the share of the update that packing the merged weight again would lose.
     """
 
     name: str
@@ -46,8 +46,8 @@ class MergedModule:
 class MergeReport:
     """What `lora.merge` did: how much of each module's update was lost to rounding.
 
-    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 where the update went in whole, 1 where rounding
-    took as much as there was. Of a large matrix it is measured on evenly spaced columns, half a million values or more.
+    `lost` is ‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ with Δ = s · B A: 0 if nothing of the update was lost, 1 if rounding lost
+    as much as there was. In a large matrix it is measured on evenly spaced columns, half a million values or more.
     """
 
     modules: tuple[MergedModule, ...]
@@ -62,17 +62,17 @@ class MergeReport:
         header = ("module", "dtype", "update lost to rounding")
         if not any(m.packed for m in self.modules):
             return table(header, rows)
-        again = [(m.packed or "-", _percent(m.lost_packed)) for m in self.modules]
-        wide = [(*row, *more) for row, more in zip(rows, again, strict=True)]
+        shares = ["-" if m.lost_packed is None else f"{100 * m.lost_packed:.0f} %" for m in self.modules]
+        wide = [(*row, m.packed or "-", lost) for row, m, lost in zip(rows, self.modules, shares, strict=True)]
         return table((*header, "was packed as", "lost if packed again"), wide)
 
 
 def merge(model: nn.Module) -> MergeReport:
     """Write W = g ⊙ (W₀ + s · B A) into the base weights, in place, and leave plain torch layers.
 
-    The sum is taken in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
-    rounding takes a good part of a small update; the report says how much of it. Packed (quantised) weights become
-    dense ones, in the dtype that their layer computes in; the report says what packing them again would lose.
+    The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
+    rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
+    the dtype that their layer computes in; the report says how much packing them again would lose.
 
     Args:
         model: a model with LoRA layers, injected or constructed.
@@ -81,9 +81,9 @@ def merge(model: nn.Module) -> MergeReport:
         A report that prints as a table: module, dtype, and the share of the update that rounding lost.
 
     Raises:
-        ValueError: there is no LoRA layer, a weight is tied to another module's (which the update would change too),
-            a weight is sharded, or neither dense nor packed in a known way, a merged weight would not be finite, or a
-            layer has a forward of its instance. One error lists everything, and the model is as it was.
+        ValueError: there is no LoRA layer; a weight is tied to another module's (which the update would change too),
+            is sharded, or is neither dense nor packed in a known way; a merged weight would not be finite; or the
+            instance of a layer has its own `forward`. One error lists everything, and the model is as it was.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -98,15 +98,16 @@ def merge(model: nn.Module) -> MergeReport:
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
     memory = Memory(owned_tensors(names))
-    problems = [*_problems(layers, names), *own_forward_problems(lora_layers(model, "merge"), names)]
-    for layer in layers:
-        others = memory.tied_to(layer)
-        if others:
-            problems.append(
-                f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
-                "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
-            )
-    raise_all("merge: nothing was changed", problems)
+    with Problems("merge: nothing was changed") as problems:
+        _check(layers, names, problems)
+        problems.add(*own_forward_problems(lora_layers(model, "merge"), names))
+        for layer in layers:
+            others = memory.tied_to(layer)
+            if others:
+                problems.add(
+                    f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
+                    "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
+                )
     rows = [_merge(layer, names[layer][0]) for layer in layers]
     for layer in lora_layers(model, "merge", none=True):  # those with r = 0
         layer.detach()
@@ -139,14 +140,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = [layer for layer in lora_layers(model, "merged_state_dict") if layer.r > 0]
     names = names_of(model)
-    problems = _problems(layers, names)
-    for layer in layers:
-        if _packed_as_known(layer):
-            problems.append(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
-        beyond = layer.beyond_weight()
-        if beyond:
-            problems.append(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
-    raise_all("merged_state_dict: nothing was changed", problems)
+    with Problems("merged_state_dict: nothing was returned") as problems:
+        _check(layers, names, problems)
+        for layer in layers:
+            if _is_packed_as_known(layer):
+                problems.add(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
+            beyond = layer.beyond_weight()
+            if beyond:
+                problems.add(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in layers:
         merged = layer.compute_merged()
@@ -161,7 +162,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _merge(layer: LoRALayer, name: str) -> MergedModule:
     lost = rounding_lost(layer)
-    if _packed_as_known(layer):
+    if _is_packed_as_known(layer):
         return _merge_packed(layer, name, lost)
     dtype = layer.weight.dtype
     # Nothing can fail between these two, which would leave the update in twice.
@@ -187,22 +188,22 @@ def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
     """‖pack(W) − W‖ / ‖W − W₀‖."""
     twin = copy.deepcopy(layer)
     weights.write_weight(twin, merged)
-    exact = torch.promote_types(merged.dtype, torch.float32)
+    exact = exact_dtype(merged.dtype)
     update, error = merged.to(exact) - before.to(exact), weights.read_weight(twin).to(exact) - merged.to(exact)
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
 
-def _packed_as_known(layer: LoRALayer) -> bool:
+def _is_packed_as_known(layer: LoRALayer) -> bool:
     """Whether the base weight is packed, and can be read."""
     return weights.packing_of(layer) is not None
 
 
 @torch.no_grad()
 def rounding_lost(layer: LoRALayer) -> float:
-    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight, of a large one from a part."""
+    """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight; for a large one, of a part."""
     weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
     dtype = weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
+    exact = exact_dtype(dtype)
     weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
     if layer.use_dora:
         update = (weight + update) * layer.magnitude_gain(exact) - weight
@@ -211,31 +212,37 @@ def rounding_lost(layer: LoRALayer) -> float:
 
 
 @torch.no_grad()
-def _problems(layers: list[LoRALayer], names: Names) -> list[str]:
+def _check(layers: list[LoRALayer], names: Names, problems: Problems) -> None:
+    """Note why layers cannot be merged."""
     instead = "save the adapter (`lora.save_adapter`), and merge that in one process, as `python -m lora merge` does"
-    problems = [*sharded_problems(layers, names, instead)]
+    problems.add(*sharded_problems(layers, names, instead))
     for layer in layers:
         own = ((join(names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
-        problems += weights.split_up_problems(own)
+        problems.add(*weights.split_up_problems(own))
     for layer in [] if problems else layers:
-        if layer.weight.is_meta:
-            problems.append(f"{names[layer][0]}: has no values yet, being on the meta device.")
-        elif not _packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
-            what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
-            problems.append(f"{names[layer][0]}: {what} is neither dense nor packed in a known way.")
-        elif is_storage(layer.weight.dtype):
-            problems.append(
-                f"{names[layer][0]}: its weight is stored in {layer.weight.dtype}, which would lose the update; cast "
-                "the model to the dtype that it computes in first."
-            )
-        elif not _surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
-            problems.append(f"{names[layer][0]}: the merged weight would not be finite in {merged.dtype}.")
-    return problems
+        with problems.at(names[layer][0]):
+            _check_values(layer)
 
 
-def _surely_finite(layer: LoRALayer) -> bool:
+def _check_values(layer: LoRALayer) -> None:
+    """ValueError if the weight of a layer, that this process has whole, cannot be merged."""
+    if layer.weight.is_meta:
+        raise ValueError("has no values yet, being on the meta device.")
+    if not _is_packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
+        what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
+        raise ValueError(f"{what} is neither dense nor packed in a known way.")
+    if is_storage(layer.weight.dtype):
+        raise ValueError(
+            f"its weight is stored in {layer.weight.dtype}, which would lose the update; cast the model to the dtype "
+            "that it computes in first."
+        )
+    if not _is_surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
+        raise ValueError(f"the merged weight would not be finite in {merged.dtype}.")
+
+
+def _is_surely_finite(layer: LoRALayer) -> bool:
     """Whether the largest that a merged weight could be is finite, from one look at each tensor."""
-    if layer.use_dora or _packed_as_known(layer):
+    if layer.use_dora or _is_packed_as_known(layer):
         return False
     if layer.weight.numel() == 0:
         return True
@@ -246,7 +253,3 @@ def _surely_finite(layer: LoRALayer) -> bool:
 def _largest(tensor: Tensor) -> float:
     low, high = torch.aminmax(tensor)  # in one pass, with nothing made; NaN makes both of them NaN
     return max(-float(low), float(high))
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"

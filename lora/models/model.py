@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -116,6 +116,11 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
 
+def adapter_of_module(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A LoRA layer's A, B and magnitude by their own names; nothing for other modules."""
+    return dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+
+
 def is_lazy(module: nn.Module) -> bool:
     """Whether a module waits for its first input to know its shape."""
     return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters())
@@ -204,29 +209,29 @@ _CHILDREN = "lora_children"
 _REMEMBERED, _ATTRIBUTES = "lora_remembered", ("lora_originals", "lora_in_full", "lora_kept")
 
 
-def remember_layers(names: Mapping[nn.Module, Sequence[str]], layers: Iterable[LoRALayer]) -> None:
+def remember_layers(names: Names, layers: Iterable[LoRALayer]) -> None:
     """Note at the parents of these layers that they were adapted."""
-    modules = {name: module for module, known in names.items() for name in known}
     for layer in layers:
         layer.lora_place = Place()
-        for name in filter(None, names[layer]):
-            parent, _, child = name.rpartition(".")
-            # Lists are cut and renumbered on purpose: a number in one names no layer for long.
-            if not isinstance(modules[parent], (nn.Sequential, nn.ModuleList)):
-                vars(modules[parent])[_CHILDREN] = {
-                    **vars(modules[parent]).get(_CHILDREN, {}),
-                    child: layer.lora_place,
-                }
+    _tell_parents(names, _CHILDREN, {layer: layer.lora_place for layer in layers})
 
 
-def remember_values(names: Mapping[nn.Module, Sequence[str]]) -> None:
+def remember_values(names: Names) -> None:
     """Note at the parents what their children remember of the time before training."""
+    told = {module: {own: vars(module)[own] for own in _ATTRIBUTES if own in vars(module)} for module in names}
+    _tell_parents(names, _REMEMBERED, {module: attributes for module, attributes in told.items() if attributes})
+
+
+def _tell_parents(names: Names, attribute: str, told: Mapping[Any, object]) -> None:
+    """Note something of each of these modules at its parents, by the name of the child."""
     modules = {name: module for module, known in names.items() for name in known}
-    for module, known in names.items():
-        told = {attribute: vars(module)[attribute] for attribute in _ATTRIBUTES if attribute in vars(module)}
-        for name in filter(None, known if told else ()):
+    notes: dict[nn.Module, dict[str, object]] = {}
+    for module, what in told.items():
+        for name in filter(None, names[module]):
             parent, _, child = name.rpartition(".")
-            vars(modules[parent])[_REMEMBERED] = {**vars(modules[parent]).get(_REMEMBERED, {}), child: told}
+            notes.setdefault(modules[parent], {})[child] = what
+    for parent_module, children in notes.items():  # a new dict, so that the old one can be put back
+        vars(parent_module)[attribute] = vars(parent_module).get(attribute, {}) | children
 
 
 def forget_children(module: nn.Module) -> None:
@@ -254,9 +259,10 @@ def _replaced(model: nn.Module) -> Iterator[str]:
     for prefix, parent in model.named_modules():
         for child, place in vars(parent).get(_CHILDREN, {}).items():
             now = parent._modules.get(child)
-            if not place.adapted or now is None or kind_for(type(now)) is None:
+            # Lists are cut and renumbered on purpose: a number in one names no layer for long.
+            if isinstance(parent, (nn.Sequential, nn.ModuleList)) or not place.adapted or now is None:
                 continue
-            if not isinstance(now, LoRALayer) or now.r == 0:
+            if kind_for(type(now)) is not None and not (isinstance(now, LoRALayer) and now.r > 0):
                 yield (
                     f"{join(prefix, child)}: had LoRA, and a {type(now).__name__} without it has taken its place, as "
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
@@ -272,9 +278,9 @@ def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) 
     """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
 
     Args:
-        modules: whose classes, attributes and parameters the block changes, and what their parameters point to and
-            whether these train. Values written into tensors are not put back,
-        written: but for those of these tensors. A copy of each is kept until the block ends.
+        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
+            `requires_grad` were; values that the block wrote into tensors are not.
+        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
     """
     modules = list(modules)
     states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]

@@ -1,4 +1,4 @@
-"""Starts from the base weight itself: PiSSA and OLoRA. And the decompositions that other initialisers use."""
+"""Starts from the base weight itself, PiSSA and OLoRA; and the decompositions that other starts use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora.errors import is_count, raise_all
-from lora.functional.fused import without_autocast
+from lora.errors import Problems, is_count
+from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
 
@@ -31,12 +31,12 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
         B (rows, q) and A (q, columns) of each block, in float32, or float64 where the weight is.
 
     Raises:
-        ValueError: the scaling is not above 0, the rank is above that of a block, the weight is zero or not finite, or
-            it has no blocks to take apart (of a user's own kind, an embedding's with `max_norm`). One error lists all.
+        ValueError: the scaling is not above 0, the rank is above that of a block, a block is zero or not finite, or
+            the weight has no blocks (a user's own kind, an embedding with `max_norm`). One error lists all.
 
     From "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     arXiv:2404.02948, section 3. The randomised SVD is that of arXiv:0909.4061, algorithms 4.4 and 5.1; it draws from a
-    generator of its own, and always the same.
+    generator of its own, and always the same numbers.
 
     >>> import torch, lora
     >>> from lora.models.spectral import pissa
@@ -46,10 +46,11 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
     >>> torch.allclose(torch.linalg.svdvals(residual)[0], torch.linalg.svdvals(layer.weight)[3], atol=1e-6)
     True
     """
-    problems = [] if niter is None or is_count(niter) else [f"`niter` must be an integer of at least 0, got {niter!r}."]
-    problems += scaling_problems(layer)
-    blocks = _checked(layer, "PiSSA", problems)
-    raise_all(f"PiSSA cannot start a {type(layer).__name__}", nothing_problems(blocks))
+    with Problems(f"pissa: a {type(layer).__name__} cannot start so") as problems:
+        if niter is not None and not is_count(niter):
+            problems.add(f"`niter` must be an integer of at least 0, got {niter!r}.")
+        problems.add(*start_problems(layer, scales=True))
+    blocks = weight_blocks(layer, layer.base_weight())
     return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
 
 
@@ -59,17 +60,8 @@ def olora(layer: LoRALayer) -> list[Pair]:
 
         W₀ = Q R,  B = Q_r,  A = R_r        Q_r: the first r columns, R_r: the first r rows
 
-    As in PEFT, the scaling is left out of A and B: what is taken out of W₀ is s · Q_r R_r.
-
-    Args:
-        layer: a LoRA layer; it stays as it is.
-
-    Returns:
-        B (rows, q) and A (q, columns) of each block, in float32, or float64 where the weight is.
-
-    Raises:
-        ValueError: the rank is above that of a block, the weight is not finite, or the layer has no blocks to take
-            apart (a user's own kind, an embedding with `max_norm`). One error lists all.
+    As in PEFT, the scaling is left out of A and B: what is taken out of W₀ is s · Q_r R_r. Arguments, what is returned
+    and what is raised are `pissa`'s, but for `niter`, the scaling, and blocks that are zero.
 
     From "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775, section 3.
 
@@ -79,11 +71,12 @@ def olora(layer: LoRALayer) -> list[Pair]:
     >>> torch.allclose(B.T @ B, torch.eye(2), atol=1e-6)
     True
     """
-    pairs = []
-    for block in _checked(layer, "OLoRA", []):
+    with Problems(f"olora: a {type(layer).__name__} cannot start so") as problems:
+        problems.add(*start_problems(layer, scales=False))
+    pairs, q = [], layer.lora_B.shape[1]
+    for block in weight_blocks(layer, layer.base_weight()):
         with without_autocast(block.device):
             Q, R = torch.linalg.qr(block)
-        q = layer.lora_B.shape[1]
         pairs.append((Q[:, :q], R[:q]))
     return pairs
 
@@ -91,13 +84,27 @@ def olora(layer: LoRALayer) -> list[Pair]:
 # ---- the blocks of a weight, and whether they can be taken apart -------------------------------------------------
 
 
-def blocks_of(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
+def weight_blocks(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
     """The layer's blocks of a weight, in float32, or float64 where the weight is."""
-    return list(layer.weight_blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32))))
+    return list(layer.weight_blocks(weight.detach().to(exact_dtype(weight.dtype))))
+
+
+@torch.no_grad()
+def start_problems(layer: LoRALayer, scales: bool) -> Iterator[str]:
+    """Why no part of the layer's rank can be taken out of its weight; does the way share √s between A and B?"""
+    found = [*(scaling_problems(layer) if scales else ()), *form_problems(layer)]
+    if layer.weight.is_meta:
+        found.append("its weight has no values yet, being on the meta device.")
+    elif not [*form_problems(layer)]:
+        found += rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.block_rows()])
+        found += value_problems(layer)
+    yield from found
+    if scales and not found:
+        yield from nothing_problems(layer.weight_blocks(layer.base_weight()))
 
 
 def block_problems(layer: LoRALayer) -> Iterator[str]:
-    """A kind of layer that says nothing of its blocks."""
+    """A complaint if the layer's kind does not say what its blocks are."""
     try:
         layer.block_rows()
     except ValueError as error:
@@ -105,7 +112,7 @@ def block_problems(layer: LoRALayer) -> Iterator[str]:
 
 
 def form_problems(layer: LoRALayer) -> Iterator[str]:
-    """What keeps the layer's weight from being taken apart, whatever its values."""
+    """Why the layer's weight cannot be taken apart, whatever its values."""
     yield from block_problems(layer)
     beyond = layer.beyond_weight()
     if beyond:
@@ -113,7 +120,7 @@ def form_problems(layer: LoRALayer) -> Iterator[str]:
 
 
 def rank_problems(layer: LoRALayer, shapes: Sequence[tuple[int, ...]], times: int = 1) -> Iterator[str]:
-    """A rank that a block, of one of these shapes, does not have."""
+    """A complaint if the rank is above that of a block; the blocks have these shapes."""
     q, least = layer.lora_B.shape[1], min(shapes, key=min)
     if q * times > min(least):
         what = f"{times} · r" if times > 1 else "r"
@@ -122,45 +129,24 @@ def rank_problems(layer: LoRALayer, shapes: Sequence[tuple[int, ...]], times: in
 
 
 def scaling_problems(layer: LoRALayer) -> Iterator[str]:
-    """A scaling whose square root cannot be shared between A and B."""
+    """A complaint if the scaling has no square root that A and B could share."""
     if not layer.scaling > 0:
         yield f"`scaling` must be above 0, got {layer.scaling}."
 
 
 def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
-    """A block that gives A and B nothing: where both are zero, neither has a gradient."""
+    """A complaint if a block gives A and B nothing."""
     if not all(bool(block.any()) for block in blocks):
-        yield "its weight, or a part of it that has a matrix of its own, is zero; so would A and B be, and never train."
-
-
-def _checked(layer: LoRALayer, what: str, problems: list[str]) -> list[Tensor]:
-    """The blocks of the layer's base weight; one ValueError that lists all that is wrong."""
-    raise_all(f"{what} cannot start a {type(layer).__name__}", [*problems, *weight_problems(layer)])
-    return blocks_of(layer, layer.base_weight())
-
-
-@torch.no_grad()
-def weight_problems(layer: LoRALayer) -> Iterator[str]:
-    """What keeps a part of the layer's weight, of the layer's rank, from being taken out of it."""
-    form = list(form_problems(layer))
-    yield from form
-    if layer.weight.is_meta:
-        yield "its weight has no values yet, being on the meta device."
-    if form or layer.weight.is_meta:
-        return
-    yield from rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.block_rows()])
-    yield from value_problems(layer)
+        yield "a block of its weight is all zeros: A and B would both start at zero and never receive a gradient."
 
 
 def value_problems(layer: LoRALayer) -> Iterator[str]:
-    """A weight that cannot be read, or holds what no number is."""
+    """A complaint if the weight cannot be read, or is not finite."""
     try:
-        finite = bool(layer.base_weight().isfinite().all())
+        if not bool(layer.base_weight().isfinite().all()):
+            yield "its weight holds NaN or infinity."
     except ValueError as error:
         yield str(error)
-    else:
-        if not finite:
-            yield "its weight holds NaN or infinity."
 
 
 # ---- decompositions --------------------------------------------------------------------------------------------

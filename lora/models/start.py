@@ -1,6 +1,7 @@
-"""Adapters that start as a part of the base weight: W₀ + s · B A is unchanged, and W₀ is not.
+"""How the adapters of a model start, and how a start that is taken out of the base weight is undone.
 
-What they started from is remembered, so that the pretrained weight is not lost: it is W₀ + s₀ · B₀ A₀.
+An adapter that starts as a part of W₀ changes W₀, and leaves W₀ + s · B A as it was. The layer remembers the A and B
+that it started from, so that the pretrained weight is not lost: it is W₀ + s₀ · B₀ A₀.
 """
 
 from __future__ import annotations
@@ -9,13 +10,131 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from lora.functional.fused import without_autocast
-from lora.layers import weights
+from lora.errors import Problems
+from lora.functional.fused import exact_dtype, without_autocast
+from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
+from lora.layers.starts import Init
+from lora.models import spectral
 from lora.models.blocks import Pair, tensors_of
-from lora.models.model import undo_on_error
+from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems, undo_on_error
+
+
+def initialize(model: nn.Module, init_lora_weights: Init) -> None:
+    """Start the adapters of a model again, in a way of your choice.
+
+    This is for layers that were constructed: load the pretrained weights first. `lora.inject` does it by itself.
+
+    ==================  ==========================================================================================
+    True, "kaiming"     A ~ kaiming uniform, B = 0; embeddings A = 0, B ~ N(0, 1)
+    "gaussian"          A ~ N(0, 1/r²), B = 0; embeddings as by default
+    "orthogonal"        A and B random with B A = 0
+    "pissa"             s B A = the r largest singular values of W₀ with their vectors. **Writes W₀**: W₀ − s B A.
+                        "pissa_niter_[n]": by randomised SVD with n iterations, in a fraction of the time.
+                        arXiv:2404.02948
+    "olora"             B A = the first r columns and rows of W₀ = Q R. **Writes W₀**. arXiv:2406.01775
+    "eva", "lora_ga",   wait for `lora.calibrate(model, batches)`; "lora_ga" and "corda" write W₀
+    "corda"
+    False               A and B random, so that the model does not start as its base; for tests
+    a function          called with each layer, to write its `lora_A` and `lora_B`
+    ==================  ==========================================================================================
+
+    Where W₀ is written, W₀ + s B A stays what it was, to the rounding of W₀'s dtype. `lora.disabled` and `lora.eject`
+    give the pretrained model, to the same rounding, and `lora.save_adapter` writes what was learnt, at rank 2r, for an
+    unchanged base. State dicts of such a model hold what is left of W₀: load them into a model that started alike.
+    Packed (quantised) weights are not written.
+
+    Args:
+        model: a model with LoRA layers.
+        init_lora_weights: the way.
+
+    Raises:
+        ValueError: there is no LoRA layer, no such way, or one that a layer cannot start in: its base weight is tied
+            to another module's, is not finite, or has a smaller rank. One error lists all, and the model is as it was.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(lora.Linear(8, 4, r=2))
+    >>> before = model(torch.ones(8))
+    >>> lora.initialize(model, "pissa")
+    >>> torch.allclose(model(torch.ones(8)), before, atol=1e-6), bool(model[0].lora_B.any())
+    (True, True)
+    """
+    layers = [layer for layer in lora_layers(model, "initialize") if layer.r > 0]
+    with Problems("initialize: nothing was changed") as problems:
+        problems.add(*filter(None, [starts.init_problem(init_lora_weights)]))
+        problems.raise_any()
+        problems.add(*problems_of_start(layers, names_of(model), init_lora_weights))
+    begin(layers, init_lora_weights)
+
+
+def begin(layers: Sequence[LoRALayer], how: Init) -> None:
+    """Start layers from their pretrained weights, all or none."""
+    with undo_start_on_error(layers):
+        for layer in layers:
+            give_back(layer)
+            layer.init_lora_weights = how
+            layer.start_adapter()
+            if how == "olora":
+                start_from(layer, spectral.olora(layer), writes_base=True)
+            elif _is_pissa(how):
+                start_from(layer, spectral.pissa(layer, starts.niter_of(str(how))), writes_base=True)
+
+
+def _is_pissa(how: Init) -> bool:
+    return isinstance(how, str) and (how == "pissa" or starts.niter_of(how) is not None)
+
+
+# ---- what can be wrong -----------------------------------------------------------------------------------------
+
+
+def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> Iterator[str]:
+    """Why layers cannot start in this way, as far as can be told before it is tried."""
+    if how in starts.OF_ORIGINAL:
+        yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
+    if not isinstance(how, str) or how in starts.OF_DATA:  # what waits for data writes later
+        return
+    if starts.needs_more(how):
+        yield from unwritable(layers, names)
+        yield from unroundable(layers, names)
+    for layer in layers:
+        yield from (f"{names[layer][0]}: {problem}" for problem in _problems(layer, how))
+
+
+def unwritable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
+    """Why the base weights of layers cannot be written, or should not."""
+    yield from sharded_problems(layers, names, "start it so before the model is sharded")
+    memory = Memory(owned_tensors(names))
+    for layer in layers:
+        others = memory.tied_to(layer)
+        if others:
+            yield f"{names[layer][0]}: its weight is tied to that of {others}, which would change too."
+        if layer.weight.is_meta:
+            yield f"{names[layer][0]}: has no values yet, being on the meta device."
+
+
+def unroundable(layers: Sequence[LoRALayer], names: Names) -> Iterator[str]:
+    """A complaint for each packed weight: packing what is left of it again would lose more than the part is worth."""
+    for layer in layers:
+        if weights.is_packed(layer):
+            yield (
+                f"{names[layer][0]}: its base weight is packed, and packing what is left of it again would change the "
+                "model; start before quantising, or use `lora.loftq`."
+            )
+
+
+def _problems(layer: LoRALayer, how: str) -> Iterator[str]:
+    """Why one layer cannot start in this way."""
+    if how == "orthogonal":
+        yield from spectral.block_problems(layer)
+        yield from filter(None, [starts.odd_problem(layer)])
+    if (how == "olora" or _is_pissa(how)) and not layer.weight.is_meta:
+        yield from spectral.start_problems(layer, scales=how != "olora")
+
+
+# ---- starts that are a part of the base weight -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -31,66 +150,56 @@ def start_from(layer: LoRALayer, pairs: Sequence[Pair], *, writes_base: bool) ->
     layer.lora_B.copy_(B)
     if writes_base:
         remember_start(layer)
-        _take_out(layer)
+        _add_start(layer, -1)
     layer.awaits = None
     layer.reset_magnitude()
 
 
 def remember_start(layer: LoRALayer, base_written: bool = True) -> None:
-    """Take A and B, as they are, for a part of the pretrained weight; was the base weight changed for it?"""
+    """Note that A and B, as they are, are a part of the pretrained weight, and whether the base weight lacks it."""
     # On the CPU, whatever device the layer is moved to: it is asked for when a run begins or ends.
     A, B = (factor.detach().to("cpu", copy=True) for factor in (layer.lora_A, layer.lora_B))
     layer.lora_start, layer.base_written = (A, B, layer.scaling), base_written
 
 
 @torch.no_grad()
-def pretrained_weight(layer: LoRALayer) -> Tensor:
-    """The base weight as it was before an initialiser changed it, to rounding."""
+def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
+    """W₀ + s₀ · B₀ A₀, the base weight as it was before an initialiser changed it, to rounding; or their difference."""
     weight = layer.base_weight()
     if layer.lora_start is None:
         return weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype) + _started(layer, dtype)).to(weight.dtype)
+    A, B, scaling = layer.lora_start
+    dtype, device = exact_dtype(weight.dtype), layer.lora_A.device
+    with without_autocast(device):
+        started = layer.delta(A.to(device, dtype), B.to(device, dtype)) * scaling
+    started = weights.of(layer, "weight").sharded_like(started)
+    return torch.add(weight.to(dtype), started, alpha=sign).to(weight.dtype)
 
 
 @torch.no_grad()
+def _add_start(layer: LoRALayer, sign: int) -> None:
+    """Add the layer's start to the base weight, or take it out, if it is kept apart from it."""
+    if layer.lora_start is not None and layer.base_written:
+        layer.write_base(pretrained_weight(layer, sign))
+
+
 def give_back(layer: LoRALayer) -> None:
     """Write the pretrained weight into the base again."""
-    if layer.lora_start is not None:
-        if layer.base_written:
-            layer.write_base(pretrained_weight(layer))
-        layer.lora_start = None
+    _add_start(layer, 1)
+    layer.lora_start = None
 
 
 @contextmanager
 def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
     """Put the layers' adapters and starts back if the block raises, and base weights that it wrote, to rounding."""
-    starts = [(layer, layer.lora_start, layer.base_written) for layer in layers]
+    before = [(layer, layer.lora_start, layer.base_written) for layer in layers]
     with undo_on_error(layers, [factor for layer in layers for _, factor in layer.lora_parameters()]):
         try:
             yield
         except BaseException:
-            for layer, start, base_written in starts:
+            for layer, start, base_written in before:
                 if layer.lora_start is not start:
                     give_back(layer)
                     layer.lora_start, layer.base_written = start, base_written
-                    _take_out(layer)
+                    _add_start(layer, -1)
             raise
-
-
-@torch.no_grad()
-def _take_out(layer: LoRALayer) -> None:
-    """Take the layer's start out of the base weight, where that is to be so."""
-    if layer.lora_start is not None and layer.base_written:
-        weight = layer.base_weight()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        layer.write_base((weight.to(dtype) - _started(layer, dtype)).to(weight.dtype))
-
-
-def _started(layer: LoRALayer, dtype: torch.dtype) -> Tensor:
-    """s₀ · B₀ A₀, in the shape of the weight."""
-    assert layer.lora_start is not None, "asked of layers that have one"
-    A, B, scaling = layer.lora_start
-    with without_autocast(layer.lora_A.device):
-        started = layer.delta(A.to(layer.lora_A.device, dtype), B.to(layer.lora_A.device, dtype)) * scaling
-    return weights.of(layer, "weight").sharded_like(started)

@@ -1,42 +1,54 @@
-"""What trains beside the frozen base: the adapters, and whatever was asked to train in full."""
+"""What trains beside the frozen base: the adapters, and what was asked to train in full; and a model without both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all
+from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.weights import is_writable
-from lora.models.model import check_none_replaced
+from lora.layers.weights import is_sharded, is_writable
+from lora.models.model import (
+    adapter_of_module,
+    by_tensor,
+    check_none_replaced,
+    is_persistent,
+    lora_layers,
+    names_of,
+    owned_tensors,
+)
 
 BIAS_CHOICES = ("none", "all", "lora_only")
+
+
+# ---- what trains ---------------------------------------------------------------------------------------------------
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_A: bool = False) -> None:
     """Let the adapters train, and biases where asked, and freeze everything else.
 
-    Goes by module: a parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`, whatever the
-    modules around it are called. Modules that `lora.inject` was told to train in full (`modules_to_save`) train, too.
+    A parameter trains if it is a LoRA layer's `lora_A`, `lora_B` or `lora_magnitude`; names of modules do not count.
+    Modules that `lora.inject` was told to train in full (`modules_to_save`) train, too.
 
     Args:
         model: any module with LoRA layers in it.
         bias: which biases train too: "none", "all" (every module's) or "lora_only" (the LoRA layers').
             Default: "none".
-        freeze_A: freeze lora_A as well, as it started: LoRA-FA (arXiv:2308.03303). Linear layers keep no input for
-            backward then. Embeddings, whose A starts at zero and whose inputs are ids, train both factors. A is saved
-            and loaded all the same; a model that gets its LoRA layers from a file trains both until this is called
-            again. Default: False.
+        freeze_A: freeze lora_A as well, as it started: LoRA-FA (arXiv:2308.03303). Linear layers then keep no input for
+            backward. Embeddings, whose A starts at zero and whose inputs are ids, train both factors. A is still saved
+            and loaded; a model that gets its LoRA layers from a file trains both until this is called again.
+            Default: False.
 
     Raises:
         ValueError: `bias` is none of the three; nothing has changed then.
 
-    From loralib. What this makes trainable, and a frozen A, is what `lora.lora_state_dict` with the same `bias` holds.
+    From loralib. `lora.lora_state_dict` with the same `bias` holds what this makes trainable, and a frozen A.
 
     >>> import torch, lora
     >>> model = torch.nn.Sequential(lora.Linear(8, 8, r=2), torch.nn.Linear(8, 2))
@@ -48,15 +60,16 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     ['0.lora_B']
     """
     weights.reshard(model)
-    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
-    if freeze_A:
-        trained -= {id(layer.lora_A) for layer in model.modules() if _can_freeze_A(layer)}
+    trained = _trained(model, bias)
+    if freeze_A:  # a layer learns with its A as it started if that is not zero
+        layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
+        trained -= {id(layer.lora_A) for layer in layers if layer.starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
         weights.prepare_training(module, True)
     if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
-        remember_trained(model)
+        _remember_trained(model)
 
 
 @weights.outside_inference_mode
@@ -70,13 +83,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Returns:
         The adapters' tensors by their names in the model, the biases asked for, and the parameters and buffers of
         modules that train in full. Load it with ``model.load_state_dict(state, strict=False)``, or use
-        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. (Adapters that started
-        as a part of the base weight, PiSSA's say, belong to what is left of it: a plain base can load only what
-        `lora.save_adapter` writes.) Of a sharded model they are DTensors, for torch.distributed.checkpoint; what that
-        loads into them goes to the model by `load_state_dict`: fused layers that are divided among ranks give copies.
+        `lora.save_adapter` and `lora.load_adapter`, which keep the scaling and check everything. Adapters that started
+        as a part of the base weight (PiSSA's, for example) fit only what is left of that weight; for a plain base, use
+        `lora.save_adapter`. The tensors of a sharded model are DTensors, for torch.distributed.checkpoint. For
+        tensor-parallel fused layers they are copies: after loading into them, call `model.load_state_dict`.
 
     Raises:
-        ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps a tensor in parts; all are listed.
+        ValueError: `bias` is none of the three, or DeepSpeed's ZeRO-3 keeps tensors in parts; all are listed.
 
     From loralib.
 
@@ -87,38 +100,34 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """
     weights.reshard(model)
     check_none_replaced(model, "lora_state_dict")
-    trained = {id(parameter) for _, parameter in trained_parameters(model, bias)}
+    trained = _trained(model, bias)
     for module in model.modules():
         if trains_in_full(module):
             trained.update(id(buffer) for buffer in module._buffers.values())
     # By object, not by name: wrappers rename keys, and tied parameters have several.
-    state = model.state_dict(keep_vars=True)
-    state = {name: tensor for name, tensor in state.items() if id(tensor) in trained}
-    raise_all("lora_state_dict is not whole", weights.split_up_problems(state.items()))
-    owners = {id(p): (module, own) for module in model.modules() for own, p in module._parameters.items()}
-    values = {name: tensor.detach() for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
+    with Problems("lora_state_dict: a tensor is in parts") as problems:
+        problems.add(*weights.split_up_problems(state.items()))
+    owners = {id(one.tensor): one for one in owned_tensors(names_of(model))}
+    values = {}
     for name, tensor in state.items():
-        if id(tensor) in owners:  # not a buffer
-            values[name] = weights.of(*owners[id(tensor)], values[name]).in_model_order()
+        one = owners[id(tensor)]
+        values[name] = weights.of(one.module, one.own, tensor.detach()).in_model_order()
     return values
 
 
-def trained_parameters(model: nn.Module, bias: str = "none") -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that LoRA trains, by full name; a shared one under each of its names."""
+def _trained(model: nn.Module, bias: str) -> set[int]:
+    """The parameters that LoRA trains, by `id`."""
     if bias not in BIAS_CHOICES:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {bias!r}.")
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+    trained = set()
+    for module in model.modules():
+        adapter = adapter_of_module(module)
         with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
         for name, parameter in module._parameters.items():
-            trained = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
-            if parameter is not None and trained:
-                yield join(prefix, name), parameter
-
-
-def _can_freeze_A(module: nn.Module) -> TypeGuard[LoRALayer]:
-    """Whether the layer learns with its A as it started: not where that is zero."""
-    return isinstance(module, LoRALayer) and module.r > 0 and module.starts_at_zero == "lora_B"
+            if name in adapter or trains_in_full(module) or (with_bias and is_bias(name)):
+                trained.add(id(parameter))
+    return trained
 
 
 def is_bias(name: str) -> bool:
@@ -126,10 +135,207 @@ def is_bias(name: str) -> bool:
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
+# ---- groups for an optimizer ---------------------------------------------------------------------------------------
+
+# The names of the groups, each with whether its parameters decay.
+_DECAYS = {
+    "lora_A": True,
+    "lora_B": True,
+    "embedding_A": True,
+    "embedding_B": True,
+    "lora_magnitude": False,
+    "biases": False,
+    "weights": True,
+    "norms": False,
+}
+_START_AT_ZERO = ("lora_B", "embedding_A")
+# Norms whose weights need not be vectors.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = 16.0,
+    weight_decay: float = 0.0,
+    *,
+    lr_embedding: float | None = None,
+) -> list[dict[str, Any]]:
+    """What trains in a model, in groups for a torch optimizer: LoRA+.
+
+        lr of lora_B = lr_ratio · lr of lora_A
+
+    B starts at zero and sums r features; A sums all features of the layer. At one learning rate for both, the wider the
+    layer, the slower B learns. Take a somewhat smaller `lr` than for plain LoRA.
+
+    Args:
+        model: a model with LoRA layers.
+        lr: learning rate of A, and of everything that is not named here.
+        lr_ratio: by how much the rate of the factor that starts at zero (B; in embeddings, A) is higher. Default: 16.
+        weight_decay: of A, B and weights that train in full. Magnitudes (DoRA), biases, norms and other vectors do not
+            decay. Default: 0.
+        lr_embedding: learning rate of both factors in embeddings. Default: None, as in other layers.
+
+    Returns:
+        Dicts with "params", "lr", "weight_decay" and "name": "lora_A", "lora_B", "embedding_A", "embedding_B",
+        "lora_magnitude", "biases", "weights" or "norms" (the last three from `bias` and `modules_to_save`). Each
+        parameter with `requires_grad`, tied or not, is in exactly one group; empty groups are left out. Torch's
+        learning-rate schedulers scale each group's own rate.
+
+    Raises:
+        ValueError: a number is out of range, nothing trains, or there is no LoRA layer. One error lists everything.
+
+    From "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354. PEFT's `create_loraplus_optimizer`
+    gives embeddings 1e-6 (its `loraplus_lr_embedding`), and raises the rate of magnitudes, biases and norms as well.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> _ = lora.inject(model, target_modules=["0"], modules_to_save=["1"], r=2)
+    >>> groups = lora.param_groups(model, lr=1e-4, lr_ratio=10, weight_decay=0.01)
+    >>> for group in groups:
+    ...     print(group["name"], group["lr"], group["weight_decay"], len(group["params"]))
+    lora_A 0.0001 0.01 1
+    lora_B 0.001 0.01 1
+    biases 0.0001 0.0 1
+    weights 0.0001 0.01 1
+    >>> optimizer = torch.optim.AdamW(groups)
+    """
+    lora_layers(model, "param_groups")
+    members: dict[str, list[nn.Parameter]] = {role: [] for role in _DECAYS}
+    for owners in by_tensor(owned_tensors(names_of(model))):  # a tied one counts as what it is first
+        parameter = owners[0].tensor
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+            members[_role(owners[0].module, owners[0].own, parameter)].append(parameter)
+    with Problems("param_groups: no groups were made") as problems:
+        numbers = {"lr": lr, "lr_ratio": lr_ratio, **({} if lr_embedding is None else {"lr_embedding": lr_embedding})}
+        for name, value in numbers.items():
+            if not is_number(value) or value <= 0:
+                problems.add(f"`{name}` must be a finite number above 0, got {value!r}.")
+        if not is_number(weight_decay) or weight_decay < 0:
+            problems.add(f"`weight_decay` must be a finite number of at least 0, got {weight_decay!r}.")
+        if not any(members.values()):
+            problems.add(f"nothing in this {type(model).__name__} trains; see `lora.mark_only_lora_as_trainable`.")
+
+    def rate(role: str) -> float:
+        if lr_embedding is not None and role.startswith("embedding"):
+            return lr_embedding
+        return lr * lr_ratio if role in _START_AT_ZERO else lr
+
+    return [
+        {
+            "params": parameters,
+            "lr": float(rate(role)),
+            "weight_decay": float(weight_decay) if _DECAYS[role] else 0.0,
+            "name": role,
+        }
+        for role, parameters in members.items()
+        if parameters
+    ]
+
+
+def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, LoRALayer) and name in ("lora_A", "lora_B", "lora_magnitude"):
+        embeds = module.starts_at_zero == "lora_A" and name != "lora_magnitude"
+        return name.replace("lora", "embedding") if embeds else name
+    if is_bias(name):
+        return "biases"
+    return "norms" if parameter.dim() < 2 or isinstance(module, _NORMS) else "weights"
+
+
+# ---- the model without its adapters --------------------------------------------------------------------------------
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within ``with lora.disabled(model):`` the model computes what the base model does.
+
+    Modules and biases that train in full, and buffers that training changed (running statistics), have the values that
+    they had when LoRA was put in.
+
+    Args:
+        model: a model with LoRA layers, or a part of one.
+
+    Raises:
+        ValueError: there is no LoRA layer in the model, or what trains in full is sharded or was resized since.
+
+    >>> import torch, lora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+    >>> before = model(torch.ones(8))
+    >>> _ = lora.inject(model, target_modules=["0"], r=2)
+    >>> _ = torch.nn.init.ones_(model[0].lora_B)
+    >>> with lora.disabled(model):
+    ...     bool((model(torch.ones(8)) == before).all())
+    True
+    """
+    lora_layers(model, "disabled", inside_disabled=True)
+    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
+    with Problems("disabled: nothing was changed") as problems:
+        for name, module in model.named_modules():  # FSDP2 puts tensors of its own in their places for every forward
+            wrong = [own for own in originals(module) if is_sharded(getattr(module, own)) and has_moved(module, own)]
+            if wrong:
+                problems.add(
+                    f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
+                )
+        problems.add(*resized_problems(model))
+    _enter(model, modules)
+    try:
+        yield
+    finally:
+        _leave(model, modules)
+
+
+def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
+    # A counter on the module, not a flag: contexts may end in any order, for example those of several generators.
+    first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
+    bases: dict[int, Tensor] = {}  # one for a tensor that several modules share
+    for module in first:
+        swapped = [(trained, base) for trained, base in _originals(module) if id(trained) not in bases]
+        bases |= {id(trained): base for trained, base in swapped}
+        vars(module)["lora_swapped"] = swapped
+    _swap(model, bases)
+    for module in modules:
+        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
+    for module in first:
+        if isinstance(module, LoRALayer):
+            module.lora_refresh()
+
+
+def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module)["lora_disabled"] -= 1
+    last = [module for module in modules if not vars(module)["lora_disabled"]]
+    _swap(model, {id(base): trained for module in last for trained, base in vars(module).pop("lora_swapped")})
+    for module in last:
+        del vars(module)["lora_disabled"]
+        if isinstance(module, LoRALayer):
+            module.lora_refresh()
+
+
+def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a tensor that trained outside the adapters and its value from before."""
+    for name, value in originals(module).items():
+        if not has_moved(module, name):
+            continue
+        trained: Tensor = getattr(module, name)
+        base = value.to(trained.device, trained.dtype)
+        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
+
+
+def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
+    """Put other tensors in the places of these, wherever they are in the model; no values are written."""
+    if not replacements:
+        return
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if id(tensor) in replacements:
+                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
+
+
 # ---- parameters outside the adapters: what they were before training --------------------------------------------
 #
-# `modules_to_save`, trained biases and running statistics change the base model itself. Their values from before are
-# kept on the module that owns them, so that `disabled` and `eject` can give the base model back.
+# `modules_to_save`, trained biases and running statistics change the base model itself. The module that owns them keeps
+# their values from before, so that `disabled` and `eject` can give the base model back.
 
 
 def train_in_full(module: nn.Module) -> None:
@@ -167,21 +373,18 @@ def forget_originals(module: nn.Module) -> None:
 
 
 def keep(module: nn.Module, name: str) -> None:
-    """Have an adapter hold one of the module's own tensors as it is, though it does not train; remember what it was."""
+    """Let an adapter hold one of the module's own tensors, though it does not train; remember what it was."""
     remember(module, name)
     module.__dict__.setdefault("lora_kept", set()).add(name)
 
 
 def is_kept(module: nn.Module, name: str) -> bool:
-    """Whether an adapter is to hold this tensor of a module, and yet it is nothing that trains."""
+    """Whether an adapter is to hold this tensor of a module, though it does not train."""
     return not trains_in_full(module) and (name in module._buffers or name in module.__dict__.get("lora_kept", ()))
 
 
 def has_moved(module: nn.Module, name: str) -> bool:
-    """Whether one of the module's own tensors is not what it was; only buffers are looked at, which move by themselves.
-
-    Parameters that train count as moved.
-    """
+    """Whether one of the module's own tensors is not what it was. Parameters that train always count as moved."""
     now: Tensor = getattr(module, name)
     if name not in module._buffers or trains_in_full(module):
         return True
@@ -195,7 +398,7 @@ def has_moved(module: nn.Module, name: str) -> bool:
 
 
 def resized_problems(model: nn.Module) -> Iterator[str]:
-    """A complaint for each tensor whose value from before training would not fit into its place any more.
+    """A complaint for each tensor that its value from before training no longer fits.
 
     A buffer may have grown: it is exchanged whole.
     """
@@ -203,7 +406,7 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
         for name, before in originals(module).items():
             now = {**module._parameters, **module._buffers}.get(name)
             if now is None:
-                yield f"{join(prefix, name)}: is not there any more; give it a value again first."
+                yield f"{join(prefix, name)}: no longer exists; give it a value again first."
             elif name in module._parameters and now.shape != before.shape:
                 yield (
                     f"{join(prefix, name)}: has the shape {tuple(now.shape)}, and had {tuple(before.shape)} when LoRA "
@@ -212,25 +415,24 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
 
 
 def _may_move(buffer: Tensor) -> bool:
-    """Whether training may write to a buffer; those that no copy can be written back to are left alone.
+    """Whether training may write to a buffer, and its value from before could be written back.
 
-    Integers of several elements are codes and positions, which do not move, and may be a model's whole weight (GPTQ's);
-    one alone counts batches.
+    Several integers are codes or positions, which do not move, and may be a model's whole weight (GPTQ's). A single one
+    counts batches.
     """
     if type(buffer) is not Tensor or buffer.is_meta or buffer.layout is not torch.strided or not is_writable(buffer):
         return False
     return buffer.is_floating_point() or buffer.numel() == 1
 
 
-def remember_trained(model: nn.Module) -> None:
-    """Keep a copy of what trains outside the adapters; a tensor with several owners once. And of buffers."""
+def _remember_trained(model: nn.Module) -> None:
+    """Keep a copy of buffers, and of what trains outside the adapters; one copy if a parameter has several owners."""
     seen: set[int] = set()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and _may_move(buffer):
-                remember(module, name)
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and name not in adapter and id(parameter) not in seen:
-                seen.add(id(parameter))
-                remember(module, name)
+    for one in owned_tensors(names_of(model)):
+        _, module, own, tensor = one
+        if own in module._buffers:
+            if is_persistent(one) and _may_move(tensor):
+                remember(module, own)
+        elif tensor.requires_grad and own not in adapter_of_module(module) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            remember(module, own)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from lora.layers.weights import Alone, Plain, of
+from lora.parallel.forward import TensorParallel
 
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")
@@ -80,8 +81,11 @@ def _select(module: nn.Module | None, own: str, tensor: Tensor, order: Tensor) -
 class Sharded(Plain):
     """One of a module's own tensors that is a DTensor, of which a rank has a part; be it all of it."""
 
+    tensor: DTensor
+
     def part(self) -> Tensor:
-        return cast(Tensor, self.tensor.to_local())
+        part: Tensor = self.tensor.to_local()
+        return part
 
     @torch.no_grad()
     def whole(self) -> Tensor:
@@ -99,7 +103,7 @@ class Sharded(Plain):
     @torch.no_grad()
     def sharded_like(self, value: Tensor) -> Tensor:
         made = torch.empty_like(self.tensor, dtype=value.dtype)
-        self._replace(tensor=made).write(value)
+        of(self.module, self.own, made).write(value)
         return made
 
     def in_model_order(self) -> Tensor:
@@ -125,7 +129,7 @@ class Sharded(Plain):
 
     def _place(self) -> list[tuple[int, int]]:
         """Begin and size of this rank's part in each dimension, as torch's own checkpoints see it."""
-        (chunk,) = self.tensor.__create_chunk_list__()
+        (chunk,) = self.tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
         return list(zip(chunk.offsets, chunk.sizes, strict=True))
 
     @classmethod
@@ -189,10 +193,11 @@ class Ranks(Alone):
         for name, parameter in found.items():
             value = in_model_order(layer, name, _full(parameter)).clone()
             whole[name] = nn.Parameter(value, parameter.requires_grad)
-        # What FSDP2 wraps has a class of its own, in front of the layer's.
+        # In front of the layer's class there may be that of FSDP2, and ours for tensor parallelism.
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        cls = next(cls for cls in type(layer).__mro__ if fsdp is None or not issubclass(cls, fsdp.FSDPModule))
-        twin: L = object.__new__(cls)
+        fronts = (TensorParallel,) if fsdp is None else (TensorParallel, fsdp.FSDPModule)
+        behind: Any = next(cls for cls in type(layer).__mro__ if not issubclass(cls, fronts))
+        twin: L = object.__new__(behind)
         unsharded = dict.fromkeys(("_merged", "_squares", "_norms", "divided_splits"))
         vars(twin).update({**vars(layer), **unsharded, "_parameters": whole})
         return twin

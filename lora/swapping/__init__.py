@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora.errors import raise_all
+from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
-from lora.models.blocks import block_rank, blocks_of, layer_rank, padded, tensors_of
+from lora.models.blocks import block_rank, factor_blocks, layer_rank, padded, tensors_of
 from lora.models.model import lora_layers, names_of, sharded_problems
 
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
@@ -100,7 +101,7 @@ class Swappable(LoRALayer):
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
         # Whatever `.to()` makes of the parameters: a scaling has many digits.
-        return self.lora_A.device, torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.lora_A.device, exact_dtype(self.lora_A.dtype)
 
     # ---- between the rank of an adapter and that of the layer --------------------------------------------------
 
@@ -118,7 +119,7 @@ class Swappable(LoRALayer):
     def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
         r, lora_alpha = self.padded_from
         q = block_rank(self, r)
-        if any(bool(factor.any()) for B_g, A_g in blocks_of(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
+        if any(bool(factor.any()) for B_g, A_g in factor_blocks(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
             return super().lora_trimmed(A, B)
         return r, lora_alpha, *_at(self, A, B, q)
 
@@ -176,7 +177,7 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
     >>> model[0].lora_A.shape, model[0]
     (torch.Size([8, 8]), Linear(in_features=8, out_features=4, bias=True, r=8, lora_alpha=4, ...padded_from=(2, 1)))
     >>> other = torch.nn.Sequential(lora.Linear(8, 4, r=5), lora.Linear(4, 4, r=1))
-    >>> lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+    >>> _ = lora.load_adapter(model, lora.adapter_of(other), check_base=False)
     >>> [settings["r"] for settings in lora.adapter_of(model).modules.values()]
     [5, 1]
     """
@@ -259,5 +260,5 @@ def _prepare(layer: LoRALayer, larger: _Larger) -> None:
 @torch.no_grad()
 def _at(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
     """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
-    pairs = [(B[:, :q], A[:q]) for B, A in blocks_of(layer, A, B)]
+    pairs = [(B[:, :q], A[:q]) for B, A in factor_blocks(layer, A, B)]
     return tensors_of(layer, [padded(B, A, q) for B, A in pairs])

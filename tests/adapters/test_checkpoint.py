@@ -296,3 +296,11 @@ print("whole")
 def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_file(path):
     result = subprocess.run([sys.executable, "-c", KILLER, str(path)], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "whole", result.stderr
+
+
+def test_loading_reports_what_inject_does(tmp_path):
+    model, plain = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(2))
+    report = lora.inject(model, target_modules=["0"], modules_to_save=["1"], r=2)
+    lora.save_adapter(model, tmp_path / "a")
+    assert lora.load_adapter(plain, tmp_path / "a", check_base=False) == report
+    assert lora.load_adapter(model, tmp_path / "a") == report  # of a model that had LoRA

@@ -15,7 +15,7 @@ from torch import nn
 from toy_model import Model, snapshot
 
 import lora
-from lora.adapters import fingerprint
+from lora.adapters.base import Base
 
 Q0 = "layers.0.attn.q_proj"
 
@@ -106,7 +106,7 @@ def test_a_kind_of_the_users_is_remembered_by_its_name():
         pass
 
     layer = Scaled(4, 3)
-    assert fingerprint.describe(layer)["kind"] == "Scale"
+    assert Base.of(layer).kind == "Scale"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -177,7 +177,7 @@ def test_a_base_of_another_shape_says_both(tmp_path):
     other = nn.Sequential(nn.Linear(4, 5))
     adapter = lora.read_adapter(tmp_path / "a")
     with pytest.raises(ValueError, match=re.escape("its shape is (5, 4), and was (6, 4).")):
-        fingerprint.check(adapter.modules["0"]["base"], other[0])
+        adapter.modules["0"].base.check(other[0])
 
 
 def test_a_transposed_base_is_another_though_it_is_square(tmp_path):
@@ -215,9 +215,9 @@ def test_a_base_of_zeros_is_itself(tmp_path):
 def test_a_weight_on_the_meta_device_has_a_shape_and_no_sample():
     with torch.device("meta"):
         layer = lora.Linear(4, 6, r=2)
-    about = fingerprint.describe(layer)
-    assert about["shape"] == [6, 4]
-    assert about["sample"] is None
+    about = Base.of(layer)
+    assert about.shape == (6, 4)
+    assert about.sample is None
 
 
 @given(
@@ -230,15 +230,15 @@ def test_sampled_values_may_differ_by_one_per_cent(values, change):
     sample = [values[k * (len(values) - 1) // 15] for k in range(16)]
     if np.linalg.norm(sample) < 1e-3 or abs(change / (1 + change) - 0.01) < 1e-6:
         return
-    about = {"kind": "linear", "shape": None, "sample": [value * (1 + change) for value in sample]}
+    about = Base(kind="linear", sample=tuple(value * (1 + change) for value in sample))
     if change / (1 + change) > 0.01:
         with pytest.raises(ValueError, match="the base weight is not the one"):
-            fingerprint.check(about, layer)
+            about.check(layer)
     else:
-        fingerprint.check(about, layer)
+        about.check(layer)
 
 
 def test_a_sample_beyond_floats_is_another():
-    about = {"kind": "linear", "shape": None, "sample": [1.7e308] * 16}
+    about = Base(kind="linear", sample=(1.7e308,) * 16)
     with pytest.raises(ValueError, match="the base weight is not the one"):
-        fingerprint.check(about, nn.Linear(4, 4))
+        about.check(nn.Linear(4, 4))

@@ -15,7 +15,7 @@ from toy_model import Model, content, snapshot
 
 import lora
 from lora.adapters import files
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 
 MANY = settings(max_examples=300)
 READERS = {"safetensors": files.read_tensors, "torch": read_torch, "lora": lora.read_adapter}

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
+from lora.adapters.base import same_sample
 from lora.adapters.files import checksum
-from lora.adapters.rest import same_sample
 
 HINT = "`check_base=False` loads the adapter all the same."
 
@@ -434,7 +434,7 @@ def test_combining_carries_what_all_agree_on_and_names_what_they_do_not(path):
     base.head.reset_parameters()
     three = lora.adapter_of(trained(copy.deepcopy(base), 0))
     message = refusal(lambda: lora.combine([(one, 1), (three, 1)]))
-    assert "head.weight: adapter 1 was trained in another base model than those before it" in message
+    assert "head.weight: adapter 1 was trained in another base model than an earlier one" in message
     assert "head.bias: adapter 1" in message
     lora.combine([(one, 1), (three, 1)], check_base=False)
 
@@ -443,7 +443,7 @@ def test_combining_carries_statistics_if_they_are_the_same():
     base = Net()
     one, two = (lora.adapter_of(trained(copy.deepcopy(base))) for _ in range(2))
     message = refusal(lambda: lora.combine([(one, 1), (two, 1)]))
-    assert "norm.running_mean: adapter 1 and one before it hold this part of the base model" in message
+    assert "norm.running_mean: adapter 1 and an earlier one hold different values" in message
     first = lora.combine([(one, 1), (two, 1)], check_base=False)
     assert torch.equal(first.tensors["norm.running_mean"], one.tensors["norm.running_mean"])
     doubled = lora.combine([(one, 1), (one, 1)])

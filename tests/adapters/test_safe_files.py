@@ -15,7 +15,7 @@ from torch import nn
 
 import lora
 from lora.adapters import files
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """combine, subtract and scale against dense matrices in numpy's float64."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -152,7 +153,8 @@ def test_modules_that_only_some_adapters_have_are_kept_and_weighted():
 def test_what_is_known_of_the_base_stays():
     one, two = adapter_of("Linear", lora_dropout=0.25), adapter_of("Linear", lora_dropout=0.5)
     known = copy.deepcopy(two.modules["0"]["base"])
-    one.modules["0"]["base"] |= {"sample": None, "shape": None}
+    module = one.modules["0"]
+    one.modules["0"] = dataclasses.replace(module, base=dataclasses.replace(module.base, sample=None, shape=None))
     named = [lora.Adapter(a.modules, a.tensors, base_model=name) for a, name in ((one, "a"), (two, "a"), (two, "b"))]
     result = combine([(adapter, 1) for adapter in named[:2]])
     assert result.modules["0"]["base"] == known
@@ -182,7 +184,6 @@ def test_scale_changes_the_scaling_alone(kind, factor):
     assert result.modules["0"]["scaling"] == factor * adapter.modules["0"]["scaling"]
     assert result.modules["0"]["lora_alpha"] == factor * 3
     assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in result.tensors.items())
-    result.modules["0"]["base"]["sample"][0] = 9.0
     result.tensors["0.lora_A"].fill_(7)
     assert_unchanged(adapter, before)
 
@@ -192,17 +193,9 @@ def test_results_share_nothing_with_what_they_are_made_of(method):
     adapter = adapter_of("Linear")
     before = content(adapter)
     result = combine([(adapter, 1)], method)
-    result.modules["0"]["base"]["sample"][0] = 9.0
     for tensor in result.tensors.values():
         tensor.fill_(7)
     assert_unchanged(adapter, before)
-
-
-def test_lists_in_the_settings_of_a_file_are_not_shared():
-    adapter = adapter_of("MergedLinear")
-    adapter.modules["0"] |= {"splits": [4, 3, 2], "enable_lora": [True, False, True]}
-    combine([(adapter, 1)]).modules["0"]["splits"][0] = 9
-    assert adapter.modules["0"]["splits"] == [4, 3, 2]
 
 
 # ---- through a file, into a model ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What combine, scale and resize refuse: one error lists everything."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -25,7 +26,7 @@ ARGUMENTS = {
     "no pair": (["adapter"], {}, "pairs of a lora.Adapter and a finite number, got 'adapter' at 0."),
     "no weight": ([(1, 1)], {}, "pairs of a lora.Adapter and a finite number, got (1, 1) at 0."),
     "no method": ([], {"method": "sum"}, "must be one of 'cat', 'svd', 'linear', 'ties', 'dare', got 'sum'."),
-    "a rank for cat": ([], {"r": 2}, "`r` is for the methods 'svd', 'ties', 'dare'; the adapters say it for 'cat'."),
+    "a rank for cat": ([], {"r": 2}, "`r` is for the methods 'svd', 'ties', 'dare'; 'cat' takes none."),
     "no rank": ([], {"method": "svd", "r": 0}, "`r` must be an integer of at least 1, got 0."),
     "half a rank": ([], {"method": "svd", "r": 1.5}, "`r` must be an integer of at least 1, got 1.5."),
     "no density": ([], {"density": 0}, "`density` must be above 0 and at most 1, got 0."),
@@ -54,16 +55,19 @@ def test_unsound_adapters_and_what_trained_in_full_are_listed_all():
     messages = (
         "adapter 0: 0.lora_B is missing.",
         "adapter 0: 0.lora_A holds NaN",
-        "adapter 1: norm.weight trained in full and is no update.",
+        "adapter 1: norm.weight trained in full, and is not an update.",
     )
     refuses(lambda: combine([(broken, 1), (trained, 1)]), "combine: nothing was computed, because", *messages)
     refuses(lambda: subtract(broken, trained), *messages)
-    refuses(lambda: scale(trained, 2), "scale: nothing was computed", "- norm.weight trained in full and is no update.")
+    refuses(
+        lambda: scale(trained, 2), "scale: nothing was computed", "- norm.weight trained in full, and is not an update."
+    )
     refuses(lambda: resize(broken, 1), "resize: nothing was computed", "- 0.lora_B is missing.", "0.lora_A holds NaN")
 
 
 def with_base(adapter, **facts):
-    adapter.modules["0"]["base"] |= facts
+    module = adapter.modules["0"]
+    adapter.modules["0"] = dataclasses.replace(module, base=dataclasses.replace(module.base, **facts))
     return adapter
 
 
@@ -72,11 +76,11 @@ def test_other_base_weights_are_listed_by_module():
     third = with_base(adapter_of("Linear"), sample=[0.6] * 16)
     message = refuses(
         lambda: combine([(one, 1), (two, 1), (third, 1)]),
-        "0: the base weights of adapters 0 and 1 are not the same: `shape` is [5, 6] and [5, 4].",
+        "0: the base weights of adapters 0 and 1 are not the same: `shape` is (5, 6) and (5, 4).",
         "0: the base weights of adapters 0 and 2 are not the same: sampled values differ by 17 %; `check_base=False`",
     )
     assert message.count("\n") == 2
-    message = refuses(lambda: combine([(one, 1), (two, 1), (third, 1)], check_base=False), "`shape` is [5, 6]")
+    message = refuses(lambda: combine([(one, 1), (two, 1), (third, 1)], check_base=False), "`shape` is (5, 6)")
     assert message.count("\n") == 1
     np.testing.assert_allclose(dense(combine([(one, 1), (third, 1)], check_base=False)), dense(one) + dense(third))
     np.testing.assert_allclose(dense(subtract(one, third, check_base=False)), dense(one) - dense(third))
@@ -138,7 +142,7 @@ def test_a_result_too_large_for_its_dtype():
     adapter = adapter_of("Linear", dtype=torch.float16)
     before = content(adapter)
     refuses(lambda: combine([(adapter, 1e6)]), "0.lora_B holds NaN or infinity.")
-    refuses(lambda: scale(adapter_of("Linear", scaling=1e300), 1e300), "0 has no scaling: it must be a finite number")
+    refuses(lambda: scale(adapter_of("Linear", scaling=1e300), 1e300), "0: `scaling` must be a finite number")
     assert_unchanged(adapter, before)
 
 

@@ -86,7 +86,7 @@ def test_combine_checks_the_base(path, tmp_path, capsys):
     code, _, error = run(capsys, *combine)
     assert code == 2
     assert error.count("the base weights of adapters 0 and 1 are not the same") == 5  # embed, and what is adapted
-    assert "head.weight: adapter 1 was trained in another base model than those before it" in error
+    assert "head.weight: adapter 1 was trained in another base model than an earlier one" in error
     assert "`--no-check-base`" in error
     assert "check_base=" not in error
     assert run(capsys, *combine, "--no-check-base")[0] == 0

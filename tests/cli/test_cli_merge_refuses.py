@@ -1,5 +1,6 @@
 """`merge` refuses what does not fit, all in one error, and leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 
@@ -113,7 +114,8 @@ def test_tied_weights_that_trained_in_full(path, tmp_path, capsys):
 def test_a_merged_weight_that_is_not_finite(path, tmp_path, capsys):
     _, state, _ = trained(path, dtype=torch.float16)
     adapter = lora.read_adapter(path)
-    adapter.modules["layers.1.mlp.up_proj"]["scaling"] = 1e6
+    name = "layers.1.mlp.up_proj"
+    adapter.modules[name] = dataclasses.replace(adapter.modules[name], scaling=1e6)
     lora.write_adapter(adapter, path)
     error = refused(capsys, tmp_path, base_folder(tmp_path / "base", state, 2), path)
     assert "layers.1.mlp.up_proj: the merged weight would not be finite in torch.float16" in error

@@ -1,5 +1,6 @@
 """examples/phi3/gguf_files.py: what llama.cpp reads in the files is the update, by numpy in float64; and refusals."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -132,7 +133,8 @@ def test_all_that_has_no_place_is_listed(tmp_path):
     lora.inject(model, target_modules=["embed_tokens"], r=2)
     model.model.layers[1].mlp.extra = lora.Linear(4, 4, r=1, bias=False)
     adapter = lora.adapter_of(model)
-    adapter.modules["model.layers.0.mlp.down_proj"]["use_dora"] = True
+    module = adapter.modules["model.layers.0.mlp.down_proj"]
+    adapter.modules["model.layers.0.mlp.down_proj"] = dataclasses.replace(module, use_dora=True)
     adapter.tensors["model.layers.0.mlp.down_proj.lora_magnitude"] = torch.ones(64)
     with torch.no_grad():
         adapter.tensors["model.layers.1.mlp.down_proj.lora_A"][0, 0] = torch.nan
@@ -153,7 +155,8 @@ def test_all_that_has_no_place_is_listed(tmp_path):
 def test_shapes_that_do_not_fit(tmp_path):
     adapter = lora.adapter_of(adapted(r=2))
     for n in range(2):
-        adapter.modules[f"model.layers.{n}.mlp.down_proj"]["r"] = 3
+        name = f"model.layers.{n}.mlp.down_proj"
+        adapter.modules[name] = dataclasses.replace(adapter.modules[name], r=3)
     said = refusal(adapter, tmp_path)
     assert said.count("lora_A must have the shape (3, 64), got (2, 64)") == 2
 

@@ -22,6 +22,7 @@ from exchange import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_two
 from torch import nn
 from toy_model import snapshot
 
@@ -165,15 +166,11 @@ def test_values_are_cast_to_the_models_dtype_if_none_changes(tmp_path, injected)
             )
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "base_model.model.", "module._orig_mod.base_model.model."]
+@every_two(
+    prefix=["", "module.", "_orig_mod.", "base_model.model.", "module._orig_mod.base_model.model."],
+    wrap={"plain": lambda m: m, "parallel": nn.DataParallel, "compiled": lambda m: torch.compile(m, backend="eager")},
+    injected=[False, True],
 )
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")],
-    ids=["plain", "parallel", "compiled"],
-)
-@pytest.mark.parametrize("injected", [False, True])
 def test_prefixes_of_wrappers_do_not_count(tmp_path, prefix, wrap, injected):
     model = nn.ModuleDict({"a": nn.ModuleDict({"module": nn.Linear(4, 4)}), "head": nn.Linear(4, 2)})
     model.register_parameter("token", nn.Parameter(torch.zeros(3)))

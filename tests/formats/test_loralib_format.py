@@ -6,6 +6,7 @@ import loralib
 import pytest
 import safetensors.torch
 import torch
+from pairwise import every_two
 from torch import nn
 from toy_model import snapshot
 
@@ -198,10 +199,7 @@ def test_names_as_in_loralibs_roberta(tmp_path):
     torch.testing.assert_close(ours.get_submodule(key)(x), theirs.get_submodule(key)(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("injected", [False, True])
-@pytest.mark.parametrize("format", [None, "lora", "peft", "portable"])
+@every_two(k=[1, 2, 3], groups=[1, 2], injected=[False, True], format=[None, "lora", "peft", "portable"])
 def test_convolutions_of_any_kernel_and_groups(tmp_path, k, groups, injected, format):
     theirs = nn.Sequential(loralib.Conv2d(4, 6, k, r=3, lora_alpha=5, groups=groups, stride=2))
     nn.init.normal_(theirs[0].lora_B)

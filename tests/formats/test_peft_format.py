@@ -11,6 +11,7 @@ import transformers
 from conftest import randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import every_two
 from peft_models import (
     FORMATS,
     IDS,
@@ -94,10 +95,7 @@ def test_adapters_in_bfloat16(tmp_path, format):
     same(model, theirs(base, tmp_path / "a"), base)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("use_rslora", [False, True])
+@every_two(n=[1, 2, 3], groups=[1, 2], use_rslora=[False, True], format=FORMATS)
 def test_loralibs_convolutions(tmp_path, n, groups, use_rslora, format):
     cls, kernel = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1], 3
     base = nn.ModuleDict({"c": cls(4, 6, kernel, stride=2, padding=1, groups=groups)})

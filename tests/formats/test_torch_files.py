@@ -3,8 +3,10 @@
 import io
 import os
 import pickle
+import resource
 import struct
 import tracemalloc
+import warnings
 import zipfile
 
 import pytest
@@ -13,7 +15,7 @@ from tensor_files import TENSORS, own_their_memory, refused, same
 from torch import nn
 from toy_model import Model
 
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
 
 
 @pytest.fixture
@@ -101,20 +103,21 @@ def sparse():
     return torch.eye(3).to_sparse()
 
 
+ELSE = "its data.pkl makes something else than dicts of dense tensors."
 REFUSED = {
     "a function": (lambda: {"a": Called(len, ())}, "asks for '__builtin__ len'"),
     "a bytearray": (lambda: {"a": Called(bytearray, 10**11)}, "asks for '__builtin__ bytearray'"),
     "a class": (lambda: nn.Linear(2, 2), "data.pkl"),
-    "a tensor alone": (lambda: torch.ones(2), "it must hold a state dict, got Tensor."),
+    "a tensor alone": (lambda: torch.ones(2), ELSE),
     "a number": (lambda: {"a": torch.ones(1), "step": 3}, "'step' must be a tensor, got 3."),
     "a list": (lambda: [torch.ones(1)], "instruction EMPTY_LIST"),
     "a nested dict": (lambda: {"a": {"b": torch.ones(1)}}, "'a' must be a tensor, got dict."),
     "two wrappers": (lambda: {"state_dict": {"b": torch.ones(1)}, "step": 3}, "'state_dict' must be a tensor"),
-    "names of numbers": (lambda: {1: torch.ones(1)}, "its names being strings"),
+    "names of numbers": (lambda: {1: torch.ones(1)}, "its names must be strings, got 1."),
     "sparse": (lambda: {"a": sparse()}, "asks for 'torch._utils _rebuild_sparse_tensor'"),
     "on meta": (lambda: {"a": torch.ones(2, device="meta")}, "_rebuild_meta_tensor_no_storage'"),
     "a subclass": (lambda: {"a": torch.ones(2).as_subclass(Subclass)}, "asks for "),
-    "conjugate": (lambda: {"a": torch.ones(2, dtype=torch.complex64).conj()}, "more than values of a storage"),
+    "conjugate": (lambda: {"a": torch.ones(2, dtype=torch.complex64).conj()}, ELSE),
     "expanded": (lambda: {"a": torch.ones(1).expand(10**12)}, "the shape '(1000000000000,)' in a storage of 1 values"),
     "expanded twice": (lambda: {"a": torch.ones(3, 1).expand(3, 4)}, "in a storage of 3 values"),
     "overlapping": (overlapping, "its tensors overlap so much"),
@@ -161,17 +164,17 @@ DESCRIBED = {
     "a storage that is not there": ({"key": "1"}, "has no entry of that size"),
     "a storage of another dtype": ({"dtype": "DoubleStorage"}, "has no entry of that size"),
     "a storage elsewhere": ({"key": "../data.pkl"}, "has no entry of that size"),
-    "a key without end": ({"key": without_end}, "describes a storage wrongly"),
-    "a negative length": ({"length": -2}, "describes a storage wrongly"),
+    "a key without end": ({"key": without_end}, ELSE),
+    "a negative length": ({"length": -2}, "a storage of -2 values of torch.float32 has no entry"),
     "an offset too far": ({"offset": 1}, "in a storage of 2 values"),
     "a negative offset": ({"offset": -1}, "natural numbers"),
-    "a stride too far": ({"stride": (2,)}, "in a storage of 2 values"),
+    "a stride too far": ({"stride": (3,)}, "in a storage of 2 values"),
     "a negative stride": ({"stride": (-1,), "offset": 1}, "natural numbers"),
     "a huge stride": ({"stride": (2**70,)}, "natural numbers"),
     "strides of fewer": ({"stride": ()}, "natural numbers"),
-    "a shape of too many": ({"shape": (1,) * 65, "stride": (1,) * 65}, "at most 64 natural numbers"),
-    "a shape of truths": ({"shape": (True,)}, "natural numbers"),
-    "a shape without end": ({"shape": without_end}, "natural numbers"),
+    "a shape of too many": ({"shape": (1,) * 65, "stride": (1,) * 65}, ELSE),
+    "a shape of truths": ({"shape": (True,)}, ELSE),
+    "a shape without end": ({"shape": without_end}, ELSE),
 }
 
 
@@ -187,21 +190,22 @@ def test_a_tensor_that_is_described_wrongly_is_refused(path, said, message):
 PICKLES = {
     "nothing": (b"", "is damaged"),
     "no end": (b"}", "is damaged"),
-    "an end alone": (b".", "is damaged"),
-    "two values": (b"}}" + b".", "is damaged"),
+    "an end alone": (b".", ELSE),
+    "two values": (b"}}" + b".", ELSE),
     "bytes that are no instruction": (b"\xff" + b".", "is damaged"),
     "a memo of nothing": (b"h\x05" + b".", "is damaged"),
-    "a pop of nothing": (b"\x85" + b".", "takes more than there is"),
-    "a pop beyond a mark": (b"}(\x85" + b".", "takes more than there is"),
-    "no mark": (b"}t" + b".", "is damaged"),
+    "a pop of nothing": (b"\x85" + b".", ELSE),
+    "a pop beyond a mark": (b"}(\x85" + b".", ELSE),
+    "no mark": (b"}t" + b".", ELSE),
     "names and no values": (b"}(X\x01\0\0\0au" + b".", "is damaged"),
-    "a name twice": (b"}(X\x01\0\0\0aNX\x01\0\0\0aNu" + b".", "it has a name twice"),
-    "a name twice, one by one": (b"}X\x01\0\0\0aNsX\x01\0\0\0aNs" + b".", "it has a name twice"),
-    "a call of text": (b"X\x05\0\0\0print)R" + b".", "is damaged"),
-    "a call of a dict": (b"})R" + b".", "calls what cannot be called"),
-    "a storage alone": (b"ctorch\nFloatStorage\n" + b".", "it must hold a state dict, got dtype."),
-    "a dict of a dict": (b"ccollections\nOrderedDict\n}\x85R" + b".", "is damaged"),
-    "a name without end": (b"}N" + b"q\0h\0\x86" * 60 + b"Ns.", "its names being strings"),
+    "a name twice": (b"}(X\x01\0\0\0aNX\x01\0\0\0aNu" + b".", "'a' must be a tensor, got None."),
+    "a name twice, one by one": (b"}X\x01\0\0\0aNsX\x01\0\0\0aNs" + b".", "'a' must be a tensor, got None."),
+    "a call of text": (b"X\x05\0\0\0print)R" + b".", ELSE),
+    "a call of a dict": (b"})R" + b".", ELSE),
+    "a storage alone": (b"ctorch\nFloatStorage\n" + b".", ELSE),
+    "a dict of a dict": (b"ccollections\nOrderedDict\n}\x85R" + b".", ELSE),
+    "a name without end": (b"}N" + b"q\0h\0\x86" * 60 + b"Ns.", ELSE),
+    "a name that is deep": (b"}N" + b"\x85" * 300_000 + b"Ns.", ELSE),
     "a memo that is huge": (b"}r\xff\xff\xff\xff" + b".", None),
     "a protocol of today": (pickle.dumps({"a": 1}, 4), "which no state dict needs"),
     "an instruction to import": (b"\x8c\x02os\x8c\x06system\x93" + b".", "which no state dict needs"),
@@ -221,6 +225,63 @@ def test_a_pickle_that_is_wrong_is_refused(path, said, message):
         assert read_torch(path) == {}
 
 
+# A pickle of one tensor, its name, and the instructions that make it.
+ONE = described()
+NAME = ONE[ONE.index(b"X\1\0\0\0a") :][:6]
+MADE = ONE[ONE.index(NAME) + 8 : -2]
+# Each `torch.load(weights_only=True)` would take, or fail at after it has allocated what is asked for.
+ATTACKS = {
+    "memory": (b"cbuiltins\nbytearray\n\x8a\6" + (2**42).to_bytes(6, "little") + b"\x85R", "asks for 'builtins byt"),
+    "text": (b"c_codecs\nencode\nX\1\0\0\0aX\6\0\0\0latin1\x86R", "asks for '_codecs encode'"),
+    "sizes": (b"ctorch\nSize\n(K\1K\2t\x85R", "asks for 'torch Size'"),
+    "a counter": (b"ccollections\nCounter\n)R", "asks for 'collections Counter'"),
+    "a set": (b"\x8f", "instruction EMPTY_SET"),
+    "a new object": (b"ctorch.nn.parameter\nParameter\n)\x81", "asks for 'torch.nn.parameter Parameter'"),
+    "a tuple that is deep": (b"N" + b"\x85" * 300_000, ELSE),
+    "a parameter of nothing": (b"ctorch._utils\n_rebuild_parameter\nN\x89ccollections\nOrderedDict\n)R\x87R", ELSE),
+    "a tensor set anew": (MADE + b"(" + b"K\1" * 3 + b"tb", ELSE),
+    "a tensor filled": (MADE + NAME + b"Ns", ELSE),
+    "a storage": (MADE[MADE.index(b"((") + 1 : MADE.index(b"Q") + 1], ELSE),
+    "dicts in dicts": (b"}" + (NAME + b"}") * 50 + b"s" * 50, ELSE),
+    "a dict of pairs": (b"ccollections\nOrderedDict\n((K\1K\2tt\x85R", ELSE),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), ATTACKS.values(), ids=ATTACKS)
+def test_what_torch_would_take_is_refused_before_it_costs_anything(path, value, message):
+    content = ONE[: ONE.index(NAME)] + NAME + value + b"s."
+    torch_file(path, content, [("file/data/0", struct.pack("<2f", 1, 2))])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(read_torch, path, "is not a torch file", message)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+
+@pytest.mark.parametrize("made", ["meta", "sparse", "quantised", "jagged"])
+def test_tensors_that_take_no_bytes_of_a_file_are_refused_at_any_size(path, made):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = {
+            "meta": lambda: torch.ones(2**20, 2**20, 2**18, device="meta"),
+            "sparse": lambda: torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (2**58,)),
+            "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.qint8),
+            "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        }
+        torch.save({"a": tensors[made]()}, path)
+    refused(read_torch, path, "asks for 'torch._utils _rebuild_")
+
+
+def test_a_tensor_twice_under_a_name_is_refused(path):
+    torch_file(path, ONE[:-1] + NAME + MADE + b"s.", [("file/data/0", struct.pack("<2f", 1, 2))])
+    refused(read_torch, path, "it has a name twice")
+
+
+def test_a_storage_of_two_dtypes_is_refused(path):
+    entry = ("file/data/0", struct.pack("<2f", 1, 2))
+    other = MADE.replace(b"FloatStorage", b"IntStorage")
+    torch_file(path, ONE[:-1] + NAME.replace(b"a", b"b") + other + b"s.", [entry])
+    refused(read_torch, path, "its storage '0' is of two dtypes")
+
+
 def zip_of(path, **options):
     torch_file(path, described(), [("file/data/0", struct.pack("<2f", 1, 2)), *options.pop("entries", [])], **options)
     return path.read_bytes()
@@ -237,6 +298,8 @@ def test_compressed_entries_are_refused(path):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_entries_that_are_there_twice_are_refused(path):
+    zip_of(path, entries=[("file/DATA/0", b"\0" * 4)])  # of which torch would take either
+    refused(read_torch, path, "an entry twice")
     zip_of(path, entries=[("file/data/0", b"\0" * 8)])
     refused(read_torch, path, "an entry twice")
     zip_of(path, entries=[("other/data.pkl", described())])
@@ -284,6 +347,13 @@ def test_a_flipped_bit_of_a_torch_file_is_found(path):
     content[content.index(values.numpy().tobytes()) + 700] ^= 16
     path.write_bytes(content)
     assert not torch.equal(torch.load(path, weights_only=True)["a"], values)
+    refused(read_torch, path, "is damaged", "CRC")
+
+
+def test_a_flipped_bit_of_an_entry_that_nothing_uses_is_found(path):
+    content = bytearray(zip_of(path, entries=[("file/extra", b"unused" * 9)]))
+    content[content.index(b"unused" * 9)] ^= 1
+    path.write_bytes(content)
     refused(read_torch, path, "is damaged", "CRC")
 
 

@@ -9,6 +9,7 @@ import torch
 from counting import Operations, kept_for_backward
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_two
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -91,10 +92,13 @@ def test_it_equals_its_plain_twin(shape, data, bias, needs, layout):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [magnify, plain_magnify])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "dim"), SHAPES.values(), ids=SHAPES)
-def test_it_is_the_equation(shape, dim, dtype, function):
+@every_two(
+    shape_and_dim=SHAPES,
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    function=[magnify, plain_magnify],
+)
+def test_it_is_the_equation(shape_and_dim, dtype, function):
+    shape, dim = shape_and_dim
     y, e, b = problem(shape, dim, dtype)
     dz = torch.randn(shape, dtype=dtype)
     z = function(y, e, b, dim)

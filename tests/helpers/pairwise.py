@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
 
+import pytest
+
 
 def pairs(row: Sequence[Hashable]) -> set[tuple]:
     """Every two values of a row, each with its column."""
@@ -27,3 +29,16 @@ def pairwise(rows: Iterable[tuple]) -> list[tuple]:
     few = [rows[i] for i in sorted(chosen)]
     assert set().union(*map(pairs, few)) == set().union(*of_each)
     return few
+
+
+def every_two(**values: Iterable) -> pytest.MarkDecorator:
+    """Parametrize a test by some of all combinations, in which every two values meet; of a dict, keys are the ids."""
+    columns = [
+        list(of.items()) if isinstance(of, dict) else [(getattr(value, "__name__", str(value)), value) for value in of]
+        for of in values.values()
+    ]
+    cases = []
+    for row in pairwise(itertools.product(*(range(len(column)) for column in columns))):
+        chosen = [column[i] for column, i in zip(columns, row, strict=True)]
+        cases.append(pytest.param(*(value for _, value in chosen), id="-".join(id for id, _ in chosen)))
+    return pytest.mark.parametrize(list(values), cases)

@@ -78,7 +78,7 @@ def test_data_that_say_nothing():
 
 
 def test_corda_has_nothing_to_take_from_a_weight_of_zeros_or_not_finite():
-    for value, words in [(0.0, "is zero"), (math.nan, "NaN")]:
+    for value, words in [(0.0, "all zeros"), (math.nan, "NaN")]:
         model, _ = waiting("corda", target_modules=["q_proj", "head"])
         model.head.weight.data.fill_(value)
         assert "q_proj" not in refused(model, BATCHES, words, "head:")

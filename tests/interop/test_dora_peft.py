@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 from exchange import peft_files, refused
+from pairwise import every_two
 from peft_models import IDS, MERGEABLE, QUIET, SPLITS, Net, adapted, by_peft, same, theirs, train
 from torch import nn
 
@@ -96,10 +97,9 @@ def close(got, expected, eps):
     torch.testing.assert_close(got, expected, rtol=eps, atol=eps * max(1e-2, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize(("dtype", "eps"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_same_outputs_gradients_and_steps(name, dtype, eps, use_rslora):
+@every_two(name=list(LAYERS), dtype=[torch.float64, torch.float32], use_rslora=[False, True])
+def test_the_same_outputs_gradients_and_steps(name, dtype, use_rslora):
+    eps = 1e-9 if dtype == torch.float64 else 2e-3
     layer, x = LAYERS[name][0](), example(name, dtype)
     ours, other = pair(One(layer), dtype, use_rslora=use_rslora)
     base = ours.layer.base_forward(x)

@@ -9,7 +9,7 @@ from torch import nn
 from toy_model import IDS, Model
 
 import lora
-from lora.models.groups import param_groups
+from lora.models.training import param_groups
 
 LR, RATIO, DECAY, EMBEDDING = 1e-3, 16.0, 0.1, 5e-4
 FIELDS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "embed"], "modules_to_save": ["head"]}

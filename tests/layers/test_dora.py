@@ -191,8 +191,14 @@ def test_kinds_without_outputs_of_their_own_refuse_it():
 # ---- merging -----------------------------------------------------------------------------------------------------
 
 
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, torch.float64) for form in FORMS),
+        *((kind, torch.bfloat16) for kind in STORED),
+        ("Linear", torch.float32),
+    ],
+)
 def test_merged_weights_are_the_formulas(form, dtype):
     layer = dora(form).to(dtype)
     expected, eps = merged(layer), torch.finfo(dtype).eps

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DTYPES, KINDS, STORED, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
 from counting import Operations
+from pairwise import every_two
 from torch import nn
 
 import lora
@@ -34,8 +35,10 @@ def served(layer, x):
 # ---- 1. the base weight is never written ------------------------------------------------------------------------
 
 
-@each_kind
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.bfloat16) for kind in KINDS), *(("Linear", dtype) for dtype in DTYPES if dtype != torch.bfloat16)],
+)
 def test_a_thousand_toggles_while_a_and_b_move_leave_the_base_bit_identical(kind, dtype):
     layer, x = make(kind, dtype=dtype), example(kind, dtype)
     before, address, (A, B) = bits(layer.weight), layer.weight.data_ptr(), (layer.lora_A, layer.lora_B)
@@ -89,9 +92,7 @@ def test_the_state_dict_of_eval_holds_the_base_weight(kind):
     assert torch.equal(bits(layer.state_dict()["weight"]), before)
 
 
-@each_kind
-@pytest.mark.parametrize("saved_in", ["train", "eval", "served", "disabled"])
-@pytest.mark.parametrize("loaded_in", ["train", "eval", "served"])
+@every_two(kind=KINDS, saved_in=["train", "eval", "served", "disabled"], loaded_in=["train", "eval", "served"])
 def test_what_is_saved_in_any_mode_loads_in_any_mode_as_the_same_function(kind, saved_in, loaded_in):
     layer, fresh, x = make(kind), make(kind), example(kind)
     expected = layer(x).detach()
@@ -111,9 +112,7 @@ def test_what_is_saved_in_any_mode_loads_in_any_mode_as_the_same_function(kind, 
 # ---- 3. the keys are the pretrained model's, 4. a layer is its base, 5. and is adapted in place -----------------
 
 
-@each_kind
-@pytest.mark.parametrize("r", [0, 2])
-@pytest.mark.parametrize("training", [True, False])
+@every_two(kind=KINDS, r=[0, 2], training=[True, False])
 def test_its_keys_are_the_bases_and_lora_a_and_lora_b_and_there_are_no_children(kind, r, training):
     layer = make(kind, r=r, **({"lora_dropout": 0.1} if kind in WITH_DROPOUT else {})).train(training)
     base = ["weight"] if kind == "Embedding" else ["weight", "bias"]
@@ -182,9 +181,7 @@ def test_a_state_dict_that_does_not_fit_raises(kind, change):
 # ---- 7. the fast path equals the plain path ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["train", "eval", "served"])
+@every_two(kind=STORED, dtype=DTYPES, mode=["train", "eval", "served"])
 def test_every_path_computes_the_equation_in_every_dtype(kind, dtype, mode):
     layer, x = make(kind, dtype=dtype).train(mode == "train"), example(kind, dtype)
     with torch.set_grad_enabled(mode != "served"):
@@ -230,8 +227,17 @@ def _step(layer):
     torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.5, fused=True).step()
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["Linear", "Linear transposed", "MergedLinear", "Embedding", "Conv2d factored"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("Linear", change) for change in CHANGES),
+        *(
+            (kind, change)
+            for kind in ("Linear transposed", "MergedLinear", "Embedding", "Conv2d factored")
+            for change in ("A in place", "B in place", "W in place", "W replaced")
+        ),
+    ],
+)
 def test_in_eval_a_change_counts_at_the_next_call(kind, change):
     layer, x = make(kind), example(kind)
     before = served(layer, x)

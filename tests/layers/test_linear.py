@@ -7,6 +7,7 @@ import torch
 from conftest import assert_equation, plain_twin, randomised, update
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_two
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -31,10 +32,10 @@ def test_it_computes_the_equation(sizes, leading, bias, transposed, training, me
         assert_equation(layer, torch.randn(*leading, n, dtype=dtype))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    "trained", [("x", "A", "B", "bias"), ("x",), ("A",), ("B",), ("A", "B"), ("x", "B"), ("x", "A")]
+@every_two(
+    trained=[("x", "A", "B", "bias"), ("x",), ("A",), ("B",), ("A", "B"), ("x", "B"), ("x", "A")],
+    transposed=[False, True],
+    dropout=[0.0, 0.4],
 )
 def test_its_gradients_are_right_whichever_are_wanted(trained, transposed, dropout):
     layer = randomised(lora.Linear(4, 3, 2, 3, dropout, transposed, dtype=torch.float64))

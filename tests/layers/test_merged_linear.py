@@ -9,6 +9,7 @@ from conftest import assert_equation, plain_twin, randomised, with_float32_adapt
 from counting import operations
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import every_two
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -43,9 +44,11 @@ def test_it_computes_the_equation(fused, n, r, leading, transposed, bias, traini
         assert_equation(layer.train(training), torch.randn(*leading, n, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("mask", [(1, 0, 1), (1, 1, 1), (0, 1, 0)])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("trained", [("x", "A", "B", "bias"), ("A",), ("B",), ("x",)])
+@every_two(
+    mask=[(1, 0, 1), (1, 1, 1), (0, 1, 0)],
+    dropout=[0.0, 0.4],
+    trained=[("x", "A", "B", "bias"), ("A",), ("B",), ("x",)],
+)
 def test_its_gradients_are_right_whichever_are_wanted(mask, dropout, trained):
     layer = lora.MergedLinear(4, 9, 2, 3, dropout, mask, splits=(4, 3, 2), dtype=torch.float64)
     randomised(layer)

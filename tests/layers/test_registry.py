@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pairwise import every_two
 
 import lora
 from lora.layers import registry
@@ -282,9 +283,9 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("make", [lambda: Labelled(6, 4), lambda: Doubled(6, 4), lambda: Scorer(6)])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@every_two(
+    copied=COPIES, make=[lambda: Labelled(6, 4), lambda: Doubled(6, 4), lambda: Scorer(6)], training=[True, False]
+)
 def test_a_layer_of_a_made_class_survives_copying(copied, make, training):
     model, x = injected(make(), merge_weights=True).train(training), torch.randn(5, 6)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import KINDS, example, make, plain_twin, randomised
+from pairwise import every_two
 from torch import nn
 from toy_model import snapshot
 
@@ -97,9 +98,7 @@ def layerwise(model, storage, compute):
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("merge_weights", [False, True])
+@every_two(kind=KINDS, use_dora=[False, True], merge_weights=[False, True])
 def test_layerwise_casting_rounds_the_base_and_nothing_else(kind, use_dora, merge_weights):
     layer = make(kind, use_dora=use_dora, merge_weights=merge_weights)
     stored = copy.deepcopy(layer)  # the same with what float8 leaves of the base

@@ -18,6 +18,7 @@ from conftest import (
     randomised,
     with_float32_adapter,
 )
+from pairwise import every_two
 from torch import nn
 from torch.nn.utils import parametrize, skip_init
 from torch.utils.checkpoint import checkpoint
@@ -37,9 +38,7 @@ def by_torch_save(module):
 COPIES = {"pickle": lambda m: pickle.loads(pickle.dumps(m)), "deepcopy": copy.deepcopy, "torch.save": by_torch_save}
 
 
-@each_kind
-@pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("mode", ["train", "eval", "served", "disabled", "injected"])
+@every_two(kind=KINDS, copied=COPIES, mode=["train", "eval", "served", "disabled", "injected"])
 def test_copies_are_the_same_layer_in_every_mode(kind, copied, mode):
     layer, x = make(kind).train(mode == "train"), example(kind)
     if mode == "injected":
@@ -49,7 +48,7 @@ def test_copies_are_the_same_layer_in_every_mode(kind, copied, mode):
     off = lora.disabled(layer) if mode == "disabled" else nullcontext()
     with torch.set_grad_enabled(mode != "served"), off:
         expected = layer(x)
-        other = COPIES[copied](layer)
+        other = copied(layer)
         assert torch.equal(other(x), expected)
     assert type(other) is type(layer)
     assert repr(other) == repr(layer)
@@ -138,9 +137,7 @@ def test_a_default_device_does_not_matter_to_a_layer_that_is_elsewhere(kind):
         assert layer(x).device.type == "cpu"
 
 
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@every_two(kind=KINDS, dtype=[torch.bfloat16, torch.float16], dropout=[0.0, 0.5])
 def test_a_half_precision_base_trains_a_float32_adapter_without_autocast(kind, dtype, dropout):
     layer = with_float32_adapter(make(kind, dtype=dtype))
     layer.lora_dropout = dropout if kind in WITH_DROPOUT else 0.0
@@ -168,9 +165,7 @@ def test_a_float32_base_takes_a_half_precision_adapter(kind):
         assert_equation(layer, x)
 
 
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["train", "eval", "served"])
+@every_two(kind=KINDS, dtype=[torch.float32, torch.float64], mode=["train", "eval", "served"])
 def test_autocast_gives_the_dtype_that_it_gives_the_base(kind, dtype, mode):
     layer, x = make(kind, dtype=dtype).train(mode == "train"), example(kind, dtype)
     twin = plain_twin(layer)

@@ -13,7 +13,7 @@ from torch import nn
 from toy_model import IDS, Model, snapshot
 
 import lora
-from lora.models.groups import param_groups
+from lora.models.training import param_groups
 
 LR, RATIO, DECAY = 1e-3, 10.0, 0.1
 TARGETS = ["q_proj", "v_proj", "embed"]

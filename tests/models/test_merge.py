@@ -28,11 +28,14 @@ def as_stored(layer, weight):
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
 
 
+# Rounding is worst in bfloat16, and in other dtypes it does not depend on the kind.
+IN_ITS_DTYPE = [(kind, torch.bfloat16) for kind in STORED]
+IN_ITS_DTYPE += [("Linear", dtype) for dtype in DTYPES if dtype != torch.bfloat16]
+
 # ---- the weight ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize(("kind", "dtype"), IN_ITS_DTYPE)
 def test_the_merged_weight_is_the_equation_rounded_once(kind, dtype):
     layer = make(kind, dtype=dtype)
     expected, model = as_stored(layer, exact(layer)), nn.Sequential(layer)
@@ -258,8 +261,7 @@ def test_the_function_is_kept_when_memory_ends_half_way(monkeypatch):
 # ---- the state dict --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize(("kind", "dtype"), IN_ITS_DTYPE)
 def test_the_merged_state_dict_is_the_state_dict_after_merging_in_the_layout_of_before(kind, dtype):
     layer = make(kind, dtype=dtype)
     model, transposed = nn.Sequential(layer), getattr(layer, "fan_in_fan_out", False)

@@ -197,7 +197,7 @@ def test_pissa_needs_a_scaling_above_0_and_a_count_of_iterations():
 def test_pissa_has_nothing_to_take_from_a_weight_of_zeros():
     layer = make("MergedLinear")
     layer.weight.data[:4] = 0
-    refused(pissa, layer, "is zero")
+    refused(pissa, layer, "all zeros")
     olora(layer)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from pairwise import every_two
 from toy_model import IDS, Model, snapshot
 
 import lora
@@ -129,9 +130,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("merge_weights", [False, True])
-@pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED)
+@every_two(fields=TRAINED, merge_weights=[False, True], training=[True, False])
 def test_disabled_is_the_base_model_and_then_all_is_back(fields, merge_weights, training):
     model, before = trained(**fields, merge_weights=merge_weights)
     model.train(training)

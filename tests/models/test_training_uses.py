@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import KINDS, LAYERS, WITH_DROPOUT, assert_equation, example, make, plain_twin, randomised
 from magnitudes import dora, input_of
+from pairwise import every_two
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -270,9 +271,7 @@ def test_the_jacobian_by_the_adapter_is_the_plain_models():
 # ---- nothing waits for a device ----------------------------------------------------------------------------------
 
 
-@each_kind
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("mode", ["train", "dropout", "eval", "served"])
+@every_two(kind=KINDS, use_dora=[False, True], mode=["train", "dropout", "eval", "served"])
 def test_neither_forward_nor_backward_reads_a_value(kind, use_dora, mode):
     """On the meta device, where there are none to read; a CUDA graph could be captured of it."""
     options = {"lora_dropout": 0.5} if mode == "dropout" and kind in WITH_DROPOUT else {}

@@ -1,11 +1,14 @@
 """Tensor parallelism: kinds of layers, state dicts and files, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from conftest import randomised
 from test_parallel import SPLITS, WITHOUT_EMBEDDING, Block, adapted, gradients_of, ids, mesh, parallel, plan, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -55,6 +58,32 @@ def is_that_of_one_process(kind, style):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_divided_layer_is_that_of_one_process(ranks, kind, style):
     ranks.run(is_that_of_one_process, kind, style)
+
+
+def start_sees_a_whole_layer():
+    seen = []
+
+    def start(layer):
+        seen.append((type(layer), layer.forward(torch.ones(6)), layer.lora_A.shape))
+        nn.init.ones_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+
+    layer = lora.Linear(6, 10, r=3, use_dora=True, init_lora_weights=start)
+    one = copy.deepcopy(layer)
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(nn.Sequential(layer), both["tp"], {"0": lora.parallel.ColwiseParallel()})
+    fully_shard(layer, mesh=both["dp"])
+    seen.clear()
+    layer.start_adapter()
+    assert [(cls, shape) for cls, _, shape in seen] == [(lora.Linear, (3, 6))]
+    torch.testing.assert_close(seen[0][1], one(torch.ones(6)))
+    assert torch.equal(whole(layer.lora_A), torch.ones(3, 6))
+    return whole(layer.lora_B).detach()
+
+
+def test_a_start_of_a_users_own_sees_a_whole_layer(ranks):
+    first, second = ranks.run(start_sees_a_whole_layer)
+    assert torch.equal(first, second)
 
 
 def places():

@@ -2,6 +2,7 @@
 handed out, and nothing is lost. (Emulated: the same attributes on plain tensors.)"""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_nothing_empty_is_saved_or_handed_out(tmp_path):
             lambda: lora.save_adapter(model, tmp_path / "peft", format="peft"),
             lambda: lora.adapter_of(model),
         ],
-        "lora_state_dict is not whole, because": [lambda: lora.lora_state_dict(model)],
+        "lora_state_dict: a tensor is in parts, because": [lambda: lora.lora_state_dict(model)],
     }
     for first, functions in uses.items():
         for function in functions:
@@ -141,9 +142,11 @@ def test_the_shape_of_a_base_in_parts_is_known():
     partition(model.parameters())
     with gathered([p for p in model.parameters() if p.requires_grad]):
         adapter = lora.adapter_of(model)
-        assert adapter.modules["layers.0.mlp.up_proj"]["base"]["shape"] == [12, 8]
+        module = adapter.modules["layers.0.mlp.up_proj"]
+        assert module["base"]["shape"] == (12, 8)
         wrong = lora.adapter_of(wrong)
-        wrong.modules["layers.0.mlp.up_proj"]["base"]["shape"] = [12, 9]
+        other = dataclasses.replace(module, base=dataclasses.replace(module.base, shape=(12, 9)))
+        wrong.modules["layers.0.mlp.up_proj"] = other
         with pytest.raises(lora.AdapterError, match=r"its shape is \(12, 8\), and was \(12, 9\)"):
             lora.load_adapter(model, wrong)
 

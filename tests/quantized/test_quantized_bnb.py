@@ -18,6 +18,7 @@ from packed import (
     assert_merges,
     kept,
 )
+from pairwise import every_two
 from torch import nn
 
 import lora
@@ -88,9 +89,7 @@ def test_writing_what_it_reads_changes_no_bit(name, dtype):
     assert_same_bits(bits(layer), before)
 
 
-@pytest.mark.parametrize("forward_first", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, forward_first=[False, True])
 def test_writes_what_the_package_would_quantise(name, dtype, forward_first):
     base, layer = dense(dtype), quantised(name, dtype)
     expected = quantised(name, dtype, base)
@@ -181,9 +180,7 @@ def test_adapters_go_between_quantised_and_dense_bases(name, tmp_path):
     assert_adapters_travel(quantised(name, base=base), base, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, use_dora=[False, True])
 def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)

@@ -17,6 +17,7 @@ from packed import (
     assert_merges,
     kept,
 )
+from pairwise import every_two
 from torch import nn
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
@@ -176,9 +177,7 @@ def test_adapters_go_between_quantised_and_dense_bases(name, tmp_path):
     assert_adapters_travel(quantised(name, base=base), base, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@every_two(name=NAMES, dtype=DTYPES, use_dora=[False, True])
 def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)

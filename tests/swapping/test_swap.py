@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import KINDS, STORED, example, make, plain_twin
+from pairwise import every_two
 from torch import nn
 
 import lora
@@ -52,9 +53,7 @@ def assert_same_adapter(model, other):
 # ---- preparing --------------------------------------------------------------------------------------------------
 
 
-@each_kind
-@with_and_without_dora
-@pytest.mark.parametrize("mode", ["train", "eval", "served"])
+@every_two(kind=KINDS, use_dora=[False, True], mode=["train", "eval", "served"])
 def test_a_prepared_model_computes_what_it_did(kind, use_dora, mode):
     model, x = (
         model_of(kind, use_dora=use_dora, dtype=torch.float64).train(mode == "train"),

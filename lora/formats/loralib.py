@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.adapter import PARAMETERS, Adapter
+from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import Base
 from lora.adapters.files import open_file, read_header, read_tensors, reading
 from lora.errors import AdapterError, join, raise_all
-from lora.formats.pickled import read_torch
+from lora.formats.torch_files import read_torch
+from lora.layers.layer import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"
@@ -83,6 +84,12 @@ def _problems(pairs: Mapping[str, Mapping[str, Tensor]], lora_alpha: float | Non
             yield f"{name}: the shapes {shapes[0]} and {shapes[1]} of lora_A and lora_B do not fit each other."
 
 
-def _settings(r: int, lora_alpha: float) -> dict[str, Any]:
-    about = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.0, "use_rslora": False}
-    return {**about, "scaling": lora_alpha / r, "base": {"kind": KIND, "shape": None}}
+def _settings(r: int, lora_alpha: float) -> ModuleAdapter:
+    return ModuleAdapter(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        use_rslora=False,
+        scaling=scaling_of(lora_alpha, r, False),
+        base=Base(kind=KIND),
+    )

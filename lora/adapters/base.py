@@ -1,0 +1,365 @@
+"""What an adapter knows of its base model: of each weight that it adapts, and a sample of every other tensor.
+
+An adapter that is loaded into a model with another head, with other rows in its embeddings or with other running
+statistics computes something else, as it does beside other weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.errors import is_count, is_number, join
+from lora.functional.fused import is_plain, is_storage
+from lora.layers import weights
+from lora.layers.conv import ConvLoRA
+from lora.layers.embedding import EmbeddingLoRA
+from lora.layers.layer import LoRALayer
+from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
+from lora.layers.registry import kind_for
+from lora.models.model import Names, Owned, owned_tensors, without_wrappers
+from lora.models.start import pretrained_weight
+from lora.models.training import originals
+
+SomeRecord = TypeVar("SomeRecord", bound="Record")
+
+# What an adapter can be understood by without its model. Kinds that users register go by their class's name.
+_KINDS: dict[type[LoRALayer], str] = {
+    LinearLoRA: "linear",
+    MergedLinearLoRA: "linear",
+    Conv1DLoRA: "linear",
+    MergedConv1DLoRA: "linear",
+    EmbeddingLoRA: "embedding",
+    ConvLoRA: "conv",
+}
+# How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
+_SAMPLE, _TOLERANCE = 16, 0.01
+_LARGEST = 2**50  # values of a weight that is believed to be one
+# How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
+_VALUES, _DIGITS = 8, 9
+_NOT_THERE = "there was no such tensor in the model that the adapter was trained in"
+# The dtypes that models are cast to. A sample is compared to the precision of the narrowest that holds its values.
+_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# ---- a weight that is adapted -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Record(Mapping[str, Any]):
+    """A frozen dataclass that also reads as the mapping which stands for it in a file.
+
+    `more` holds entries of a file that this release does not know: they are written again.
+    """
+
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, list):
+                object.__setattr__(self, each.name, tuple(value))
+
+    @classmethod
+    def from_mapping(cls: type[SomeRecord], entries: Mapping[str, Any]) -> SomeRecord:
+        """The record that a mapping stands for; it may be unsound, and what is missing without a default is None."""
+        own = [each for each in fields(cls) if each.name != "more"]
+        known: dict[str, Any] = {each.name: None for each in own if each.default is MISSING}
+        known |= {each.name: entries[each.name] for each in own if each.name in entries}
+        return cls(**known, more={key: value for key, value in entries.items() if key not in known})
+
+    def _entries(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __getitem__(self, key: str) -> Any:
+        return self._entries()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries())
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Base(Record):
+    """What is known of a base weight: enough to recognise it, and to do without it.
+
+    Attributes:
+        kind: "linear", "embedding", "conv", or the name of a user's kind of layer.
+        shape: of the weight; None where it is packed.
+        dtype: of the weight, without "torch."; None if it is not known.
+        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features); None if only the model knows.
+        groups: of a convolution.
+        beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
+        beyond_weight: what of the merged layer's function its weight alone cannot say, in words.
+        sample: values from all over the weight; None where it has no plain, finite ones.
+    """
+
+    kind: str
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    fan_in_fan_out: bool | None = False
+    groups: int = 1
+    beyond_peft: str = ""
+    beyond_weight: str | None = None
+    sample: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, layer: LoRALayer) -> Base:
+        """What is to be remembered of a layer's base weight, as it was pretrained."""
+        kind = next(c for c in type(layer).__mro__ if issubclass(c, LoRALayer) and c.base_class is nn.Module)
+        name = _KINDS.get(kind, kind.__name__)
+        return cls(
+            kind=name,
+            shape=_shape_of(layer),
+            dtype=str(layer.weight.dtype).removeprefix("torch."),
+            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name == "linear" else False,
+            groups=getattr(layer, "groups", 1) if name == "conv" else 1,
+            beyond_peft=beyond_peft(layer) if name == "conv" else "",
+            beyond_weight=layer.beyond_weight(),
+            sample=_sample(layer),
+        )
+
+    def _entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = {"kind": self.kind, "shape": self.shape}
+        if self.dtype is not None:
+            entries["dtype"] = self.dtype
+        if self.kind == "linear":
+            entries["fan_in_fan_out"] = self.fan_in_fan_out
+        if self.kind == "conv":
+            entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}
+        if self.beyond_weight:
+            entries["beyond_weight"] = self.beyond_weight
+        return {**entries, **self.more, "sample": self.sample}
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the description, whatever the model."""
+        if not isinstance(self.kind, str):
+            yield f"`base` must describe the base weight, got {dict(self)!r}."
+            return
+        if self.kind != "conv" and self.groups != 1:
+            yield f"`groups` are for convolutions, got {self.groups!r} for {self.kind!r}."
+        if not isinstance(self.fan_in_fan_out, (bool, type(None))):
+            yield f"`fan_in_fan_out` must be true, false or unknown, got {self.fan_in_fan_out!r}."
+        shape, sample = self.shape, self.sample
+        sizes = [self.groups, *(shape if isinstance(shape, tuple) else [1 if shape is None else shape])]
+        if not all(is_count(size, 1) for size in sizes) or math.prod(sizes) > _LARGEST:
+            yield f"`base` must have a shape and groups of positive integers, got {shape!r} and {self.groups!r}."
+        if sample is not None and not (isinstance(sample, tuple) and all(map(is_number, sample))):
+            yield f"`sample` must hold finite numbers, got {sample!r}."
+
+    def check_kind(self, module: nn.Module) -> None:
+        """ValueError if the module is of another kind than the one described, whose shapes may well be alike."""
+        kind = type(module) if isinstance(module, LoRALayer) else kind_for(type(module))
+        ours = next((_KINDS[cls] for cls in kind.__mro__ if cls in _KINDS), None) if kind else None
+        if ours is not None and self.kind in _KINDS.values() and self.kind != ours:
+            raise ValueError(f"has an adapter of the kind {self.kind!r} in the file, and is of {ours!r} in the model.")
+
+    def check(self, module: nn.Module) -> None:
+        """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
+        another = "the base weight is not the one that the adapter was trained on:"
+        ours = _shape_of(module)
+        if self.shape is not None and ours is not None and self.shape != ours:
+            raise ValueError(f"{another} its shape is {ours}, and was {self.shape}.")
+        sample = _sample(module)
+        if self.sample is not None and sample is not None and len(self.sample) != len(sample):
+            raise ValueError(f"`sample` must hold {len(sample)} numbers, got {len(self.sample)}.")
+        difference = sample_difference(self.sample, sample)
+        if difference is not None:
+            raise ValueError(
+                f"{another} sampled values differ by {100 * difference:.0f} %; `check_base=False` loads it all the "
+                "same."
+            )
+
+
+def beyond_peft(module: nn.Module) -> str:
+    """What a convolution's update does here, and does not do in PEFT, which leaves it out without a word."""
+    dilation, padding_mode = getattr(module, "dilation", (1,)), getattr(module, "padding_mode", "zeros")
+    found = {f"dilation={dilation}": set(dilation) != {1}, f"padding_mode={padding_mode!r}": padding_mode != "zeros"}
+    return " and ".join(words for words, is_so in found.items() if is_so)
+
+
+def sample_difference(theirs: Sequence[float] | None, ours: Sequence[float] | None) -> float | None:
+    """By how much two samples differ, in parts of the larger; None if they are one weight's, or one is not known."""
+    if theirs is None or ours is None:
+        return None
+    if len(theirs) != len(ours):
+        return math.inf
+    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
+    return None if difference <= _TOLERANCE else difference  # also if it is beyond floats
+
+
+def _sample(module: nn.Module) -> tuple[float, ...] | None:
+    """Values from all over the base weight as it was pretrained; None if it is packed: such are not compared."""
+    weight: Any = module.weight
+    if not _has_values(weight):
+        return None
+    weight = pretrained_weight(module) if isinstance(module, LoRALayer) else weight
+    return values_of(module, "weight", weight, _SAMPLE)
+
+
+def _has_values(weight: Any) -> bool:
+    """Whether a weight, or each rank's part of it, is a plain tensor."""
+    return is_plain(weights.of(None, "weight", weight).part())
+
+
+def _shape_of(layer: Any) -> tuple[int, ...] | None:
+    known = weights.is_split_up(layer.weight) or _has_values(layer.weight) or layer.weight.is_meta
+    return tuple(weights.whole_shape(layer.weight)) if known else None
+
+
+def sample_of(weight: Tensor) -> tuple[float, ...] | None:
+    """Values from all over a weight; None if it has no plain and finite ones."""
+    return values_of(None, "weight", weight, _SAMPLE) if is_plain(weight) else None
+
+
+# ---- all other tensors -----------------------------------------------------------------------------------------
+
+
+def own_tensors(names: Names) -> Iterator[Owned]:
+    """Every parameter and persistent buffer that belongs to no adapter; a tied one once for each module that has it."""
+    for known, module, own, tensor in owned_tensors(names):
+        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
+        if own not in {*adapter, *module._non_persistent_buffers_set} and not nn.parameter.is_lazy(tensor):
+            yield Owned(tuple(map(without_wrappers, known)), module, own, tensor)
+
+
+def describe(names: Names, held: Container[int], adapted: Container[str]) -> dict[str, dict[str, Any]]:
+    """Shape and sample of every tensor that an adapter neither holds nor adapts, as it was before training.
+
+    What is quantised has neither shape nor sample: only its name is known. Buffers that no state dict holds are
+    computed, not pretrained, and left out.
+
+    Args:
+        names: of the model.
+        held: tensors, by `id`, that the adapter holds.
+        adapted: names of the weights that it adapts.
+    """
+    return {
+        known[0]: describe_tensor(originals(module).get(own, tensor), module, own)
+        for known, module, own, tensor in own_tensors(names)
+        if id(tensor) not in held and not any(name in adapted for name in known)
+    }
+
+
+def describe_tensor(tensor: Tensor, module: nn.Module | None = None, own: str = "") -> dict[str, Any]:
+    """Shape and sample of one tensor; of one that is sharded, or of which rows have moved, its module says more."""
+    if weights.is_split_up(tensor):
+        return {"shape": weights.whole_shape(tensor), "sample": None}
+    part = weights.of(module, own, tensor).part()
+    if not (type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided) or part.is_nested:
+        return {"shape": None, "sample": None}
+    # What is only stored in its dtype, float8 say, no two tools round alike.
+    known = not (part.is_complex() or part.is_quantized or is_storage(part.dtype))
+    sample = values_of(module, own, tensor, _VALUES) if known and not part.is_meta else None
+    values = [] if sample is None else torch.tensor(sample, dtype=torch.float32).tolist()
+    finite = bool(values) and all(map(math.isfinite, values))  # a float64 may be none of float32's
+    rounded = [float(f"{value:.{_DIGITS}g}") for value in values] if finite else None
+    return {"shape": list(tensor.shape), "sample": rounded}
+
+
+def differences(
+    rest: Mapping[str, Mapping[str, Any]], names: Names, held: Container[int], adapted: Container[str]
+) -> Iterator[str]:
+    """A complaint for each module with tensors that are not those which an adapter was trained beside.
+
+    Args:
+        rest: what `describe` said of the model that the adapter was trained in.
+        names: of the model that it is to be loaded into.
+        held: tensors, by `id`, that the adapter holds.
+        adapted: names of the weights that it adapts.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    seen: set[str] = set()
+    for known, module, own, tensor in own_tensors(names):
+        seen.update(known)
+        name = next((name for name in known if name in rest), None)
+        if any(name in adapted for name in known) or (name is None and id(tensor) in held):
+            continue
+        ours = describe_tensor(originals(module).get(own, tensor), module, own)
+        what = _NOT_THERE if name is None else difference(rest[name], ours)
+        if what:
+            found.setdefault(known[0].rpartition(".")[0], {}).setdefault(what, []).append(own)
+    for name in rest:
+        if name not in seen:
+            owner, _, own = name.rpartition(".")
+            found.setdefault(owner, {}).setdefault("there is no such tensor in the model", []).append(own)
+    for owner, parts in found.items():
+        for what, owns in parts.items():
+            yield f"{' and '.join(join(owner, own) for own in owns)}: {what}."
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """How a tensor differs from what is remembered; None if it does not, or if one of them is quantised."""
+    if theirs["shape"] is None or ours["shape"] is None:
+        return None
+    if theirs["shape"] != ours["shape"]:
+        return f"the shape is {tuple(ours['shape'])}, and was {tuple(theirs['shape'])} where the adapter was trained"
+    if theirs["sample"] is None or ours["sample"] is None or same_sample(theirs["sample"], ours["sample"]):
+        return None
+    return "the values are not those that the adapter was trained with"
+
+
+def same_sample(theirs: list[float], ours: list[float]) -> bool:
+    """Whether two samples are one tensor's: equal, or one of them rounded to another dtype than the other.
+
+    Which dtype a value was rounded to shows in the value, and outlives a cast back to float32.
+
+    >>> same_sample([0.1, 0.7], [0.10009765625, 0.69921875])  # the second are bfloat16's
+    True
+    >>> same_sample([0.1, 0.7], [0.1001, 0.6992])
+    False
+    """
+    if len(theirs) != len(ours):
+        return False
+    a, b = (torch.tensor(sample, dtype=torch.float32) for sample in (theirs, ours))
+    of_a, of_b = _precision(a), _precision(b)
+    # Rounding moves a value by half of its precision, and again if it went through another dtype.
+    tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
+    # Half of float16's smallest step, by which it moves what is below its normal numbers.
+    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
+    return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest).all())
+
+
+def _precision(sample: Tensor) -> float:
+    """The precision of the narrowest dtype that holds these values as they are."""
+    return torch.finfo(next((dtype for dtype in _NARROWEST_FIRST if _holds(dtype, sample)), torch.float32)).eps
+
+
+def _holds(dtype: torch.dtype, sample: Tensor) -> bool:
+    return torch.equal(sample.to(dtype).float(), sample)
+
+
+def rest_problems(rest: Any) -> Iterator[str]:
+    """What is wrong with what an adapter says of the rest of its base model, whatever the model."""
+    for name, about in rest.items():
+        if about.keys() != {"shape", "sample"}:
+            yield f"{name}: `rest` must say its shape and sample, got {', '.join(map(repr, about))}."
+            continue
+        shape, sample = about["shape"], about["sample"]
+        sizes = shape if isinstance(shape, list) else [shape] * (shape is not None)
+        if not all(is_count(size) for size in sizes):
+            yield f"{name}: `rest` must have a shape of integers, got {shape!r:.80}."
+        numbers = sample if isinstance(sample, list) else [sample] * (sample is not None)
+        if not all(map(is_number, numbers)) or len(numbers) > _VALUES:
+            yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {sample!r:.80}."
+
+
+def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) -> tuple[float, ...] | None:
+    """Values of a module's own tensor, the first, the last and others between; None if there are none, or not finite.
+
+    `module` may be None for a tensor that is not sharded.
+    """
+    last = tensor.numel() - 1
+    if last < 0:
+        return None
+    places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
+    sample = tuple[float, ...](weights.of(module, own, tensor).values_at(places).double().tolist())
+    return sample if all(map(math.isfinite, sample)) else None
