@@ -9,15 +9,16 @@ from lora.formats.portable import portable
 
 def enter() -> None:
     """Enter these formats in the table by which adapters are read and written."""
+    files = (peft.CONFIG, *peft.READERS)
     FORMATS["peft"] = Format(
         "PEFT",
-        peft.write,
-        lambda path, lora_alpha: peft.read(path),
-        peft.reads,
-        peft.claims,
-        (peft.CONFIG, *peft.READERS),
+        write=peft.write,
+        read=lambda path, lora_alpha: peft.read(path),
+        reads=peft.reads,
+        claims=peft.claims,
+        files=files,
     )
     FORMATS["portable"] = Format(
-        "PEFT", lambda adapter, path, names: peft.write(portable(adapter), path, names), files=FORMATS["peft"].files
+        "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files
     )
     FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)
