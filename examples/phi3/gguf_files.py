@@ -11,7 +11,6 @@ import gguf
 from torch import Tensor, nn
 
 import lora
-from lora.adapters.single import as_single
 from phi3.errors import UserError
 
 ARCHITECTURE = "phi3"
@@ -133,7 +132,7 @@ def _pairs(adapter: lora.Adapter) -> dict[str, tuple[float, Tensor, Tensor]]:
             problems.append(f"{module}: {reason}")
         elif not unsound:
             try:
-                single, A, B = as_single(settings, *adapter.pair(module))
+                single, A, B = settings.single(*adapter.pair(module))
                 pairs[f"{tensor_name(module)}.weight"] = single.scaling, A, B
             except ValueError as error:  # shapes that do not fit
                 problems.append(f"{module}: {error}")

@@ -20,6 +20,7 @@ PARAMETERS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"
 #: The settings that say how A and B are cut into blocks: they must agree between a file and a model.
 FORM = ("splits", "enable_lora", "factored")
+_GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -73,15 +74,18 @@ class ModuleAdapter(Record):
         return cls.from_mapping({**settings, "scaling": layer.scaling, "base": Base.of(layer)})
 
     def _entries(self) -> dict[str, Any]:
-        general = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-        form = [option for option in FORM if getattr(self, option) is not None]
-        entries = {option: getattr(self, option) for option in (*general, *form)}
-        return {**entries, **self.more, "scaling": self.scaling, "base": self.base}
+        form = {option: value for option, value in self.form.items() if value is not None}
+        return {**self.general, **form, **self.more, "scaling": self.scaling, "base": self.base}
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the module's own tensors in an adapter."""
         return (*PARAMETERS, MAGNITUDE) if self.use_dora else PARAMETERS
+
+    @property
+    def general(self) -> dict[str, Any]:
+        """The settings that every kind of layer has."""
+        return {option: getattr(self, option) for option in _GENERAL}
 
     @property
     def form(self) -> dict[str, Any]:
@@ -105,6 +109,10 @@ class ModuleAdapter(Record):
             yield f"`use_rslora` must be true or false, got {self.use_rslora!r}."
         if not is_number(self.scaling):
             yield f"`scaling` must be a finite number, got {self.scaling!r}."
+        for option in ("splits", "enable_lora"):
+            value = getattr(self, option)
+            if value is not None and not (isinstance(value, tuple) and all(isinstance(each, int) for each in value)):
+                yield f"`{option}` must be a list of numbers, got {value!r}."
         for option in ("factored", "use_dora"):
             if not isinstance(getattr(self, option), (bool, type(None))):
                 yield f"`{option}` must be true or false, got {getattr(self, option)!r}."
@@ -137,8 +145,7 @@ class ModuleAdapter(Record):
         kind, own = kind.configure(module, **self.form)
         for name, tensor, expected in zip(PARAMETERS, (A, B), kind.lora_shapes(module, self.r, **own), strict=True):
             _check_shape(name, tensor, tuple(expected))
-        general = {key: getattr(self, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-        adapt([Plan(module, kind, general | own | {"use_dora": magnitude is not None})])
+        adapt([Plan(module, kind, {**self.general, **own, "use_dora": magnitude is not None})])
         assert isinstance(module, LoRALayer), "it was adapted"
         module.scaling = float(self.scaling)
         module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
@@ -150,6 +157,21 @@ class ModuleAdapter(Record):
             module.weight = nn.Parameter(module.weight.T, False)
         return module
 
+    def single(self, A: Tensor, B: Tensor) -> Form:
+        """Settings, A and B of the same update as one linear layer's, embedding's or factored convolution's.
+
+            merged linear, G splits      A as it is, (G·r, in);  B block-diagonal, (out, G·r), zero where not enabled
+            loralib's convolutions       A and B in blocks, rank r·k² in two dimensions, times groups²
+
+        The scaling stays; `lora_alpha` grows with the rank.
+
+        Raises:
+            ValueError: as `layer`.
+        """
+        A, B = self.layer(A, B).lora_single(A, B)
+        factored = True if self.base.kind == "conv" else None
+        return replace(self, splits=None, enable_lora=None, factored=factored).at_rank(A.shape[0]), A, B
+
     def _shape_by(self, A: Tensor, B: Tensor) -> tuple[int, ...]:
         """The shape of a packed base weight, which its description leaves open."""
         if self.base.kind == "conv":
@@ -157,6 +179,9 @@ class ModuleAdapter(Record):
         outputs, inputs = sum(self.splits or (B.shape[0],)), A.shape[1]
         transposed = self.base.kind == "embedding" or self.base.fan_in_fan_out
         return (inputs, outputs) if transposed else (outputs, inputs)
+
+
+Form = tuple[ModuleAdapter, Tensor, Tensor]  # with its A and B
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

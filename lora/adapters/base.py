@@ -25,7 +25,7 @@ from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedL
 from lora.layers.registry import kind_for
 from lora.models.model import Names, Owned, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
-from lora.models.training import originals
+from lora.models.training import has_moved, originals
 
 SomeRecord = TypeVar("SomeRecord", bound="Record")
 
@@ -229,6 +229,21 @@ def own_tensors(names: Names) -> Iterator[Owned]:
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         if own not in {*adapter, *module._non_persistent_buffers_set} and not nn.parameter.is_lazy(tensor):
             yield Owned(tuple(map(without_wrappers, known)), module, own, tensor)
+
+
+def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """What trains, or has trained, outside the adapters: its name, its module, and what it is called there.
+
+    A tensor with several names comes under its first.
+    """
+    seen: set[int] = set()
+    for known, module, own, tensor in owned_tensors(names):
+        if id(tensor) in seen or (isinstance(module, LoRALayer) and own in dict(module.lora_parameters())):
+            continue
+        in_full = own in originals(module) and own not in module._non_persistent_buffers_set
+        if (in_full and has_moved(module, own)) or (tensor.requires_grad and not only_recorded):
+            seen.add(id(tensor))
+            yield without_wrappers(known[0]), module, own
 
 
 def describe(names: Names, held: Container[int], adapted: Container[str]) -> dict[str, dict[str, Any]]:

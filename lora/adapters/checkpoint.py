@@ -6,20 +6,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters import base
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.base import describe, describe_tensor, own_tensors, trained_in_full
 from lora.adapters.files import as_path
-from lora.adapters.fitting import Fit, Target, tied, trained_in_full
+from lora.adapters.fitting import Fit, Target, tied
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.models.injection import InjectionReport, adapt, report_of
-from lora.models.learnt import since_start
 from lora.models.model import (
     Names,
     lora_layers,
@@ -34,7 +32,7 @@ from lora.models.model import (
     unwrapped,
     without_wrappers,
 )
-from lora.models.start import pretrained_weight
+from lora.models.start import pretrained_weight, since_start
 from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
 
 
@@ -75,12 +73,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     """
     model = unwrapped(model)
     lora_layers(model, "save_adapter")
-    ranks = weights.ranks_of(model)
-    adapter = _adapter_of(model, keep=ranks.is_first)
+    ranks, names, what = weights.ranks_of(model), names_of(model), f"save_adapter: {path} is not written"
+    adapter = _adapter_of(model, names, what, keep=ranks.is_first)
 
     def write() -> None:
-        names = names_of(model)
-        raise_all(f"{path} is not written", () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
         known = [without_wrappers(name) for group in names.values() for name in group]
         write_adapter(adapter, path, format, module_names=known)
 
@@ -91,7 +88,7 @@ def _beyond_names(names: Names, adapter: Adapter) -> Iterator[str]:
     """What of the model PEFT would not know by the names in an adapter."""
     for known in names.values():
         if len(known) > 1 and without_wrappers(known[0]) in adapter.modules:
-            yield f"{', '.join(known)}: is one module, of which PEFT would adapt the first name alone."
+            yield f"{', '.join(known)}: are names of one module, of which PEFT would adapt only the first."
     yield from tied(names, {*adapter.trained_in_full} - {*adapter.kept})
 
 
@@ -152,31 +149,32 @@ def load_adapter(
     lora_layers(model, "load_adapter", none=True)
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
-    raise_all(f"{what} is not loaded", _in_parts(names_of(model)), AdapterError)
-    fit = Fit(model, adapter, check_base)
-    problems = ranks.from_all(fit.problems + (wrappers if fit.plans else []))
-    raise_all(f"{what} is not loaded", problems, AdapterError)
+    raise_all(what, _in_parts(names_of(model)), AdapterError)
+    fit = Fit(model, adapter, check_base, what)
+    raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)
+    saved = [fit.modules[name] for name in fit.adapter.modules_to_save]
     with undo_on_error(model.modules()):
-        remember_layers(fit.names, adapt(fit.plans))
-        if fit.plans:
-            for name in fit.adapter.modules_to_save:
-                train_in_full(fit.modules[name])
+        layers = adapt(fit.plans)
+        remember_layers(fit.names, layers)
+        if layers:
+            for module in saved:
+                train_in_full(module)
             mark_only_lora_as_trainable(model)
-        _take_over(fit.adapter, fit.modules, fit.as_before)
+        _take_over(fit)
         remember_values(fit.names)
     layers = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
     return report_of(model, fit.names, layers, tuple(fit.adapter.modules_to_save))
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
-    """An adapter with nothing wrong in it, and what to call it; ready to be sent to other processes if need be."""
+    """An adapter with nothing wrong in it, ready to be sent to other processes if need be; and errors' first line."""
     if not isinstance(source, Adapter):
         path = as_path(source, "source", " or a lora.Adapter")
-        return read_adapter(path, lora_alpha=lora_alpha), str(path)
+        return read_adapter(path, lora_alpha=lora_alpha), f"load_adapter: {path} is not loaded"
     if lora_alpha is not None:
         raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
-    what = "the adapter"
-    raise_all(f"{what} is not loaded", source.problems(), AdapterError)
+    what = "load_adapter: the adapter is not loaded"
+    raise_all(what, source.problems(), AdapterError)
     if to_send:  # without its device, its graph, and what else shares its memory
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in source.tensors.items()}
         source = replace(source, tensors=copies)
@@ -206,20 +204,19 @@ def adapter_of(model: nn.Module) -> Adapter:
     """
     model = unwrapped(model)
     lora_layers(model, "adapter_of")
-    return _adapter_of(model, keep=True)
+    return _adapter_of(model, names_of(model), "adapter_of: no adapter was taken", keep=True)
 
 
-def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
+def _adapter_of(model: nn.Module, names: Names, what: str, keep: bool) -> Adapter:
     """The adapter; without its tensors, gathered one at a time, if it is another rank that is to `keep` them."""
-    names = names_of(model)
     adapted = {
         without_wrappers(known[0]): layer
         for layer, known in names.items()
         if isinstance(layer, LoRALayer) and layer.r > 0
     }
-    raise_all("the adapter is not taken", _in_parts(names), AdapterError)
+    raise_all(what, _in_parts(names), AdapterError)
     full, kept = _held(model, names)
-    raise_all("the adapter is not taken", _quantised(full, kept), AdapterError)
+    raise_all(what, _quantised(full, kept), AdapterError)
     about: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
@@ -232,7 +229,7 @@ def _adapter_of(model: nn.Module, keep: bool) -> Adapter:
         tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
     held = {id(getattr(module, own)) for module, own in full.values()}
-    others = base.describe(names, held, {join(name, "weight") for name in adapted})
+    others = describe(names, held, {join(name, "weight") for name in adapted})
     return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
 
 
@@ -242,7 +239,7 @@ def _held(model: nn.Module, names: Names) -> tuple[dict[str, tuple[nn.Module, st
     kept = [name for name, (module, own) in full.items() if is_kept(module, own)]
     held = {id(getattr(module, own)) for module, own in full.values()}
     ends = {*resized_embeddings(model)}
-    for known, module, own, tensor in base.own_tensors(names):
+    for known, module, own, tensor in own_tensors(names):
         if module in ends and id(tensor) not in held and own in module._parameters:
             full[known[0]] = module, own
             kept.append(known[0])
@@ -254,7 +251,7 @@ def _quantised(full: Mapping[str, tuple[nn.Module, str]], kept: Sequence[str]) -
     """A complaint for each part of the base model that nobody else has, and that is quantised."""
     for name in kept:
         module, own = full[name]
-        if own == "weight" and base.describe_tensor(getattr(module, own))["shape"] is None:
+        if own == "weight" and describe_tensor(getattr(module, own))["shape"] is None:
             yield (
                 f"{name}: rows were added to it, which only this model has, and it is quantised; leave it out when the "
                 "model is quantised."
@@ -297,39 +294,25 @@ def _whole(module: nn.Module, own: str) -> Tensor:
     return whole.cpu() if weights.is_sharded(tensor) else whole
 
 
-def _take_over(adapter: Adapter, modules: dict[str, nn.Module], as_before: list[Target]) -> None:
-    """Give the modules an adapter that fits them, and what it does not know its value `as_before`.
-
-    The Parameter objects stay.
-    """
-    targets: list[Target] = []
+def _take_over(fit: Fit) -> None:
+    """Give the model an adapter that fits it: all of it, or nothing. The Parameter objects stay."""
+    adapter, targets = fit.adapter, list[Target]()
     for name, settings in adapter.modules.items():
-        layer = modules[name]
+        layer = fit.modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
         layer.lora_take(settings.r, settings.lora_alpha, float(settings.scaling), settings.use_rslora)
         targets += [(layer, own, adapter.tensors[join(name, own)]) for own, _ in layer.lora_parameters()]
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
+        module = fit.modules[owner]
         if name in adapter.kept:
-            keep(modules[owner], own)
+            keep(module, own)
         else:
-            remember(modules[owner], own)
-            tensor: Tensor = getattr(modules[owner], own)
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
-        targets.append((modules[owner], own, adapter.tensors[name]))
-    _write_all([*targets, *as_before])
-
-
-@torch.no_grad()
-def _write_all(targets: list[Target]) -> None:
-    """Copy values, all or none."""
-    tensors: list[Tensor] = [getattr(module, own) for module, own, _ in targets]
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        for tensor, (module, own, value) in zip(tensors, targets, strict=True):
-            weights.of(module, own, tensor).write(value)
-    except BaseException:
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
-        raise
+            remember(module, own)
+            if own in module._parameters:
+                getattr(module, own).requires_grad_(True)
+        targets.append((module, own, adapter.tensors[name]))
+    targets += fit.as_before
+    with undo_on_error((), written=[getattr(module, own) for module, own, _ in targets]):
+        for module, own, value in targets:
+            weights.of(module, own).write(value)

@@ -1,31 +1,34 @@
-"""How an adapter fits a model: what must be made first, and everything that does not fit."""
+"""How an adapter fits a model: it takes the model's names, forms and dtypes; everything that does not fit is named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
-from lora.adapters.base import differences, own_tensors
-from lora.adapters.fitted import fitted, renamed
-from lora.adapters.single import NO_ROOM
-from lora.errors import join
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
+from lora.adapters.base import beyond_peft, differences, own_tensors, trained_in_full
+from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
-from lora.layers.layer import LoRALayer
+from lora.layers.conv import ConvLoRA
+from lora.layers.layer import LoRALayer, scaling_of
+from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
 from lora.models.injection import Plan, refusal
 from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers
-from lora.models.start import pretrained_weight
-from lora.models.training import has_moved, is_kept, originals
+from lora.models.start import pretrained_weight, to_start
+from lora.models.training import is_kept, originals
 
-_GENERAL = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+# What wrappers put in front of every name.
+_PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
+_NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
 _COMMON_ROWS, _NEAR = 0.01, 0.01  # and how near a row is that was rounded
 _ROWS = 4096  # that are compared at once
@@ -36,130 +39,134 @@ _UNTIE = (
     "torch.nn.Parameter(model.lm_head.weight.detach().clone())`, and set `model.config.tie_word_embeddings = False`."
 )
 
-
 # A module, the name of one of its own tensors, and a value for it.
 Target = tuple[nn.Module, str, Tensor]
 
 
-def _with_room(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
-    """The adapter with A and B at the ranks of a model's layers, where these have room for it; r stays."""
-    tensors = dict(adapter.tensors)
-    for name, settings in adapter.modules.items():
-        layer = modules.get(name)
-        if isinstance(layer, LoRALayer):
-            pair = layer.lora_padded(settings.r, *adapter.pair(name))
-            tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
-    return replace(adapter, tensors=tensors)
-
-
 class Fit:
-    """How an adapter fits a model: the layers that must be made first, and everything that does not fit.
+    """How an adapter fits a model.
 
     Attributes:
+        adapter: the adapter as the model has it, without what the model holds anyway.
         plans: the layers that must be made first.
         as_before: what the model holds from an adapter before, and this one does not: the values that it had.
-        unchanged: what the file holds of the base model, and the model has as well.
         problems: everything that does not fit.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, check_base: bool) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, check_base: bool, what: str) -> None:
+        self.model, self.check_base = model, check_base
         self.names = names_of(model)
         self.modules = {without_wrappers(name): module for module, known in self.names.items() for name in known}
         self.plans: list[Plan] = []
         self.as_before: list[Target] = []
-        self.unchanged: list[str] = []
-        adapter, clashes = renamed(adapter, self.modules)
-        self.adapter, misfits = fitted(adapter, self.modules)
-        self.problems = clashes + misfits
-        adapter = self.adapter = _with_room(self.adapter, self.modules)
-        injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
-        for name, settings in adapter.modules.items():
-            try:
-                module = self._module(name)
-                if any(tensor.is_meta for tensor in module.parameters()):
-                    raise ValueError("has no values yet, being on the meta device; give it some first.")
-                settings.base.check_kind(module)
-                if injected:
-                    self._compare(name, module, settings)
-                else:
-                    self._plan(model, name, module, settings)
-                if check_base and join(name, "weight") not in adapter.trained_in_full:
-                    settings.base.check(module)
-            except (ValueError, TypeError) as error:
-                self.problems.append(f"{name}: {error}")
-        for module in injected:
-            if not any(without_wrappers(name) in adapter.modules for name in self.names[module]):
-                self.problems.append(f"{self.names[module][0]}: has LoRA in the model, and no adapter in the file.")
-        self._find_twins()
-        for name in adapter.trained_in_full:
-            self._find_full(name, check_base)
+        self.problems = Problems(what, AdapterError)
+        self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
+        self._unchanged: set[str] = set()
+        self.adapter = self._in_forms(renamed(adapter, self.modules, self.problems))
+        for name, settings in self.adapter.modules.items():
+            with self.problems.at(name):
+                self._fit_module(name, settings)
+        self._find_unmatched()
+        for name in self.adapter.trained_in_full:
+            self._fit_full(name)
         self._find_ties()
-        if check_base and adapter.rest:
+        if check_base and self.adapter.rest:
             self._compare_rest()
-        for name in adapter.modules_to_save:
-            if name not in self.modules:
-                self.problems.append(f"{name}: there is no such module in the model.")
         # What the model has anyway is neither written nor remembered.
-        self.adapter = adapter = replace(
-            adapter,
-            tensors={name: tensor for name, tensor in adapter.tensors.items() if name not in self.unchanged},
-            trained_in_full=[name for name in adapter.trained_in_full if name not in self.unchanged],
-            kept=[name for name in adapter.kept if name not in self.unchanged],
+        self.adapter = replace(
+            self.adapter,
+            tensors={name: value for name, value in self.adapter.tensors.items() if name not in self._unchanged},
+            trained_in_full=[name for name in self.adapter.trained_in_full if name not in self._unchanged],
+            kept=[name for name in self.adapter.kept if name not in self._unchanged],
         )
         for name, module, own in trained_in_full(self.names, only_recorded=True):
-            if name not in adapter.trained_in_full:
+            if name not in self.adapter.trained_in_full:
                 if is_kept(module, own):
                     self.as_before.append((module, own, originals(module)[own]))
                 else:
-                    self.problems.append(f"{name}: trains in the model, and is not in the file.")
+                    self.problems.add(f"{name}: trains in the model, and is not in the file.")
 
-    def _find_twins(self) -> None:
-        for known in self.names.values():
-            twins = [name for name in map(without_wrappers, known) if name in self.adapter.modules]
-            if len(twins) > 1:
-                self.problems.append(f"{', '.join(twins)}: one module in the model, and {len(twins)} in the file.")
+    # ---- modules that are adapted ------------------------------------------------------------------------------
 
-    def _module(self, name: str) -> nn.Module:
+    def _in_forms(self, adapter: Adapter) -> Adapter:
+        """The adapter in the forms, ranks and dtypes of the model's layers, where that is exact."""
+        settings, tensors = dict(adapter.modules), dict(adapter.tensors)
+        for name in [name for name in adapter.modules if name in self.modules]:
+            module, pair = self.modules[name], [*adapter.pair(name)]
+            with self.problems.at(name):
+                settings[name], *pair = _as_in(module, adapter.format, settings[name], *pair)
+            if isinstance(module, LoRALayer):
+                pair = [*module.lora_padded(settings[name].r, *pair)]
+            tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
+        for key, tensor in () if adapter.format == "lora" else tensors.items():
+            target = self._target(key)[2]
+            if target is not None and key not in adapter.kept:
+                tensors[key] = _exactly(tensor, target.dtype)
+        return replace(adapter, modules=settings, tensors=tensors)
+
+    def _fit_module(self, name: str, settings: ModuleAdapter) -> None:
         if name not in self.modules:
             raise ValueError("there is no such module in the model.")
-        return self.modules[name]
+        module = self.modules[name]
+        if any(tensor.is_meta for tensor in module.parameters()):
+            raise ValueError("has no values yet, being on the meta device; give it some first.")
+        settings.base.check_kind(module)
+        if self._injected:
+            self._compare(name, module, settings)
+        else:
+            self._plan(name, module, settings)
+        if self.check_base and join(name, "weight") not in self.adapter.trained_in_full:
+            settings.base.check(module)
 
     def _compare(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
-        r, ranks = settings.r, module.lora_ranks()
-        if r > ranks[0] and isinstance(ranks, range):
-            raise ValueError(NO_ROOM.format(r, ranks[0]))
+        ranks = module.lora_ranks()
+        if settings.r > ranks[0] and isinstance(ranks, range):
+            raise ValueError(_NO_ROOM.format(settings.r, ranks[0]))
         with_dora = bool(settings.use_dora)
         if with_dora != module.use_dora:
             raise ValueError(f"`use_dora` is {with_dora} in the file and {module.use_dora} in the model.")
         for own, parameter in module.lora_parameters():
             self._like(join(name, own), parameter.shape, parameter.dtype)
-        if r not in ranks:
-            raise ValueError(f"`r` is {r} in the file and {module.r} in the model.")
+        if settings.r not in ranks:
+            raise ValueError(f"`r` is {settings.r} in the file and {module.r} in the model.")
         for option, theirs in settings.form.items():
             ours = getattr(module, option, None)
             if theirs != ours:
                 raise ValueError(f"`{option}` is {theirs} in the file and {ours} in the model.")
 
-    def _plan(self, model: nn.Module, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
-        reason = refusal(model, self.names[module], module)
+    def _plan(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
+        reason = refusal(self.model, self.names[module], module)
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)
         kind, own = kind.configure(module, **settings.form)
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
         shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings.r, **own), strict=True))
-        general = {key: getattr(settings, key) for key in _GENERAL}
         if settings.use_dora:
             cls = adapted_class(kind, module)
             cls.check_dora(module, shapes["lora_B"])
             shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
-            general["use_dora"] = True
         for parameter, shape in shapes.items():
             exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
-        self.plans.append(Plan(module, kind, {**general, "adapter_dtype": dtype, **own}))
+        self.plans.append(Plan(module, kind, {**settings.general, "adapter_dtype": dtype, **own}))
+
+    def _find_unmatched(self) -> None:
+        """Complain of layers and modules that only the model or only the file has, or that the file has twice."""
+        names = self.adapter.modules
+        for module in self._injected:
+            if not any(without_wrappers(name) in names for name in self.names[module]):
+                self.problems.add(f"{self.names[module][0]}: has LoRA in the model, and no adapter in the file.")
+        for known in self.names.values():
+            twins = [name for name in map(without_wrappers, known) if name in names]
+            if len(twins) > 1:
+                self.problems.add(f"{', '.join(twins)}: one module in the model, and {len(twins)} in the file.")
+        absent = [name for name in self.adapter.modules_to_save if name not in self.modules]
+        self.problems.add(*(f"{name}: there is no such module in the model." for name in absent))
+
+    # ---- tensors that are held in full -------------------------------------------------------------------------
 
     def _target(self, name: str) -> tuple[nn.Module, str, Tensor | None]:
         """The module, the own name, and the tensor of the model that a full name stands for."""
@@ -167,18 +174,17 @@ class Fit:
         module = self.modules.get(owner, nn.Module())
         return module, own, {**module._parameters, **module._buffers}.get(own)
 
-    def _find_full(self, name: str, check_base: bool) -> None:
+    def _fit_full(self, name: str) -> None:
         module, own, tensor = self._target(name)
         if tensor is None:
-            self.problems.append(f"{name}: there is no such parameter or buffer in the model.")
-            return
-        if not is_writable(tensor):
-            self.problems.append(
+            self.problems.add(f"{name}: there is no such parameter or buffer in the model.")
+        elif not is_writable(tensor):
+            self.problems.add(
                 f"{name}: the model's tensor cannot be written to, being expanded from a smaller one or made in "
                 "torch.inference_mode; make the model otherwise."
             )
         elif name in self.adapter.kept:
-            self._find_kept(name, module, own, tensor, check_base)
+            self._fit_kept(name, module, own, tensor)
         else:
             value = self.adapter.tensors[name]
             if self.plans and {tensor.dtype, value.dtype} <= _CAST:
@@ -186,12 +192,12 @@ class Fit:
                 self.adapter.tensors[name] = value.to(tensor.dtype)
             self._like(name, tensor.shape, tensor.dtype)
 
-    def _find_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor, check_base: bool) -> None:
+    def _fit_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor) -> None:
         """Fit a part of the base model that did not train: it may be in another dtype, as the base model may."""
         value = self.adapter.tensors[name]
         embeds = own == "weight" and tensor.dim() == value.dim() == 2 and tensor.shape[1] == value.shape[1]
         if embeds and tensor.shape != value.shape:
-            self.problems.append(
+            self.problems.add(
                 f"{name} has the shape {tuple(tensor.shape)} in the model, and {tuple(value.shape)} in the file: the "
                 "embeddings were resized where the adapter was trained; call "
                 f"`model.resize_token_embeddings({value.shape[0]})` first."
@@ -199,11 +205,11 @@ class Fit:
         elif tensor.is_floating_point() != value.is_floating_point() or tensor.shape != value.shape:
             self._like(name, tensor.shape, tensor.dtype)
         elif embeds and not tensor.is_meta:
-            self._fit_rows(name, module, tensor, check_base)
+            self._fit_rows(name, module, tensor)
         else:
             self.adapter.tensors[name] = value.to(tensor.dtype)
 
-    def _fit_rows(self, name: str, module: nn.Module, tensor: Tensor, check_base: bool) -> None:
+    def _fit_rows(self, name: str, module: nn.Module, tensor: Tensor) -> None:
         """Take from the file only the rows that the model does not have: resizing has added them."""
         start = module.lora_start if isinstance(module, LoRALayer) else None
         ours = tensor if start is None else pretrained_weight(cast(LoRALayer, module))
@@ -211,15 +217,15 @@ class Fit:
         theirs = self.adapter.tensors[name].to(ours.device)
         same, near = _common_rows(ours, theirs)
         self.adapter.tensors[name] = torch.where(same[:, None], ours, theirs.to(ours.dtype))
-        if check_base and near < _COMMON_ROWS * len(same):
-            self.problems.append(
+        if self.check_base and near < _COMMON_ROWS * len(same):
+            self.problems.add(
                 f"{name}: only {near} of its {len(same)} rows are those of the file, which is for another base model; "
                 "`check_base=False` loads it all the same."
             )
         elif bool(same.all()) and "weight" not in originals(module):
-            self.unchanged.append(name)
+            self._unchanged.add(name)
         elif start is not None:
-            self.problems.append(
+            self.problems.add(
                 f"{name}: the file has other rows, and the adapter in the model started from a part of the model's "
                 "own; load the file into the plain base model."
             )
@@ -239,52 +245,183 @@ class Fit:
             seen.update(ours)
             values = [adapter.tensors[n] for n in ours]
             if not all(torch.equal(values[0], value) for value in values):
-                self.problems.append(f"{', '.join(ours)}: {_TIED}, and differ in the file. {_UNTIE}")
+                self.problems.add(f"{', '.join(ours)}: {_TIED}, and differ in the file. {_UNTIE}")
             elif apart:
-                self.problems.append(
+                self.problems.add(
                     f"{', '.join(ours + apart)}: {_TIED}, and the file would change only {', '.join(ours)}. {_UNTIE}"
                 )
             elif adapter.format == "peft":
-                self.problems += tied(self.names, {*ours} - {*adapter.kept})
+                self.problems.add(*tied(self.names, {*ours} - {*adapter.kept}))
 
     def _compare_rest(self) -> None:
-        adapter = self.adapter
-        held = {id(self._target(name)[2]) for name in adapter.trained_in_full}
-        adapted = {join(name, "weight") for name in adapter.modules}
-        found = list(differences(adapter.rest, self.names, held, adapted))
-        self.problems += found
+        held = {id(self._target(name)[2]) for name in self.adapter.trained_in_full}
+        adapted = {join(name, "weight") for name in self.adapter.modules}
+        found = [*differences(self.adapter.rest, self.names, held, adapted)]
         if found:
-            self.problems.append(
+            self.problems.add(
+                *found,
                 "The base model differs there from the one that the adapter was trained in. What was made at random, "
                 "as a new head is, belongs in the adapter's file: train it with `modules_to_save` or `task_type`. "
-                "`check_base=False` loads the adapter all the same."
+                "`check_base=False` loads the adapter all the same.",
             )
 
     def _like(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         tensor = self.adapter.tensors[name]
         if tensor.shape != shape:
-            self.problems.append(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+            self.problems.add(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
         exact = name.endswith(MAGNITUDE) and torch.promote_types(tensor.dtype, dtype) == dtype
         if tensor.dtype != dtype and not exact:
-            self.problems.append(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
+            self.problems.add(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
 
 
-def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
-    """What trains, or has trained, outside the adapters: its name, its module, and what it is called there.
+# ---- names -----------------------------------------------------------------------------------------------------
 
-    A tensor with several names comes under its first.
+
+def renamed(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Problems) -> Adapter:
+    """The adapter with the model's names, where only prefixes of wrappers differ; as it is, where names clash."""
+    names = {name: _known(name, modules) for name in (*adapter.modules, *adapter.modules_to_save)}
+    for key in (*adapter.tensors, *adapter.rest):
+        owner, _, own = key.rpartition(".")
+        names[key] = join(_known(owner, modules), own)
+    clashes = [
+        f"{', '.join(old for old in group if names[old] == new)}: several names for {new}."
+        for group in (adapter.modules, [*adapter.tensors, *adapter.rest])
+        for new, count in Counter(names[old] for old in group).items()
+        if count > 1
+    ]
+    if clashes:
+        problems.add(*sorted(clashes))
+        return adapter
+    known = adapter.rest
+    if adapter.modules and all(names[name] != name for name in adapter.modules):
+        known = {key: about for key, about in known.items() if names[key] != key}  # the rest is the wrapper's own
+    return replace(
+        adapter,
+        modules={names[name]: settings for name, settings in adapter.modules.items()},
+        tensors={names[key]: tensor for key, tensor in adapter.tensors.items()},
+        trained_in_full=[names[key] for key in adapter.trained_in_full],
+        modules_to_save=[names[name] for name in adapter.modules_to_save],
+        kept=[names[key] for key in adapter.kept],
+        rest={names[key]: about for key, about in known.items()},
+    )
+
+
+def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The model's name for what a file calls `name`; `name` itself if the model has none."""
+    if name in modules:
+        return name
+    bare = f"{without_wrappers(name)}."  # the root's own parameters have a prefix for their module's name
+    while bare[:-1] not in modules and bare.startswith(_PREFIXES):
+        bare = bare.removeprefix(next(prefix for prefix in _PREFIXES if bare.startswith(prefix)))
+    return bare[:-1] if bare[:-1] in modules else name
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------
+
+
+def _as_in(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
+    """A module's adapter in the form of the model's layer, where that is exact; ValueError where it is not."""
+    layer = module if isinstance(module, LoRALayer) and module.r > 0 else None
+    if layer is not None and layer.lora_start is not None:
+        if format != "lora":
+            raise ValueError(
+                f"its adapter in the model started from a part of the base weight, which a file of format {format!r} "
+                "does not know; load it into the plain base model."
+            )
+        return settings.at_rank(layer.r), *to_start(layer, settings.r, settings.scaling, A, B)
+    if format == "loralib":
+        return _of_loralib(module, settings, A, B)
+    if format == "lora":
+        # Ours has the layer's form, but where `lora.combine` made one pair of an adapter of several splits.
+        if settings.splits or not isinstance(layer, MergedLinearLoRA):
+            return settings, A, B
+    elif settings.base.kind == "conv" and (beyond := beyond_peft(module)):
+        raise ValueError(f"PEFT ignores {beyond} when it applies this convolution's update; lora does not.")
+    return (settings, A, B) if layer is None else _of_single(layer, settings, A, B)
+
+
+def _of_loralib(module: nn.Module, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
+    """What a flat file leaves open, from the module: of convolutions r, of fused layers the splits."""
+    kind = type(module) if isinstance(module, LoRALayer) else kind_for(type(module))
+    r, known = B.shape[1], dict[str, Any]()
+    if kind is not None and issubclass(kind, ConvLoRA):
+        kernel: Any = module.kernel_size
+        r //= kernel[0] ** (len(kernel) // 2)
+        known["factored"] = False
+    elif isinstance(module, MergedLinearLoRA) and module.r > 0:
+        known |= {"splits": module.splits, "enable_lora": module.enable_lora}
+    elif A.shape[0] != r:
+        raise ValueError(
+            f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are those of a fused layer, whose splits loralib's "
+            "files do not say: adapt the model first, with `enable_lora` and `splits` as in training."
+        )
+    if r == 0:
+        raise ValueError(f"lora_B {tuple(B.shape)} does not fit a kernel of {module.kernel_size}.")
+    return replace(settings, **known, r=r, scaling=scaling_of(settings.lora_alpha, r)), A, B
+
+
+def _of_single(layer: LoRALayer, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:
+    """The form of a layer, from one pair; ranks that add nothing are left out.
+
+    A merged linear layer gets A for every split, and its own rows of B; a pair that was made of such a layer becomes
+    what it was.
     """
-    seen: set[int] = set()
-    for module, known in names.items():
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        in_full = set(originals(module)) - module._non_persistent_buffers_set
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or name in adapter or id(tensor) in seen:
-                continue
-            recorded = name in in_full and has_moved(module, name)
-            if recorded or (tensor.requires_grad and not only_recorded):
-                seen.add(id(tensor))
-                yield join(without_wrappers(known[0]), name), module, name
+    if isinstance(layer, MergedLinearLoRA):
+        A, B = _by_split(layer, *_trimmed(layer, A, B, splits=len(layer.slices())))
+        return replace(settings.at_rank(B.shape[1]), splits=layer.splits, enable_lora=layer.enable_lora), A, B
+    if isinstance(layer, ConvLoRA) and not layer.factored:
+        raise ValueError("`factored` is True in the file and False in the model.")
+    A, B = _trimmed(layer, A, B, groups=settings.base.groups)
+    return settings.at_rank(A.shape[0]), A, B
+
+
+def _trimmed(layer: LoRALayer, A: Tensor, B: Tensor, *, groups: int = 1, splits: int = 1) -> tuple[Tensor, Tensor]:
+    """A single pair at the first rank of the layer's that holds all which adds something; as it is, if it has one.
+
+    Of several splits one pair may have one A for all, or each split's own.
+    """
+    ours = layer.lora_ranks()
+    ranks: Sequence[int] = range(ours[0] * splits, 0, -1) if isinstance(ours, range) else (layer.r, layer.r * splits)
+    if A.shape[0] in ranks:
+        return A, B
+    rank = A.shape[0] // groups
+    rows = A.reshape(groups, rank, *A.shape[1:])
+    in_A, in_B = (rows.flatten(2) != 0).any(2).any(0), (B.transpose(0, 1).flatten(1) != 0).any(1)  # (rank)
+    for used in (in_A | in_B, in_A & in_B):  # padding goes first: an A whose B is still zero is to be kept
+        last = int(used.nonzero().max()) + 1 if used.any() else 0
+        reached = next((r // groups for r in ranks if last <= r // groups < rank), None)
+        if reached is not None:
+            return rows[:, :reached].flatten(0, 1), B[:, :reached]
+    if isinstance(ranks, range):
+        raise ValueError(_NO_ROOM.format(A.shape[0], ranks[0]))
+    raise ValueError(f"`r` is {A.shape[0]} in the file and {ranks[0]} in the model.")
+
+
+def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    slices, G, has_room = layer.slices(), len(layer.slices()), isinstance(layer.lora_ranks(), range)
+    if B.shape[0] != sum(layer.splits):
+        raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
+    # A block of r for each split; or one A for all, perhaps padded.
+    r, rest = divmod(A.shape[0], G) if has_room else (layer.r, 0)
+    forms = [(r, r)] if A.shape[0] > r and not rest else []
+    for step, rank in [*forms, (0, min(layer.r, A.shape[0]))]:
+        blocks = [B[i:j, g * step :][:, :rank] for g, (i, j) in enumerate(slices)]
+        if sum(map(torch.count_nonzero, blocks)) == torch.count_nonzero(B):
+            return A if step else A[:rank].repeat(G, 1), torch.cat(blocks)
+    if has_room and A.shape[0] > layer.r:
+        raise ValueError(_NO_ROOM.format(A.shape[0], layer.r))
+    raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")
+
+
+def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype, if no value changes."""
+    if tensor.dtype == dtype or not (tensor.is_floating_point() and dtype.is_floating_point):
+        return tensor
+    cast = tensor.to(dtype)
+    return cast if torch.equal(cast.to(tensor.dtype), tensor) else tensor
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------
 
 
 def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
@@ -294,7 +431,7 @@ def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
         group = [without_wrappers(one.names[0]) for one in owners]
         ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
         if ours and others:
-            yield f"{', '.join(ours)}: is one tensor with {', '.join(others)} in the model, and a copy of it in PEFT."
+            yield f"{', '.join(ours)}: tied to {', '.join(others)} in the model; PEFT would train an untied copy."
 
 
 def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import FORM, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.adapter import FORM, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import Base, difference, sample_difference
-from lora.adapters.single import Form, as_single
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
@@ -225,7 +224,7 @@ def _alike(forms: list[Form]) -> list[Form]:
     if len(merged) == len(layers) and len({layer.splits for layer in merged}) == 1:
         enable_lora = tuple(map(any, zip(*(layer.enable_lora for layer in merged), strict=True)))
         return [_widened(module, layer, enable_lora) for (module, *_), layer in zip(forms, merged, strict=True)]
-    return [as_single(*form) for form in forms]
+    return [module.single(A, B) for module, A, B in forms]
 
 
 def _widened(module: ModuleAdapter, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]) -> Form:

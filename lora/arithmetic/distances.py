@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.single import as_single
 from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, pairs_of, spectrum
 
@@ -82,7 +81,7 @@ def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     if kinds[0] != kinds[1]:
         raise ValueError(f"they are for different layers: {kinds[0]} and {kinds[1]}.")
     if forms[0][0].form != forms[1][0].form:
-        forms = [as_single(*form) for form in forms]
+        forms = [module.single(A, B) for module, A, B in forms]
     layers = [module.layer(A, B) for module, A, B in forms]
     ours, theirs = ([(B * layer.scaling, A) for B, A in pairs_of(layer)] for layer in layers)
     return ours, theirs

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
-from lora.adapters.single import portable
 from lora.formats import loralib, peft
+from lora.formats.portable import portable
 
 
 def enter() -> None:

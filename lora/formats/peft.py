@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, ModuleAdapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import Base, sample_of
 from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, short, writing
 from lora.adapters.formats import FILE, object_in, rest_as_metadata, rest_of
-from lora.adapters.single import Form, singles
 from lora.errors import AdapterError, is_number, join, raise_all
+from lora.formats.portable import singles
 from lora.formats.torch_files import read_torch
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
 from lora.models.training import is_bias

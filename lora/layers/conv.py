@@ -17,6 +17,9 @@ from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register
 from lora.layers.starts import Init
 
+# Values of a factored form, which is larger than the one it is made of: an adapter has some millions.
+_MOST_VALUES = 2**31
+
 
 class ConvLoRA(LoRALayer):
     """The kind for convolutions.
@@ -178,6 +181,27 @@ class ConvLoRA(LoRALayer):
                 if not torch.equal(state_dict.setdefault(ours, value), value):
                     error_msgs.append(f"{theirs} and {ours} must be equal, being one parameter in loralib.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def lora_single(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """loralib's A (r m, in k^⌈n/2⌉) and B (out / groups m, r m), with m = k^⌊n/2⌋, as convolutions.
+
+        In B A the m rows of an output channel stand side by side in the kernel; with groups, `groups` output channels
+        stand side by side in what would be one.
+        """
+        if self.factored:
+            return A, B
+        groups, kernel = self.groups, self.kernel_size
+        m = kernel[0] ** (len(kernel) // 2)
+        values = groups**2 * m**2 * A.numel()
+        if values > _MOST_VALUES:
+            raise ValueError(f"as a factored convolution it would have {values} values.")
+        blocks: Tensor = torch.block_diag(*[A] * m)  # type: ignore[no-untyped-call]  # (m·r m, in·k^n)
+        q = blocks.shape[0]
+        parts = blocks.view(q, groups, -1).transpose(0, 1).reshape(groups * q, -1)  # (groups·q, in / groups·k^n)
+        up = B.reshape(-1, 1, 1, q) * torch.eye(groups, dtype=B.dtype).view(1, groups, groups, 1)
+        up = up.reshape(-1, groups * q)  # (out, groups·q): channel o'·groups + γ reads the γ-th part
+        A = parts.repeat(groups, 1).view(-1, self.in_channels // groups, *kernel)
+        return A, up.view(*up.shape, *[1] * len(kernel))
 
 
 class Conv1d(ConvLoRA, nn.Conv1d):

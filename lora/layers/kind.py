@@ -144,6 +144,10 @@ class LayerKind(nn.Module):
         """The shape of W₀, dense."""
         return tuple(self.weight.shape)
 
+    def lora_single(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same update by one A and one B, as a linear layer, an embedding or a factored convolution has it."""
+        return A, B
+
     def reset_lora_parameters(self) -> None:
         """A ~ kaiming uniform (a = √5), B = 0, so that training starts from the base layer's function."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

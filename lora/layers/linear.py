@@ -203,7 +203,13 @@ class MergedLinearLoRA(LinearLoRA):
             return adapted
         parts = iter(torch.split(adapted, self.block_rows()))
         every = zip(self.splits, self.enable_lora, strict=True)
-        return torch.cat([next(parts) if enabled else adapted.new_zeros(size) for size, enabled in every])
+        shape = adapted.shape[1:]
+        return torch.cat([next(parts) if enabled else adapted.new_zeros(size, *shape) for size, enabled in every])
+
+    def lora_single(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A stays, (G·r, in_features); B is block-diagonal, (out_features, G·r), and zero where nothing is enabled."""
+        wide: Tensor = torch.block_diag(*torch.split(B, self.block_rows()))  # type: ignore[no-untyped-call]
+        return A, self.over_outputs(wide)
 
 
 class Conv1DLoRA(LinearLoRA):

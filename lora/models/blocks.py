@@ -66,6 +66,14 @@ def layer_rank(layer: LoRALayer, q: int) -> int:
     return -(-q * layer.r // layer.lora_B.shape[1])
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def at_block_rank(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
+    pairs = [(B[:, :q], A[:q]) for B, A in factor_blocks(layer, A, B)]
+    return tensors_of(layer, [padded(B, A, q) for B, A in pairs])
+
+
 # ---- approximation ---------------------------------------------------------------------------------------------
 
 

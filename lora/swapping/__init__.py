@@ -20,7 +20,7 @@ from lora.errors import raise_all
 from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
-from lora.models.blocks import block_rank, factor_blocks, layer_rank, padded, tensors_of
+from lora.models.blocks import at_block_rank, block_rank, factor_blocks, layer_rank
 from lora.models.model import lora_layers, names_of, sharded_problems
 
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
@@ -114,14 +114,14 @@ class Swappable(LoRALayer):
         fits = fits and B.shape[1] * self.r == r * self.lora_B.shape[1] and B.shape[2:] == self.lora_B.shape[2:]
         if r >= self.r or not fits or B.shape[0] != self.lora_B.shape[0]:
             return A, B
-        return _at(self, A, B, self.lora_B.shape[1])
+        return at_block_rank(self, A, B, self.lora_B.shape[1])
 
     def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
         r, lora_alpha = self.padded_from
         q = block_rank(self, r)
         if any(bool(factor.any()) for B_g, A_g in factor_blocks(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
             return super().lora_trimmed(A, B)
-        return r, lora_alpha, *_at(self, A, B, q)
+        return r, lora_alpha, *at_block_rank(self, A, B, q)
 
     def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
         alpha = lora_alpha if r == self.r else alpha_of(scaling, self.r, use_rslora)
@@ -237,7 +237,7 @@ def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
     r = layer_rank(layer, q)
     dA, dB = (factor if factor.grad is None else factor.grad for factor in (A, B))
     lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
-    return _Larger(r, lora_alpha, _at(layer, A, B, q), _at(layer, dA, dB, q))
+    return _Larger(r, lora_alpha, at_block_rank(layer, A, B, q), at_block_rank(layer, dA, dB, q))
 
 
 def _prepare(layer: LoRALayer, larger: _Larger) -> None:
@@ -254,11 +254,3 @@ def _prepare(layer: LoRALayer, larger: _Larger) -> None:
         layer.__class__ = class_for(Swappable, type(layer))
         vars(layer).update(padded_from=own, _scales_exchanged=False)
     layer.lora_refresh()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _at(layer: LoRALayer, A: Tensor, B: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """A and B whose blocks have the rank `q`: filled up with zeros, or cut; new memory."""
-    pairs = [(B[:, :q], A[:q]) for B, A in factor_blocks(layer, A, B)]
-    return tensors_of(layer, [padded(B, A, q) for B, A in pairs])

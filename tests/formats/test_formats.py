@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora.adapters.single import as_single, portable
+from lora.formats.portable import portable
 
 # ---- one A and one B -------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def test_a_scaling_set_by_hand_counts(layer, by_hand):
     layer.scaling = by_hand
     adapter = alone(layer)
     close(adapter.update("0", torch.float64).detach().numpy(), expected)
-    settings, A, B = as_single(adapter.modules["0"], *adapter.pair("0"))
+    settings, A, B = adapter.modules["0"].single(*adapter.pair("0"))
     close(single_update(settings, A, B), expected)
 
 
@@ -57,7 +57,7 @@ def test_a_scaling_set_by_hand_counts(layer, by_hand):
 def test_a_single_pair_has_the_same_update_and_says_its_scaling_in_r_and_lora_alpha(layer):
     adapter = alone(layer)
     before = copy.deepcopy(adapter)
-    settings, A, B = as_single(adapter.modules["0"], *adapter.pair("0"))
+    settings, A, B = adapter.modules["0"].single(*adapter.pair("0"))
     assert settings["r"] == len(A)
     assert settings["scaling"] == layer.scaling
     close(scaling(settings), layer.scaling)
@@ -69,7 +69,7 @@ def test_a_single_pair_has_the_same_update_and_says_its_scaling_in_r_and_lora_al
 @given(layers(kinds=["MergedLinear"]))
 def test_of_a_merged_layer_A_is_copied_and_B_is_block_diagonal_with_zero_rows(layer):
     adapter = alone(layer)
-    settings, A, B = as_single(adapter.modules["0"], *adapter.pair("0"))
+    settings, A, B = adapter.modules["0"].single(*adapter.pair("0"))
     G = sum(layer.enable_lora)
     assert torch.equal(A, layer.lora_A)
     assert B.shape == (layer.out_features, G * layer.r)
@@ -88,7 +88,7 @@ def test_of_a_merged_layer_A_is_copied_and_B_is_block_diagonal_with_zero_rows(la
 
 @given(layers(kinds=["Conv"]))
 def test_of_loralibs_convolutions_the_rank_grows_with_the_blocks_and_the_groups(layer):
-    settings, A, B = as_single(alone(layer).modules["0"], *alone(layer).pair("0"))
+    settings, A, B = alone(layer).modules["0"].single(*alone(layer).pair("0"))
     k, n, groups = layer.kernel_size[0], len(layer.kernel_size), layer.groups
     grown = k ** (2 * (n // 2)) * groups**2
     assert settings["r"] == layer.r * grown

@@ -265,5 +265,5 @@ def test_what_peft_leaves_out_of_convolutions_is_refused_both_ways(geometry, tmp
     plain = nn.Sequential(nn.Conv1d(2, 3, 3))
     lora.inject(plain, target_modules=["0"], r=2, factored=True)
     lora.save_adapter(plain, tmp_path / "theirs", format="peft")
-    with pytest.raises(lora.AdapterError, match=r"0: in PEFT the update of this convolution is computed without its"):
+    with pytest.raises(lora.AdapterError, match=r"0: PEFT ignores"):
         lora.load_adapter(model, tmp_path / "theirs")

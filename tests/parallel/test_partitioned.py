@@ -59,11 +59,11 @@ def test_nothing_empty_is_saved_or_handed_out(tmp_path):
     before = path.read_bytes()
     partition(model.parameters())
     uses = {
-        "the adapter is not taken, because": [
-            lambda: lora.save_adapter(model, path),
-            lambda: lora.save_adapter(model, tmp_path / "peft", format="peft"),
-            lambda: lora.adapter_of(model),
+        f"save_adapter: {path} is not written, because": [lambda: lora.save_adapter(model, path)],
+        f"save_adapter: {tmp_path / 'peft'} is not written, because": [
+            lambda: lora.save_adapter(model, tmp_path / "peft", format="peft")
         ],
+        "adapter_of: no adapter was taken, because": [lambda: lora.adapter_of(model)],
         "lora_state_dict: a tensor is in parts, because": [lambda: lora.lora_state_dict(model)],
     }
     for first, functions in uses.items():
@@ -73,7 +73,7 @@ def test_nothing_empty_is_saved_or_handed_out(tmp_path):
             said = str(caught.value).splitlines()
             assert said[0] == first
             assert sorted(said[1:]) == sorted(complaints(trained(model), model))
-            assert isinstance(caught.value, lora.AdapterError) == (first == "the adapter is not taken, because")
+            assert isinstance(caught.value, lora.AdapterError) == ("adapter" in first)
     assert path.read_bytes() == before
     assert not (tmp_path / "peft").exists()
 
@@ -96,7 +96,7 @@ def test_nothing_is_loaded_into_parts(tmp_path):
     with pytest.raises(lora.AdapterError) as caught:
         lora.load_adapter(model, path)
     said = str(caught.value).splitlines()
-    assert said[0] == f"{path} is not loaded, because"
+    assert said[0] == f"load_adapter: {path} is not loaded, because"
     assert sorted(said[1:]) == sorted(complaints(trained(model), model))
     assert snapshot(model) == before
 

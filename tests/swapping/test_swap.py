@@ -198,7 +198,7 @@ def test_a_larger_rank_is_refused_and_every_layer_that_has_no_room_is_listed():
     with pytest.raises(lora.AdapterError) as error:
         lora.load_adapter(model, lora.adapter_of(other), check_base=False)
     assert str(error.value) == (
-        "the adapter is not loaded, because\n"
+        "load_adapter: the adapter is not loaded, because\n"
         "  - 0: `r` is 5 in the file, and the model is prepared for at most 4.\n"
         "  - 2: `r` is 9 in the file, and the model is prepared for at most 4."
     )

@@ -1,0 +1,62 @@
+"""Adapters in the form that every library reads: one pair for each module, all of one rank, with a scaling of 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora.adapters.adapter import Adapter, Form, ModuleAdapter
+from lora.errors import AdapterError, Problems, join, raise_all
+from lora.models.blocks import at_block_rank
+
+_MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
+
+
+def singles(adapter: Adapter, what: str) -> dict[str, Form]:
+    """Every module of the adapter as a single pair; AdapterError that lists all that cannot be."""
+    forms: dict[str, Form] = {}
+    with Problems(what, AdapterError) as problems:
+        for name, settings in adapter.modules.items():
+            with problems.at(name):
+                forms[name] = settings.single(*adapter.pair(name))
+    return forms
+
+
+def portable(adapter: Adapter) -> Adapter:
+    """The same adapter with one rank for all modules, and a scaling of 1 that every reader agrees on.
+
+    Each scaling is folded into B, and A and B are padded with zeros to the largest rank: r = lora_alpha = that rank.
+    B is float32 at least, so that folding rounds no further than float32 does. The base weight that PEFT saves beside
+    every adapted embedding is left out.
+
+    Raises:
+        AdapterError: something trains in full, or is a part of the base model that its files lack (rows that were
+            added, buffers that moved), for which the form has no place; or a kind of layer is a user's own.
+    """
+    what = "the adapter has no portable form"
+    dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
+    problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
+    # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.
+    beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
+    full = [name for name in adapter.trained_in_full if name not in beside]
+    base_part = "is a part of the base model, and has no place there"
+    problems += [f"{name} {base_part if name in adapter.kept else 'trains in full'}." for name in full]
+    raise_all(what, problems, AdapterError)
+    forms = singles(adapter, what)
+    groups = math.lcm(*(settings.base.groups for settings, _, _ in forms.values()))
+    rank = -(-max(settings.r for settings, _, _ in forms.values()) // groups) * groups
+    values = sum(rank * (A.numel() + B.numel()) // A.shape[0] for _, A, B in forms.values())
+    raise_all(what, [f"it would have {values} values, at rank {rank}."] if values > _MOST_VALUES else [], AdapterError)
+    modules: dict[str, ModuleAdapter] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, (settings, A, B) in forms.items():
+        A, B = at_block_rank(settings.layer(A, B), A, B, rank // settings.base.groups)
+        B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings.scaling)
+        modules[name] = settings.with_scaling_one(rank)
+        tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
+    made = replace(adapter, modules=modules, tensors=tensors, trained_in_full=[], kept=[])
+    raise_all(what, made.problems(), AdapterError)  # a scaling may have made an infinity
+    return made
