@@ -147,14 +147,14 @@ class Fit:
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)
-        kind, own = kind.configure(module, **settings.form)
+        kind, own = kind.lora_configure(module, **settings.form)
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
         shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings.r, **own), strict=True))
         general = {key: getattr(settings, key) for key in _GENERAL}
         if settings.use_dora:
             cls = adapted_class(kind, module)
-            cls.check_dora(module, shapes["lora_B"])
-            shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
+            cls.lora_check_dora(module, shapes["lora_B"])
+            shapes[MAGNITUDE] = (cls.lora_magnitudes(module, shapes["lora_B"]),)
             general["use_dora"] = True
         for parameter, shape in shapes.items():
             exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype

@@ -98,7 +98,7 @@ def as_in(layer: LoRALayer, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Fo
     that was made of such a layer becomes what it was.
     """
     if isinstance(layer, MergedLinearLoRA):
-        A, B = _by_split(layer, *_trimmed(A, B, _ranks(layer, len(layer.slices()))))
+        A, B = _by_split(layer, *_trimmed(A, B, _ranks(layer, len(layer.lora_slices()))))
         settings = replace(settings.at_rank(B.shape[1]), splits=layer.splits, enable_lora=layer.enable_lora)
         return settings, A, B
     if isinstance(layer, ConvLoRA) and not layer.factored:
@@ -117,7 +117,7 @@ def _has_room(layer: LoRALayer) -> bool:
 
 
 def _block_diagonal(B: Tensor, layer: MergedLinearLoRA) -> Tensor:
-    slices = layer.slices()
+    slices = layer.lora_slices()
     wide = B.new_zeros(sum(layer.splits), len(slices) * layer.r)  # (out_features, G·r)
     for g, ((start, stop), B_g) in enumerate(zip(slices, _split_rows(B, slices), strict=True)):
         wide[start:stop, g * layer.r : (g + 1) * layer.r] = B_g
@@ -176,7 +176,7 @@ def _trimmed(A: Tensor, B: Tensor, ranks: Sequence[int], groups: int = 1) -> tup
 
 
 def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    slices, G = layer.slices(), len(layer.slices())
+    slices, G = layer.lora_slices(), len(layer.lora_slices())
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
     # A block of r for each split; or one A for all, perhaps padded.

@@ -46,10 +46,10 @@ def relative(distance: float, size: float) -> float:
 def blocks(adapter: Adapter, name: str) -> list[Block]:
     """A module's update block by block: one for each split or group; ValueError if only its model knows them."""
     layer = adapter.layer(name)
-    rows = layer.slices() if isinstance(layer, MergedLinearLoRA) else None
+    rows = layer.lora_slices() if isinstance(layer, MergedLinearLoRA) else None
     measured = []
     for index, (B, A) in enumerate(pairs_of(layer)):
-        S = spectrum(B, A).S * abs(layer.scaling)
+        S = spectrum(B, A).S * abs(layer.lora_scaling)
         measured.append(Block(float(S.norm()), effective_rank(S), rows[index] if rows else None))
     return measured
 
@@ -91,7 +91,7 @@ def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     for adapter, about in zip((a, b), settings, strict=True):
         about, A, B = (about, *adapter.pair(name)) if same else as_single(about, *adapter.pair(name))
         layer = about.layer(A, B)
-        pairs.append([(B * layer.scaling, A) for B, A in pairs_of(layer)])
+        pairs.append([(B * layer.lora_scaling, A) for B, A in pairs_of(layer)])
     return pairs[0], pairs[1]
 
 

@@ -21,7 +21,7 @@ def since_start(layer: LoRALayer, s: float) -> Pair:
     assert layer.lora_start is not None, "asked of layers that have one"
     A, B, scaling = layer.lora_start
     trained: Tensor = layer.lora_B
-    if not layer.scaling:  # nothing of A and B counts, and their start does
+    if not layer.lora_scaling:  # nothing of A and B counts, and their start does
         trained = torch.zeros_like(layer.lora_B)
     ratio = scaling / s
     blocks = zip(_pairs(layer, layer.lora_A, trained), _pairs(layer, A, B * -ratio), strict=True)
@@ -44,7 +44,7 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
         )
     if not s:
         raise ValueError("a scaling of 0 in the file loses what the adapter started from.")
-    rows, q = layer.block_rows(), B0.shape[1]
+    rows, q = layer.lora_block_rows(), B0.shape[1]
     Bs, As = torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows))
     started = [(-B[:, q:], A[q:]) for B, A in zip(Bs, As, strict=True)]
     ours = _pairs(layer, A0, B0 * (scaling / s))
