@@ -67,7 +67,7 @@ def norm(i: int, o: int, dtype: torch.dtype) -> Case:
     theirs, ours = with_peft(base), with_lora(base)
     ways = {
         "PEFT: W₀ + s · B A built": partial(built, theirs),
-        "lora": ours.norms,
+        "lora": ours.lora_norms,
         "lora, ‖W₀‖² anew": partial(anew, ours),
     }
     rivals.assert_equal(way().to(F32).to(dtype) for way in ways.values())
@@ -84,7 +84,7 @@ def built(layer: nn.Module) -> Tensor:
 
 def anew(layer: lora.LoRALayer) -> Tensor:
     layer._squares = None
-    return layer.norms()
+    return layer.lora_norms()
 
 
 def with_peft(base: nn.Module, dropout: float = 0.0, adapter_dtype: torch.dtype | None = None) -> nn.Module:

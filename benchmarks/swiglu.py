@@ -49,7 +49,7 @@ class FusedMLP(MLP):
     """The same in one function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_swiglu(x, self.gate_up.adapted(), self.down.adapted())
+        return lora_swiglu(x, self.gate_up.lora_adapted(), self.down.lora_adapted())
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:

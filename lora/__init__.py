@@ -28,7 +28,7 @@ from lora.parallel.ddp import check_dropout, check_in_step, flattened, wrapped
 from lora.swapping import prepare_for_swap
 
 # What the wings add to the rings' tables.
-LoRALayer.checks += (check_in_step, check_dropout)
+LoRALayer.lora_checks += (check_in_step, check_dropout)
 OBSTACLES.append(wrapped)
 UNREADABLE.append(flattened)
 

@@ -16,7 +16,7 @@ class FusedMLP(Phi3MLP):
         plain = any(not isinstance(layer, lora.LoRALayer) or layer.lora_disabled for layer in layers)
         if plain or not self.training:
             return super().forward(hidden_states)
-        return lora_swiglu(hidden_states, *(layer.adapted() for layer in layers))
+        return lora_swiglu(hidden_states, *(layer.lora_adapted() for layer in layers))
 
 
 def fuse(model: nn.Module) -> None:
@@ -25,7 +25,9 @@ def fuse(model: nn.Module) -> None:
     if not mlps or model.config.hidden_act != "silu":
         raise UserError("--fused-mlp is for models with Phi-3's MLP and the activation silu")
     for mlp in mlps:
-        if not all(isinstance(layer, lora.LoRALayer) and layer.dense for layer in (mlp.gate_up_proj, mlp.down_proj)):
+        if not all(
+            isinstance(layer, lora.LoRALayer) and layer.lora_dense for layer in (mlp.gate_up_proj, mlp.down_proj)
+        ):
             raise UserError("--fused-mlp needs both gate_up_proj and down_proj among --target-modules")
         if any(layer.use_dora for layer in (mlp.gate_up_proj, mlp.down_proj)):
             raise UserError("--fused-mlp knows no magnitudes: leave out either it or --use-dora")

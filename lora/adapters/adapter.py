@@ -70,8 +70,8 @@ class ModuleAdapter(Record):
     @classmethod
     def of(cls, layer: LoRALayer) -> ModuleAdapter:
         """That of a layer, without its tensors."""
-        settings = {name: getattr(layer, name) for name in layer.settings if name != "merge_weights"}
-        return cls.from_mapping({**settings, "scaling": layer.scaling, "base": Base.of(layer)})
+        settings = {name: getattr(layer, name) for name in layer.lora_settings if name != "merge_weights"}
+        return cls.from_mapping({**settings, "scaling": layer.lora_scaling, "base": Base.of(layer)})
 
     def _entries(self) -> dict[str, Any]:
         form = {option: value for option, value in self.form.items() if value is not None}
@@ -124,7 +124,7 @@ class ModuleAdapter(Record):
     def layer(self, A: Tensor, B: Tensor, magnitude: Tensor | None = None) -> LoRALayer:
         """A LoRA layer with these tensors, whose base weight has a shape and no values.
 
-        Its `delta(A, B)` is B A in the shape of the base weight; given a `weight`, `merge_into` adds the update to it.
+        Its `lora_delta(A, B)` is B A in the shape of the base weight; given a `weight`, `lora_merge_into` adds to it.
 
         Args:
             A, B: the adapter's tensors; they are shared.
@@ -142,12 +142,12 @@ class ModuleAdapter(Record):
         module = make(shape, self.base)
         kind = kind_for(type(module))
         assert kind is not None, "these are torch's own"
-        kind, own = kind.configure(module, **self.form)
+        kind, own = kind.lora_configure(module, **self.form)
         for name, tensor, expected in zip(PARAMETERS, (A, B), kind.lora_shapes(module, self.r, **own), strict=True):
             _check_shape(name, tensor, tuple(expected))
         adapt([Plan(module, kind, {**self.general, **own, "use_dora": magnitude is not None})])
         assert isinstance(module, LoRALayer), "it was adapted"
-        module.scaling = float(self.scaling)
+        module.lora_scaling = float(self.scaling)
         module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
         if magnitude is not None:
             _check_shape(MAGNITUDE, magnitude, tuple(module.lora_magnitude.shape))
@@ -284,7 +284,7 @@ class Adapter:
     def update(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """s · B A of one module, in the shape of its base weight and in this dtype; with DoRA it is not all."""
         layer = self.layer(name)
-        return layer.delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype)) * layer.scaling
+        return layer.lora_delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype)) * layer.lora_scaling
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""

@@ -114,7 +114,7 @@ class Base(Record):
     @classmethod
     def of(cls, layer: LoRALayer) -> Base:
         """What is to be remembered of a layer's base weight, as it was pretrained."""
-        kind = next(c for c in type(layer).__mro__ if issubclass(c, LoRALayer) and c.base_class is nn.Module)
+        kind = next(c for c in type(layer).__mro__ if issubclass(c, LoRALayer) and c.lora_base_class is nn.Module)
         name = _KINDS.get(kind, kind.__name__)
         return cls(
             kind=name,
@@ -123,7 +123,7 @@ class Base(Record):
             fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name == "linear" else False,
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
-            beyond_weight=layer.beyond_weight(),
+            beyond_weight=layer.lora_not_in_weight(),
             sample=_sample(layer),
         )
 

@@ -141,13 +141,13 @@ class Fit:
         kind = kind_for(type(module))
         if reason or kind is None:
             raise ValueError(reason)
-        kind, own = kind.configure(module, **settings.form)
+        kind, own = kind.lora_configure(module, **settings.form)
         dtype = self.adapter.tensors[join(name, "lora_A")].dtype
         shapes = dict(zip(PARAMETERS, kind.lora_shapes(module, settings.r, **own), strict=True))
         if settings.use_dora:
             cls = adapted_class(kind, module)
-            cls.check_dora(module, shapes["lora_B"])
-            shapes[MAGNITUDE] = (cls.magnitudes(module, shapes["lora_B"]),)
+            cls.lora_check_dora(module, shapes["lora_B"])
+            shapes[MAGNITUDE] = (cls.lora_magnitudes(module, shapes["lora_B"]),)
         for parameter, shape in shapes.items():
             exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
@@ -367,7 +367,7 @@ def _of_single(layer: LoRALayer, settings: ModuleAdapter, A: Tensor, B: Tensor) 
     what it was.
     """
     if isinstance(layer, MergedLinearLoRA):
-        A, B = _by_split(layer, *_trimmed(layer, A, B, splits=len(layer.slices())))
+        A, B = _by_split(layer, *_trimmed(layer, A, B, splits=len(layer.lora_slices())))
         return replace(settings.at_rank(B.shape[1]), splits=layer.splits, enable_lora=layer.enable_lora), A, B
     if isinstance(layer, ConvLoRA) and not layer.factored:
         raise ValueError("`factored` is True in the file and False in the model.")
@@ -398,7 +398,7 @@ def _trimmed(layer: LoRALayer, A: Tensor, B: Tensor, *, groups: int = 1, splits:
 
 
 def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    slices, G, has_room = layer.slices(), len(layer.slices()), isinstance(layer.lora_ranks(), range)
+    slices, G, has_room = layer.lora_slices(), len(layer.lora_slices()), isinstance(layer.lora_ranks(), range)
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
     # A block of r for each split; or one A for all, perhaps padded.

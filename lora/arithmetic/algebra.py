@@ -207,7 +207,10 @@ def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r
         raise ValueError(f"all ranks must be equal for the method 'linear', got {', '.join(map(str, ranks))}.")
     base = _best_known([module.base for module, *_ in forms])
     return _Sum(
-        [_Part(weight * layer.scaling, pairs_of(layer)) for layer, (_, weight) in zip(layers, adapters, strict=True)],
+        [
+            _Part(weight * layer.lora_scaling, pairs_of(layer))
+            for layer, (_, weight) in zip(layers, adapters, strict=True)
+        ],
         layers[0],
         replace(forms[0][0], base=base),
         block_rank(layers[0], r or max(ranks)),

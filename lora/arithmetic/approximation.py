@@ -200,7 +200,7 @@ def _approximated(
     """The adapter, A and B that come closest to what `weight` differs by, and the share that they keep."""
     dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
     difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
-    spectra = [dense_spectrum(matrix) for matrix in layer.weight_blocks(difference)]
+    spectra = [dense_spectrum(matrix) for matrix in layer.lora_weight_blocks(difference)]
     share = shares(spectra)
     q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
     module = ModuleAdapter.of(layer).with_scaling_one(layer_rank(layer, q))
@@ -278,10 +278,10 @@ def _lora_twin(module: nn.Module) -> LoRALayer | None:
         own: None if parameter is None else nn.Parameter(parameter.detach(), False)
         for own, parameter in module._parameters.items()
     }
-    kind, form = kind.configure(twin, splits=None, enable_lora=None, factored=True)
+    kind, form = kind.lora_configure(twin, splits=None, enable_lora=None, factored=True)
     twin.__class__ = class_for(kind, type(twin))
-    twin.attach(getattr(module, "groups", 1), **form)  # the least rank that fits
-    known = Base.of(twin).kind in _FORMS and twin.beyond_weight() is None
+    twin.lora_add(getattr(module, "groups", 1), **form)  # the least rank that fits
+    known = Base.of(twin).kind in _FORMS and twin.lora_not_in_weight() is None
     return twin if known else None
 
 

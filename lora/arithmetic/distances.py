@@ -40,10 +40,10 @@ def relative(distance: float, size: float) -> float:
 def blocks(adapter: Adapter, name: str) -> list[Block]:
     """A module's update block by block: one for each split or group; ValueError if only its model knows them."""
     layer = adapter.layer(name)
-    rows = layer.slices() if isinstance(layer, MergedLinearLoRA) else None
+    rows = layer.lora_slices() if isinstance(layer, MergedLinearLoRA) else None
     measured = []
     for index, (B, A) in enumerate(pairs_of(layer)):
-        S = spectrum(B, A).S * abs(layer.scaling)
+        S = spectrum(B, A).S * abs(layer.lora_scaling)
         measured.append(Block(float(S.norm()), effective_rank(S), rows[index] if rows else None))
     return measured
 
@@ -83,7 +83,7 @@ def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     if forms[0][0].form != forms[1][0].form:
         forms = [module.single(A, B) for module, A, B in forms]
     layers = [module.layer(A, B) for module, A, B in forms]
-    ours, theirs = ([(B * layer.scaling, A) for B, A in pairs_of(layer)] for layer in layers)
+    ours, theirs = ([(B * layer.lora_scaling, A) for B, A in pairs_of(layer)] for layer in layers)
     return ours, theirs
 
 

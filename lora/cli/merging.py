@@ -175,7 +175,7 @@ class FolderMerge:
         name, layer = self.layers[key]
         without_values, layer.weight = layer.weight, nn.Parameter(tensor, False)
         lost = rounding_lost(layer)
-        layer.merge_into(layer.weight)
+        layer.lora_merge_into(layer.weight)
         layer.weight = without_values  # the layer stays, the tensor's memory is the next one's
         self._lost[name] = MergedModule(name, dtype_word(tensor.dtype), lost)
         if not bool(tensor.isfinite().all()):

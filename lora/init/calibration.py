@@ -117,10 +117,10 @@ def calibrate(
     tensor([[0., 1., 0.]])
     """
     names = names_of(model)
-    layers = [layer for layer in lora_layers(model, "calibrate") if layer.r > 0 and layer.awaits]
+    layers = [layer for layer in lora_layers(model, "calibrate") if layer.r > 0 and layer.lora_needs_data]
     options = Options(rho, corda_method, stable_gamma)
     raise_all(_WHAT, [*_argument_problems(batches, step, options), *_waiting_problems(names, layers, options)])
-    waiting: dict[LinearLoRA, Any] = {layer: METHODS[str(layer.awaits)] for layer in layers}  # type: ignore[misc]
+    waiting: dict[LinearLoRA, Any] = {layer: METHODS[str(layer.lora_needs_data)] for layer in layers}  # type: ignore[misc]
     seen: dict[LinearLoRA, Any] = {layer: method.statistic(layer) for layer, method in waiting.items()}
     count = observe(model, seen, batches, step, ignore_index)
     raise_all(_WHAT, [] if count else ["there must be at least one batch, and `batches` is empty."])
@@ -136,7 +136,7 @@ def calibrate(
     with undo_start_on_error(layers):
         for layer, method in waiting.items():
             start = starts[layer]
-            modules.append(CalibratedModule(names[layer][0], str(layer.awaits), start.r, start.share))
+            modules.append(CalibratedModule(names[layer][0], str(layer.lora_needs_data), start.r, start.share))
             _begin(layer, start, method.writes_base)
     return CalibrationReport(tuple(modules), count)
 
@@ -161,19 +161,19 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
     """What is wrong with the layers that wait, before any data is seen."""
     if not layers:
         yield f"no layer waits for data; `lora.inject` takes `init_lora_weights` of {', '.join(map(repr, METHODS))}."
-    elif options.rho != 1 and all(layer.awaits != "eva" for layer in layers):
+    elif options.rho != 1 and all(layer.lora_needs_data != "eva" for layer in layers):
         yield f"`rho` (={options.rho}) is for EVA, and no layer waits for that."
     elif options.rho != 1 and any(len(layer.lora_ranks()) > 1 for layer in layers):
         yield f"`rho` (={options.rho}) would take the room of layers that are prepared for swaps; prepare them later."
     for layer in layers:
-        method, name = METHODS[str(layer.awaits)], names[layer][0]
+        method, name = METHODS[str(layer.lora_needs_data)], names[layer][0]
         if not isinstance(layer, LinearLoRA):
-            yield f"{name}: {layer.awaits!r} is for linear layers, not for a {type(layer).__name__}."
+            yield f"{name}: {layer.lora_needs_data!r} is for linear layers, not for a {type(layer).__name__}."
             continue
         yield from (f"{name}: {problem}" for problem in (*form_problems(layer), *method.problems(layer)))
-    others = [layer for layer in layers if not METHODS[str(layer.awaits)].writes_base]
+    others = [layer for layer in layers if not METHODS[str(layer.lora_needs_data)].writes_base]
     yield from sharded_problems(others, names, "calibrate it before the model is sharded")
-    written = [layer for layer in layers if METHODS[str(layer.awaits)].writes_base]
+    written = [layer for layer in layers if METHODS[str(layer.lora_needs_data)].writes_base]
     yield from unwritable(written, names)
     yield from unroundable(written, names)
 
@@ -185,7 +185,7 @@ def _begin(layer: LinearLoRA, start: Start, writes_base: bool) -> None:
     """Give the layer its A and B, of another rank perhaps, and let it train."""
     r = start.r
     if r != layer.r:
-        layer.lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
+        layer.lora_alpha = alpha_of(layer.lora_scaling, r, layer.use_rslora)
         layer.r = r
         for name, value in zip(("lora_A", "lora_B"), tensors_of(layer, start.pairs), strict=True):
             old: nn.Parameter = getattr(layer, name)

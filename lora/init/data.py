@@ -61,7 +61,7 @@ def _eva(seen: dict[LinearLoRA, Inputs], options: Options) -> dict[LinearLoRA, S
     starts = {}
     for layer, Vt in directions.items():
         A = Vt[: ranks[layer]]  # (r, in_features): all splits have the same inputs
-        pairs = [(A.new_zeros(rows, len(A)), A) for rows in layer.block_rows()]
+        pairs = [(A.new_zeros(rows, len(A)), A) for rows in layer.lora_block_rows()]
         starts[layer] = Start(pairs, float(shares[layer][: len(A)].sum()))
     return starts
 
@@ -97,7 +97,9 @@ def _corda(seen: dict[LinearLoRA, Inputs], options: Options) -> dict[LinearLoRA,
         C /= C.diagonal().mean()
         C.diagonal().add_(_DAMPING)
         with without_autocast(C.device):
-            blocks = [block.to(C) @ C for block in weight_blocks(layer, layer.base_weight())]  # (rows, in_features)
+            blocks = [
+                block.to(C) @ C for block in weight_blocks(layer, layer.lora_base_weight())
+            ]  # (rows, in_features)
         which = CORDA[options.corda_method](layer.r)
         # The least directions take the whole decomposition.
         niter = _NITER if options.corda_method == "ipm" else None
@@ -131,13 +133,13 @@ def _lora_ga_problems(layer: LinearLoRA) -> Iterable[str]:
 
 
 def _corda_problems(layer: LinearLoRA) -> Iterable[str]:
-    unreadable = list(value_problems(layer)) or nothing_problems(weight_blocks(layer, layer.base_weight()))
+    unreadable = list(value_problems(layer)) or nothing_problems(weight_blocks(layer, layer.lora_base_weight()))
     return *rank_problems(layer, _shapes(layer)), *scaling_problems(layer), *unreadable
 
 
 def _shapes(layer: LinearLoRA) -> list[tuple[int, int]]:
     """Rows and columns of the layer's blocks."""
-    return [(rows, layer.lora_A.shape[1]) for rows in layer.block_rows()]
+    return [(rows, layer.lora_A.shape[1]) for rows in layer.lora_block_rows()]
 
 
 def _eva_lacks(layer: LinearLoRA, seen: Inputs) -> str | None:

@@ -94,7 +94,7 @@ class Gradients:
 
     def __init__(self, layer: LinearLoRA) -> None:
         self.count, self.changed = 0, False
-        self.slices = layer.slices()
+        self.slices = layer.lora_slices()
         self.blocks: list[Tensor] = []
 
     def watch(self, layer: LinearLoRA, counted: Counted, probe: Tensor) -> RemovableHandle:

@@ -131,9 +131,9 @@ def _problems(layer: LoRALayer, names: Names, weights: Weights) -> Iterator[str]
     yield from scaling_problems(layer)
     form = list(form_problems(layer))
     yield from form
-    base, weight = layer.base_weight(), _original(layer, names, weights)
+    base, weight = layer.lora_base_weight(), _original(layer, names, weights)
     if not form:
-        yield from rank_problems(layer, [tuple(block.shape) for block in layer.weight_blocks(base)])
+        yield from rank_problems(layer, [tuple(block.shape) for block in layer.lora_weight_blocks(base)])
     if weight is None:
         yield f"`weights` has no {' nor '.join(_keys(layer, names))}."
     elif weight.shape != base.shape:
@@ -161,27 +161,27 @@ def _original(layer: LoRALayer, names: Names, weights: Weights) -> Tensor | None
 
 def _start(layer: LoRALayer, weight: Tensor, steps: int, niter: int | None) -> tuple[float, float]:
     """Start A and B; ‖W − Q‖ before and ‖W − Q − s · B A‖ after."""
-    untouched = layer.base_weight()
+    untouched = layer.lora_base_weight()
     before = float((weight - untouched).norm())
     pairs, error = _fit(layer, weight, niter)
     for _ in range(1, steps):
-        base = layer.base_weight()
-        layer.write_base(weight - _update(layer, pairs))
+        base = layer.lora_base_weight()
+        layer.lora_write_base(weight - _update(layer, pairs))
         better, less = _fit(layer, weight, niter)
         if not less < error:
-            layer.write_base(base)
+            layer.lora_write_base(base)
             pairs, error = _fit(layer, weight, niter)
             break
         pairs, error = better, less
     start_from(layer, pairs, writes_base=False)
     # The pretrained weight is what was quantised, not what quantising left of it.
-    remember_start(layer, base_written=not torch.equal(layer.base_weight(), untouched))
+    remember_start(layer, base_written=not torch.equal(layer.lora_base_weight(), untouched))
     return before, error
 
 
 def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair], float]:
     """The best s · B A for what the base lacks, and the norm of what is left."""
-    lost = weight - layer.base_weight()
+    lost = weight - layer.lora_base_weight()
     q = layer.lora_B.shape[1]
     pairs = split(layer, [decomposed(block, q, niter) for block in weight_blocks(layer, lost)])
     return pairs, float((lost - _update(layer, pairs)).norm())
@@ -189,4 +189,4 @@ def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair
 
 def _update(layer: LoRALayer, pairs: Sequence[Pair]) -> Tensor:
     """s · B A of these blocks, in the shape of the weight."""
-    return layer.scaling * layer.delta(*tensors_of(layer, pairs))
+    return layer.lora_scaling * layer.lora_delta(*tensors_of(layer, pairs))

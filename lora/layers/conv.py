@@ -32,7 +32,7 @@ class ConvLoRA(LoRALayer):
 
     factored: bool = False
 
-    settings = (*LoRALayer.settings, "factored")
+    lora_settings = (*LoRALayer.lora_settings, "factored")
 
     in_channels: int
     out_channels: int
@@ -62,14 +62,14 @@ class ConvLoRA(LoRALayer):
         **kwargs: Any,
     ) -> None:
         sizes = in_channels, out_channels, kernel_size
-        self.base_class.__init__(self, *sizes, device=device, dtype=dtype, **kwargs)
+        self.lora_base_class.__init__(self, *sizes, device=device, dtype=dtype, **kwargs)
         settings = lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights
-        self.attach(r, lora_alpha, *settings, factored=factored)
+        self.lora_add(r, lora_alpha, *settings, factored=factored)
         self.reset_parameters()
 
     @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
-        kind, settings = super().configure(base, **wanted)
+    def lora_configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
+        kind, settings = super().lora_configure(base, **wanted)
         return kind, settings | {"factored": wanted["factored"]}
 
     @classmethod
@@ -87,14 +87,14 @@ class ConvLoRA(LoRALayer):
         rows, columns = kernel_size[0] ** (n // 2), kernel_size[0] ** (n - n // 2)
         return (r * rows, base.in_channels * columns), (base.out_channels // groups * rows, r * rows)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return self._convolve(x, A)  # (N, in_channels, *size) -> (N, r, *out_size)
 
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
+    def lora_up(self, h: Tensor, B: Tensor) -> Tensor:
         convolution = CONVOLUTIONS[len(self.kernel_size)]
         return convolution(h, B, groups=self.groups)  # (N, r, *out_size) -> (N, out_channels, *out_size)
 
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+    def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
         if not self.factored:
             return (B @ A).view(self.weight.shape)
         A = A.reshape(self.groups, self.r // self.groups, -1)  # (groups, r / groups, in_channels / groups · k)
@@ -102,33 +102,33 @@ class ConvLoRA(LoRALayer):
         return (B @ A).reshape(self.weight.shape)
 
     @classmethod
-    def magnitudes(cls, base: Any, shape_B: Shape) -> int:
+    def lora_magnitudes(cls, base: Any, shape_B: Shape) -> int:
         channels: int = base.out_channels
         return channels
 
-    def output_dims(self) -> tuple[int, int]:
+    def lora_output_dims(self) -> tuple[int, int]:
         return 0, -1 - len(self.kernel_size)
 
-    def block_rows(self) -> list[int]:
+    def lora_block_rows(self) -> list[int]:
         parts = self.groups if self.factored else 1
         return [self.lora_B.shape[0] // parts] * parts
 
-    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+    def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         if not self.factored:  # B A lies in the weight value by value, its rows are not the weight's
             return [weight.reshape(self.lora_B.shape[0], self.lora_A.shape[1])]
-        return super().weight_blocks(weight)
+        return super().lora_weight_blocks(weight)
 
-    def norms(self) -> Tensor:
-        return super().norms() if self.factored else self._dense_norms()
+    def lora_norms(self) -> Tensor:
+        return super().lora_norms() if self.factored else self._dense_norms()
 
     @torch.no_grad()
     def _dense_norms(self) -> Tensor:
         """The norms of the sum itself: the update has no blocks in the weight's own rows."""
-        weight = self.base_weight()
+        weight = self.lora_base_weight()
         dtype = exact_dtype(weight.dtype)
         with without_autocast(weight.device):
-            update = self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
-        total: Tensor = weight.to(dtype) + self.lora_scaling() * update
+            update = self.lora_delta(self.lora_A.to(dtype), self.lora_B.to(dtype))
+        total: Tensor = weight.to(dtype) + self.lora_read_scaling() * update
         norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
         return norm
 
@@ -136,34 +136,34 @@ class ConvLoRA(LoRALayer):
         if self._fuses(input):
             dropout = self.lora_dropout if self.training else 0.0
             geometry = Geometry(self.stride, self.padding, self.dilation)
-            adapter = self.lora_A, self.lora_B, self.scaling
+            adapter = self.lora_A, self.lora_B, self.lora_scaling
             return lora_conv(input, self.weight, self.bias, *adapter, geometry, dropout)
         # In lower precision the sum of both weights would lose much of the update.
         precise = self.weight.dtype in (torch.float32, torch.float64)
-        if self.dense and not precise:
+        if self.lora_dense and not precise:
             refuse_storage(self.weight.dtype)
         one_convolution = precise and not autocasts(input.device)
-        if self.factored or not self.dense or not one_convolution or (self.lora_dropout and self.training):
+        if self.factored or not self.lora_dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input, *args, **kwargs)
-        return self.forward_with(input, self.weight + self._delta_like(self.weight) * self.scaling)
+        return self.lora_forward_with(input, self.weight + self._delta_like(self.weight) * self.lora_scaling)
 
     def _fuses(self, input: Tensor) -> bool:
         plain_geometry = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        return self.factored and self.dense and plain_geometry and input.dim() == self.weight.dim()
+        return self.factored and self.lora_dense and plain_geometry and input.dim() == self.weight.dim()
 
     def lora_update(self, input: Tensor) -> Tensor:
         if self.factored:
             return super().lora_update(input)
-        return self._convolve(self.drop(input), self._delta_like(input))
+        return self._convolve(self.lora_drop(input), self._delta_like(input))
 
-    def low_rank(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return super().low_rank(input, A, B) if self.factored else self._convolve(input, self.delta(A, B))
+    def lora_product(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return super().lora_product(input, A, B) if self.factored else self._convolve(input, self.lora_delta(A, B))
 
     def _delta_like(self, other: Tensor) -> Tensor:
-        dtype = self.update_dtype(other)
-        return self.delta(self.lora_A.to(dtype), self.lora_B.to(dtype)).to(other.dtype)
+        dtype = self.lora_update_dtype(other)
+        return self.lora_delta(self.lora_A.to(dtype), self.lora_B.to(dtype)).to(other.dtype)
 
-    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+    def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(input, weight, self.bias)
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -217,7 +217,7 @@ class Conv1d(ConvLoRA, nn.Conv1d):
     torch.Size([1, 6, 10])
     """
 
-    dense = True
+    lora_dense = True
 
 
 class Conv2d(ConvLoRA, nn.Conv2d):
@@ -265,7 +265,7 @@ class Conv2d(ConvLoRA, nn.Conv2d):
     torch.Size([1, 6, 8, 8])
     """
 
-    dense = True
+    lora_dense = True
 
 
 class Conv3d(ConvLoRA, nn.Conv3d):
@@ -281,7 +281,7 @@ class Conv3d(ConvLoRA, nn.Conv3d):
     torch.Size([1, 3, 4, 4, 4])
     """
 
-    dense = True
+    lora_dense = True
 
 
 for _base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -27,11 +27,11 @@ _PART = 2**20  # values of a weight that are summed at a time
 class Magnitudes(LayerKind):
     """The part of `lora.LoRALayer` that computes with magnitudes."""
 
-    def magnified(self, y: Tensor) -> Tensor:
+    def lora_magnified(self, y: Tensor) -> Tensor:
         """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
-        excess = self.over_outputs(self.lora_excess()).to(y.dtype)
+        excess = self.lora_expand_to_outputs(self.lora_excess()).to(y.dtype)
         bias = self._parameters.get("bias")
-        _, dim = self.output_dims()
+        _, dim = self.lora_output_dims()
         return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)
 
     def lora_excess(self) -> Tensor:
@@ -45,24 +45,24 @@ class Magnitudes(LayerKind):
         """The norms; remembered where no gradient is wanted, as when text is generated, token by token."""
         sources = self.weight, self.lora_A, self.lora_B
         if torch.is_grad_enabled() or not is_plain(*sources):
-            return self.norms()
-        return remembered(self, "_norms", sources, self.scaling, self.norms)
+            return self.lora_norms()
+        return remembered(self, "_norms", sources, self.lora_scaling, self.lora_norms)
 
-    def norms(self) -> Tensor:
+    def lora_norms(self) -> Tensor:
         """‖W₀ + s · B A‖ for each output that has a magnitude, in float32, or float64 where the weight is."""
-        return self.squared_norms().clamp(min=0).sqrt()  # rounding may leave less than nothing
+        return self.lora_squared_norms().clamp(min=0).sqrt()  # rounding may leave less than nothing
 
-    def squared_norms(self) -> Tensor:
+    def lora_squared_norms(self) -> Tensor:
         """‖W₀ + s · B A‖² for each output that has a magnitude."""
         with torch.no_grad():  # not as a decorator, which a compiler cannot follow on a layer that is made in its sight
-            weight, rows, s = self.base_weight(), self.block_rows(), self.lora_scaling()
+            weight, rows, s = self.lora_base_weight(), self.lora_block_rows(), self.lora_read_scaling()
             dtype = exact_dtype(weight.dtype)
             with without_autocast(weight.device):
                 Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
                 As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))
                 added = []
                 # (rows, columns), (q, columns), (rows, q)
-                for W, A, B in zip(self.weight_blocks(weight), As, Bs, strict=True):
+                for W, A, B in zip(self.lora_weight_blocks(weight), As, Bs, strict=True):
                     cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype
                     added.append(((2 * s * cross + s * s * (B @ (A @ A.T))) * B).sum(1))  # (rows)
                 return self._base_squares(weight, dtype) + torch.cat(added)
@@ -70,35 +70,35 @@ class Magnitudes(LayerKind):
     def _base_squares(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """‖W₀‖² for each output, remembered while the weight stays what it is."""
         if weight is not self.weight or not is_plain(weight):  # it was computed just now, or is being traced
-            return _squares(self.weight_blocks(weight), dtype)
-        return remembered(self, "_squares", (weight,), 0.0, lambda: _squares(self.weight_blocks(weight), dtype))
+            return _squares(self.lora_weight_blocks(weight), dtype)
+        return remembered(self, "_squares", (weight,), 0.0, lambda: _squares(self.lora_weight_blocks(weight), dtype))
 
-    def lora_scaling(self) -> float | Tensor:
+    def lora_read_scaling(self) -> float | Tensor:
         """s, as a forward is to read it."""
-        return self.scaling
+        return self.lora_scaling
 
     @torch.no_grad()
-    def magnitude_gain(self, dtype: torch.dtype) -> Tensor:
+    def lora_magnitude_gain(self, dtype: torch.dtype) -> Tensor:
         """g, 1 where the layer has no magnitude, in the shape that multiplies the weight."""
-        shape = [1] * len(self.weight_shape())
-        shape[self.output_dims()[0]] = -1
-        return (1 + self.over_outputs(self.lora_excess())).to(dtype).view(shape)
+        shape = [1] * len(self.lora_weight_shape())
+        shape[self.lora_output_dims()[0]] = -1
+        return (1 + self.lora_expand_to_outputs(self.lora_excess())).to(dtype).view(shape)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
         """m = ‖W₀ + s · B A‖, so that g = 1; nothing without DoRA."""
         if self.use_dora:
-            norms = weights.ranks_of(self).with_whole(self, "weight", "lora_A", "lora_B").norms()
+            norms = weights.ranks_of(self).with_whole(self, "weight", "lora_A", "lora_B").lora_norms()
             weights.of(self, "lora_magnitude").write(norms)
 
     @classmethod
-    def check_dora(cls, base: nn.Module, shape_B: Shape) -> None:
+    def lora_check_dora(cls, base: nn.Module, shape_B: Shape) -> None:
         """ValueError if a layer of this class cannot have magnitudes."""
-        if not cls.magnitudes(base, shape_B):
+        if not cls.lora_magnitudes(base, shape_B):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.dense and weights.packing_of(base) is None:
+        if not cls.lora_dense and weights.packing_of(base) is None:
             raise ValueError(
-                f"`use_dora` needs to know the weight that a {cls.base_class.__name__} computes with, which has a "
+                f"`use_dora` needs to know the weight that a {cls.lora_base_class.__name__} computes with, which has a "
                 "forward of its own; `lora.register_weight` teaches how to read it."
             )
 

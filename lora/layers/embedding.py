@@ -21,8 +21,8 @@ from lora.layers.weights import sample_slice
 class EmbeddingLoRA(WithVocabulary):
     """The kind for embeddings: A (r, num_embeddings), B (embedding_dim, r)."""
 
-    starts_at_zero = "lora_A"
-    counted = "num_embeddings", "lora_A", 1
+    lora_starts_at_zero = "lora_A"
+    lora_counted = "num_embeddings", "lora_A", 1
 
     padding_idx: int | None
     max_norm: float | None
@@ -32,8 +32,8 @@ class EmbeddingLoRA(WithVocabulary):
     num_embeddings: int
     embedding_dim: int
 
-    def attach(self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, *args: Any, **settings: Any) -> None:
-        super().attach(r, lora_alpha, 0.0, *args, **settings)  # ids have no features to drop
+    def lora_add(self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, *args: Any, **settings: Any) -> None:
+        super().lora_add(r, lora_alpha, 0.0, *args, **settings)  # ids have no features to drop
 
     @classmethod
     def lora_shapes(cls, base: Any, r: int, **settings: Any) -> tuple[Shape, Shape]:
@@ -44,56 +44,56 @@ class EmbeddingLoRA(WithVocabulary):
         nn.init.normal_(self.lora_B)
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.dense:
+        if not self.lora_dense:
             return super().lora_forward(input, *args, **kwargs)
         how = Lookup(self.padding_idx, self.scale_grad_by_freq, self.sparse)
-        return lora_embedding(input, self.base_forward(input), self.lora_A, self.lora_B, self.scaling, how)
+        return lora_embedding(input, self.lora_base_forward(input), self.lora_A, self.lora_B, self.lora_scaling, how)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # (...) -> (..., r)
 
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
+    def lora_up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)  # (..., r) -> (..., embedding_dim)
 
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+    def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
 
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.r == 0 or self.max_norm is None:
-            return super().base_forward(input, *args, **kwargs)
+            return super().lora_base_forward(input, *args, **kwargs)
         # torch's max_norm writes the rows that it looks up; a frozen base is renormalised on the way out.
-        return self._renormed(self.forward_with(input, self.weight))
+        return self._renormed(self.lora_forward_with(input, self.weight))
 
-    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+    def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         options = self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
         return F.embedding(input, weight, *options)
 
-    def base_weight(self) -> Tensor:
-        weight = super().base_weight()
+    def lora_base_weight(self) -> Tensor:
+        weight = super().lora_base_weight()
         return weight if self.max_norm is None else self._renormed(weight)
 
     @classmethod
-    def magnitudes(cls, base: Any, shape_B: Shape) -> int:
+    def lora_magnitudes(cls, base: Any, shape_B: Shape) -> int:
         return shape_B[0]
 
-    def output_dims(self) -> tuple[int, int]:
+    def lora_output_dims(self) -> tuple[int, int]:
         return 1, -1
 
-    def block_rows(self) -> list[int]:
+    def lora_block_rows(self) -> list[int]:
         return [self.embedding_dim]
 
-    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+    def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         return [weight.T]
 
-    def merge(self) -> None:
-        super().merge()
+    def lora_merge(self) -> None:
+        super().lora_merge()
         self.max_norm = None  # the base rows are within it now, and it does not bound the update
 
-    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def lora_sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         rows = sample_slice(weight)
         return weight[rows], A[:, rows]
 
-    def beyond_weight(self) -> str | None:
+    def lora_not_in_weight(self) -> str | None:
         return None if self.max_norm is None else "`max_norm` does not bound the update"
 
     def _renormed(self, rows: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
     torch.Size([1, 3, 16])
     """
 
-    dense = True
+    lora_dense = True
 
     def __init__(
         self,
@@ -162,11 +162,11 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
         **kwargs: Any,
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, device=device, dtype=dtype, **kwargs)
-        self.attach(r, lora_alpha, 0.0, merge_weights, use_rslora, use_dora, init_lora_weights)
+        self.lora_add(r, lora_alpha, 0.0, merge_weights, use_rslora, use_dora, init_lora_weights)
         if kwargs.get("_weight") is None:
             self.reset_parameters()
         elif r > 0:
-            self.start_adapter()
+            self.lora_start_adapter()
 
 
 register(nn.Embedding, EmbeddingLoRA)

@@ -1,4 +1,4 @@
-"""What a kind of layer says of itself: shapes, `down`, `up`, `delta`, and what has a default that suits most."""
+"""What a kind of layer says of itself, and what has a default that suits most."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ from lora.layers.starts import Init
 Shape = tuple[int, ...]
 
 
+class Scaling:
+    """`layer.scaling`: loralib's word for `lora_scaling`, unless the base layer has a `scaling` of its own."""
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self.is_taken(layer):  # by a parameter, buffer or module: what torch looks for last
+            raise AttributeError("scaling")
+        return layer.lora_scaling
+
+    def is_taken(self, layer: nn.Module) -> bool:
+        """Whether the layer itself has a `scaling`."""
+        return any("scaling" in owned for owned in (vars(layer), layer._parameters, layer._buffers, layer._modules))
+
+
 @dataclass(eq=False)
 class Place:
     """What the parents of an injected layer know of it (`lora.models.model`)."""
@@ -37,12 +52,13 @@ class LayerKind(nn.Module):
     use_dora: bool = False
     merge_weights: bool = False
     init_lora_weights: Init = True
-    scaling: float = 1.0
+    lora_scaling: float = 1.0
+    scaling: ClassVar[Any] = Scaling()
     lora_disabled: int = 0
     lora_start: tuple[Tensor, Tensor, float] | None = None
-    base_written: bool = True
-    awaits: str | None = None
-    injected: bool = False
+    lora_base_written: bool = True
+    lora_needs_data: str | None = None
+    lora_injected: bool = False
     lora_place: Place | None = None
     _merged: Cached | None = None
     _squares: Cached | None = None
@@ -58,19 +74,26 @@ class LayerKind(nn.Module):
     lora_magnitude: nn.Parameter
 
     #: The arguments that define the adapter: what a checkpoint records and `eject` removes.
-    settings: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "merge_weights")
+    lora_settings: ClassVar[tuple[str, ...]] = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "merge_weights",
+    )
     #: The factor that is zero at the start.
-    starts_at_zero: ClassVar[str] = "lora_B"
+    lora_starts_at_zero: ClassVar[str] = "lora_B"
     #: The class that this one adapts; `lora.LoRALayer` for a class that stands in front of LoRA layers.
-    base_class: ClassVar[type[nn.Module]] = nn.Module
-    #: Whether `forward_with` may stand in for the base class's own forward.
-    dense: ClassVar[bool] = False
+    lora_base_class: ClassVar[type[nn.Module]] = nn.Module
+    #: Whether `lora_forward_with` may stand in for the base class's own forward.
+    lora_dense: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "base_class" not in vars(cls):
+        if "lora_base_class" not in vars(cls):
             bases = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, LayerKind))
-            cls.base_class = next(bases)
+            cls.lora_base_class = next(bases)
         enter(cls)
 
     @classmethod
@@ -78,69 +101,69 @@ class LayerKind(nn.Module):
         """The shapes of lora_A and lora_B for `base`; ValueError where the kind's own settings do not fit it."""
         raise NotImplementedError(f"{cls.__name__} must define lora_shapes")
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         """x → A x."""
         raise NotImplementedError(f"{type(self).__name__} must define down")
 
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
+    def lora_up(self, h: Tensor, B: Tensor) -> Tensor:
         """h → B h, in the shape of the layer's output."""
         raise NotImplementedError(f"{type(self).__name__} must define up")
 
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+    def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
         """B A in the shape of the base weight."""
         raise NotImplementedError(f"{type(self).__name__} must define delta")
 
-    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
-        """The base layer's function of `input` with `weight` in the place of its own; needed if `dense`."""
+    def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's function of `input` with `weight` in the place of its own; needed if `lora_dense`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward_with")
 
     # For DoRA, and for starts that go by the base weight; a kind that does not say these has neither.
 
     @classmethod
-    def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
+    def lora_magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
         """How many outputs have a magnitude, by the base layer and the shape of B; 0 if the kind has no DoRA."""
         return 0
 
-    def output_dims(self) -> tuple[int, int]:
+    def lora_output_dims(self) -> tuple[int, int]:
         """Which dimension of the weight, and which of the output, counts the layer's outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define output_dims")
 
-    def block_rows(self) -> list[int]:
+    def lora_block_rows(self) -> list[int]:
         """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""
         raise ValueError(f"the kind {type(self).__name__} does not say of what blocks its update is made.")
 
     # What has a default that suits most.
 
     @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
+    def lora_configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
         if wanted["splits"] is not None or wanted["enable_lora"] is not None:
             raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
         return cls, {}
 
-    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+    def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""
-        return torch.split(weight.flatten(1), self.block_rows())
+        return torch.split(weight.flatten(1), self.lora_block_rows())
 
-    def over_outputs(self, adapted: Tensor) -> Tensor:
+    def lora_expand_to_outputs(self, adapted: Tensor) -> Tensor:
         """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
         return adapted
 
-    def beyond_weight(self) -> str | None:
+    def lora_not_in_weight(self) -> str | None:
         """What of the merged layer's function its weight alone cannot say; None if nothing."""
         return None
 
-    def base_weight(self) -> Tensor:
+    def lora_base_weight(self) -> Tensor:
         """W₀, dense, as the base layer's function uses it."""
-        if self.dense and type(self.weight) in (Tensor, nn.Parameter):  # the fast path: DoRA asks in every forward
+        if self.lora_dense and type(self.weight) in (Tensor, nn.Parameter):  # the fast path: DoRA asks in every forward
             return self.weight
         return weights.read_weight(self)
 
-    def write_base(self, weight: Tensor) -> None:
+    def lora_write_base(self, weight: Tensor) -> None:
         """Give the base layer another weight: copied, or quantised as the one that is there."""
         weights.write_weight(self, weight)
 
-    def weight_shape(self) -> Shape:
+    def lora_weight_shape(self) -> Shape:
         """The shape of W₀, dense."""
         return tuple(self.weight.shape)
 
@@ -153,14 +176,14 @@ class LayerKind(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    def low_rank(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_product(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """B A x."""
-        return self.up(self.down(input, A), B)
+        return self.lora_up(self.lora_down(input, A), B)
 
-    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts of a weight and of A that belong together, few where that is quick; `delta` of one is of the other."""
+    def lora_sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of a weight and of A that belong together, few where that is quick; so do what `lora_delta` makes."""
         return weight, A
 
-    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def lora_add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Add s · B A to `weight`, in place."""
-        return weight.add_(self.delta(A, B), alpha=self.scaling)
+        return weight.add_(self.lora_delta(A, B), alpha=self.lora_scaling)

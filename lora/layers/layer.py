@@ -2,8 +2,9 @@
 
     W = g ⊙ (W₀ + s · B A)        s = lora_alpha / r,  g = 1  (DoRA: m / ‖W₀ + s · B A‖)
 
-A kind of layer says four things: the shapes of A and B, `down` (x → A x), `up` (h → B h) and `delta` (B A in the shape
-of the weight). Forward, merging, and the rules for dtypes and dropout are written here, once; magnitudes in dora.py.
+A kind of layer says four things: `lora_shapes`, of A and B, `lora_down` (x → A x), `lora_up` (h → B h) and `lora_delta`
+(B A in the shape of the weight). Forward, merging, and the rules for dtypes and dropout are written here, once;
+magnitudes in dora.py.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from lora.layers.weights import same_values, sparing
 _PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 # What a layer keeps beside its settings and parameters.
 _STATE = (
-    *("scaling", "lora_disabled", "injected", "init_lora_weights", "lora_start", "base_written", "awaits"),
-    *("lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked"),
+    *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
+    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked"),
 )
 
 
@@ -60,9 +61,9 @@ def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
 
 def needs_no_data(layer: LoRALayer, input: Tensor) -> None:
     """RuntimeError in training where A and B are still to be made from data."""
-    if layer.awaits and layer.training:
+    if layer.lora_needs_data and layer.training:
         raise RuntimeError(
-            f"`init_lora_weights={layer.awaits!r}` needs data: call `lora.calibrate(model, batches)` first."
+            f"`init_lora_weights={layer.lora_needs_data!r}` needs data: call `lora.calibrate(model, batches)` first."
         )
 
 
@@ -70,8 +71,8 @@ class LoRALayer(Magnitudes):
     """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
 
     A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
-    A kind of layer derives from it and defines `lora_shapes`, `down`, `up`, `delta` and
-    `forward_with`; `lora.register` then makes `lora.inject` use it (docs there).
+    A kind of layer derives from it and defines `lora_shapes`, `lora_down`, `lora_up`, `lora_delta` and
+    `lora_forward_with`; `lora.register` then makes `lora.inject` use it (docs there).
 
     Attributes:
         r: rank of the update; 0 means that the layer behaves exactly as its base class.
@@ -87,7 +88,7 @@ class LoRALayer(Magnitudes):
     """
 
     #: What is checked before each forward with LoRA: wings add functions of a layer and its input, which raise.
-    checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
+    lora_checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
@@ -97,50 +98,50 @@ class LoRALayer(Magnitudes):
         Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
         """
         if self.r == 0 or self.lora_disabled:
-            return self.pretrained_forward(input, *args, **kwargs)
+            return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
-            return self.forward_with(input, self.merged_weight(), *args, **kwargs)
-        for check in self.checks:
+            return self.lora_forward_with(input, self.lora_merged_weight(), *args, **kwargs)
+        for check in self.lora_checks:
             check(self, input)
         y = self.lora_forward(input, *args, **kwargs)
-        return self.magnified(y) if self.use_dora else y
+        return self.lora_magnified(y) if self.use_dora else y
 
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b: the base layer's own output."""
         output: Tensor = super().forward(input, *args, **kwargs)
         return output
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + s · B A drop(x) + b, in plain, out-of-place operations: right for every base, quantised or sharded."""
-        y = self.base_forward(input, *args, **kwargs)
-        return y + (self.lora_update(input) * self.scaling).to(y.dtype)
+        y = self.lora_base_forward(input, *args, **kwargs)
+        return y + (self.lora_update(input) * self.lora_scaling).to(y.dtype)
 
     def lora_update(self, input: Tensor) -> Tensor:
         """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
-        dtype = input.dtype if input.is_floating_point() else self.update_dtype(self.weight)
-        return self.low_rank(self.drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
+        dtype = input.dtype if input.is_floating_point() else self.lora_update_dtype(self.weight)
+        return self.lora_product(self.lora_drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
 
-    def update_dtype(self, other: Tensor) -> torch.dtype:
+    def lora_update_dtype(self, other: Tensor) -> torch.dtype:
         """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
         return torch.promote_types(self.lora_A.dtype, other.dtype) if other.is_floating_point() else self.lora_A.dtype
 
-    def drop(self, input: Tensor) -> Tensor:
+    def lora_drop(self, input: Tensor) -> Tensor:
         """Dropout on the LoRA path."""
         return F.dropout(input, self.lora_dropout) if self.lora_dropout and self.training else input
 
-    def pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
-        y = self.base_forward(input, *args, **kwargs)
+        y = self.lora_base_forward(input, *args, **kwargs)
         if self.lora_start is None:
             return y
         A, B, scaling = self.lora_start
         dtype = y.dtype if y.is_floating_point() else A.dtype
-        return y + (self.low_rank(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+        return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
 
     # ---- the merged weight -----------------------------------------------------------------------------------
 
     def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or not self.dense or self._subclassed:
+        if self.training or not self.merge_weights or not self.lora_dense or self._subclassed:
             return False
         tensors = self._sources()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -152,32 +153,32 @@ class LoRALayer(Magnitudes):
         adapter = (self.weight, self.lora_A, self.lora_B)
         return (*adapter, self.lora_magnitude) if self.use_dora else adapter
 
-    def merged_weight(self) -> Tensor:
+    def lora_merged_weight(self) -> Tensor:
         """W in the base weight's dtype, remembered until something that it depends on changes."""
-        return remembered(self, "_merged", self._sources(), self.scaling, self.compute_merged)
+        return remembered(self, "_merged", self._sources(), self.lora_scaling, self.lora_compute_merged)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def compute_merged(self) -> Tensor:
+    def lora_compute_merged(self) -> Tensor:
         """W in the weight's dtype: computed in float32, or float64 where the weight is, and rounded once."""
-        return self.merge_into(torch.empty_like(self.base_weight()))
+        return self.lora_merge_into(torch.empty_like(self.lora_base_weight()))
 
-    def merge(self) -> None:
-        """Make the merged weight the base weight; the base layer computes with it what `forward_with` does."""
-        self.merge_into(self.weight)
+    def lora_merge(self) -> None:
+        """Make the merged weight the base weight; the base layer computes with it what `lora_forward_with` does."""
+        self.lora_merge_into(self.weight)
 
-    def merge_into(self, out: Tensor) -> Tensor:
+    def lora_merge_into(self, out: Tensor) -> Tensor:
         """Write W to `out`, which is like the weight: the weight itself, or another."""
         dtype = exact_dtype(out.dtype)
         with without_autocast(out.device):
             A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            g = self.magnitude_gain(dtype) if self.use_dora else None
-            merged = self.add_update(self.base_weight().to(dtype, copy=True), A, B)
+            g = self.lora_magnitude_gain(dtype) if self.use_dora else None
+            merged = self.lora_add_update(self.lora_base_weight().to(dtype, copy=True), A, B)
             return out.copy_(merged if g is None else merged.mul_(g))
 
     # ---- making ----------------------------------------------------------------------------------------------
 
-    def attach(
+    def lora_add(
         self,
         r: int,
         lora_alpha: float = 1,
@@ -195,7 +196,7 @@ class LoRALayer(Magnitudes):
             raise ValueError(" ".join(filter(None, problems)))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
         if use_dora:
-            self.check_dora(self, shape_B)
+            self.lora_check_dora(self, shape_B)
         r = r if shape_A[0] else 0  # a mask that enables nothing leaves no rows
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
         self.merge_weights, self.use_rslora, self.use_dora = merge_weights, use_rslora, use_dora and r > 0
@@ -204,47 +205,47 @@ class LoRALayer(Magnitudes):
             setattr(self, name, value)
         if r == 0:
             return
-        self.scaling = scaling_of(lora_alpha, r, use_rslora)
+        self.lora_scaling = scaling_of(lora_alpha, r, use_rslora)
         # By device and dtype, never from the weight: quantised weights refuse `new_zeros`.
         device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
         if use_dora:
-            count = self.magnitudes(self, shape_B)
+            count = self.lora_magnitudes(self, shape_B)
             exact = exact_dtype(dtype)  # it moves in small steps, and is small
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
 
-    def detach(self, restore_layout: bool = True) -> None:
-        """Undo `attach`: the layer is a bare base layer again, with its weight in the base class's layout.
+    def lora_remove(self, restore_layout: bool = True) -> None:
+        """Undo `lora_add`: the layer is a bare base layer again, with its weight in the base class's layout.
 
         `restore_layout` is False for a weight that is shared with a layer that has restored it.
         """
         if self.lora_place is not None:
             self.lora_place.adapted = False
-        for name in (*_PARAMETERS, *_STATE, *self.settings, "forward"):
+        for name in (*_PARAMETERS, *_STATE, *self.lora_settings, "forward"):
             vars(self).pop(name, None)
             self._parameters.pop(name, None)
-        self.__class__ = self.base_class  # type: ignore[assignment]
+        self.__class__ = self.lora_base_class  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
         """Initialise the base layer's parameters, then the adapter's."""
-        self.reset_base_parameters()
+        self.lora_reset_base_parameters()
         if self.r > 0:
-            self.start_adapter()
+            self.lora_start_adapter()
 
-    def reset_base_parameters(self) -> None:
+    def lora_reset_base_parameters(self) -> None:
         """Initialise the base layer's parameters, as its class does."""
         super().reset_parameters()  # type: ignore[misc]
 
-    def start_adapter(self) -> None:
+    def lora_start_adapter(self) -> None:
         """Initialise the adapter as `init_lora_weights` says, where that needs nothing but shapes."""
         # Of a sharded layer whole ones: random numbers drawn by each rank for its own part would be other ones.
         read = tuple(self._parameters) if callable(self.init_lora_weights) else ()
         names = [name for name, _ in self.lora_parameters()]
         with weights.ranks_of(self).written_whole(self, *names, read=read) as whole:
             starts.from_shapes(whole, self.init_lora_weights)
-        self.awaits = self.init_lora_weights if self.init_lora_weights in starts.OF_DATA else None
+        self.lora_needs_data = self.init_lora_weights if self.init_lora_weights in starts.OF_DATA else None
         self.lora_start = None
         self.reset_magnitude()
 
@@ -254,7 +255,7 @@ class LoRALayer(Magnitudes):
             if name in self._parameters:
                 yield name, getattr(self, name)
 
-    def owns_its_tensors(self) -> bool:
+    def lora_owns_its_tensors(self) -> bool:
         """Whether weight, A and B are parameters or buffers here, not computed by a parametrization, say."""
         needed = {"weight", "lora_A", "lora_B"} | ({"lora_magnitude"} if self.use_dora else set())
         return needed <= {*self._parameters, *self._buffers}
@@ -275,8 +276,8 @@ class LoRALayer(Magnitudes):
 
     def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
         """Take over the settings of an adapter of one of `lora_ranks`, whose A and B are written next."""
-        self.r, self.lora_alpha, self.use_rslora, self.scaling = r, lora_alpha, use_rslora, scaling
-        self.awaits = None
+        self.r, self.lora_alpha, self.use_rslora, self.lora_scaling = r, lora_alpha, use_rslora, scaling
+        self.lora_needs_data = None
 
     def lora_refresh(self) -> None:
         """Called when LoRA was disabled or enabled in the layer, and when its attributes were put back."""
@@ -300,16 +301,18 @@ class LoRALayer(Magnitudes):
         if untrained:
             self.reset_magnitude()
         if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
-            self.awaits = None
+            self.lora_needs_data = None
 
     def _has_weight(self, weight: Tensor) -> bool:
         return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
 
     def _has_untrained_magnitude(self) -> bool:
         whole = weights.ranks_of(self).with_whole(self, "weight", *_PARAMETERS)
-        return torch.allclose(whole.lora_magnitude, whole.norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
+        return torch.allclose(whole.lora_magnitude, whole.lora_norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaling" and type(self).scaling is LoRALayer.scaling and not LoRALayer.scaling.is_taken(self):
+            return setattr(self, "lora_scaling", value)
         super().__setattr__(name, value)
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.
@@ -338,14 +341,14 @@ class LoRALayer(Magnitudes):
 
     def extra_repr(self) -> str:
         """The base layer's arguments, then the adapter's."""
-        return ", ".join(words for words in (super().extra_repr(), self.adapter_repr()) if words)
+        return ", ".join(words for words in (super().extra_repr(), self.lora_repr()) if words)
 
-    def adapter_repr(self) -> str:
+    def lora_repr(self) -> str:
         """The adapter's arguments, those that are not as by default."""
         if self.r == 0:
             return ""
         words = [f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
-        for name in self.settings[2:]:
+        for name in self.lora_settings[2:]:
             value = getattr(self, name)
             if value != getattr(type(self), name):
                 words.append(f"{name}={value}")

@@ -29,116 +29,120 @@ _PART = 512
 class LinearLoRA(WithVocabulary):
     """The kind for linear layers: A (r, in_features), B (out_features, r)."""
 
-    counted = "out_features", "lora_B", 0
+    lora_counted = "out_features", "lora_B", 0
 
     #: The weight is stored as (in_features, out_features).
     fan_in_fan_out: bool = False
     #: The kind to use when the layer's output is several fused ones.
-    merged_kind: ClassVar[type[LinearLoRA]]
+    lora_merged_kind: ClassVar[type[LinearLoRA]]
 
-    def rows(self) -> Tensor:
-        return self.stored(self.weight)
+    def lora_rows(self) -> Tensor:
+        return self.lora_stored(self.weight)
 
     @classmethod
-    def features(cls, base: nn.Module) -> tuple[int, int]:
+    def lora_features(cls, base: nn.Module) -> tuple[int, int]:
         """(in_features, out_features) of a base layer."""
         return base.in_features, base.out_features  # type: ignore[return-value]
 
     @classmethod
-    def configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
+    def lora_configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         splits, enable_lora = wanted["splits"], wanted["enable_lora"]
         if splits is None and enable_lora is None:
             return cls, {}
-        settings = split_settings(cls.features(base)[1], splits, True if enable_lora is None else enable_lora)
+        settings = split_settings(cls.lora_features(base)[1], splits, True if enable_lora is None else enable_lora)
         if not any(settings["enable_lora"]):
             raise ValueError("`enable_lora` enables no split; leave the module out of `target_modules` instead.")
-        return cls.merged_kind, settings
+        return cls.lora_merged_kind, settings
 
     @classmethod
     def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
-        in_features, out_features = cls.features(base)
+        in_features, out_features = cls.lora_features(base)
         return (r, in_features), (out_features, r)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)  # (..., in_features) -> (..., r)
 
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
-        return up_slices(h, B, self.slices(), self.features(self)[1])  # (..., G·r) -> (..., out_features)
+    def lora_up(self, h: Tensor, B: Tensor) -> Tensor:
+        return up_slices(h, B, self.lora_slices(), self.lora_features(self)[1])  # (..., G·r) -> (..., out_features)
 
-    def weight_shape(self) -> Shape:
-        in_features, out_features = self.features(self)
+    def lora_weight_shape(self) -> Shape:
+        in_features, out_features = self.lora_features(self)
         return (in_features, out_features) if self.fan_in_fan_out else (out_features, in_features)
 
-    def slices(self) -> list[tuple[int, int]]:
+    def lora_slices(self) -> list[tuple[int, int]]:
         """Begin and end of each of the G parts of the output that an update goes to."""
-        return [(0, self.features(self)[1])]
+        return [(0, self.lora_features(self)[1])]
 
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.stored(up_slices(A.T, B, self.slices(), self.features(self)[1]).T)  # h = A e_i for each input i
+    def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return self.lora_stored(
+            up_slices(A.T, B, self.lora_slices(), self.lora_features(self)[1]).T
+        )  # h = A e_i for each input i
 
-    def merge_into(self, out: Tensor) -> Tensor:
+    def lora_merge_into(self, out: Tensor) -> Tensor:
         exact = exact_dtype(out.dtype)
         A, B = self.lora_A.to(exact), self.lora_B.to(exact)
-        gain = self.magnitude_gain(exact) if self.use_dora else None  # of the weight as it is, before it is written
+        gain = (
+            self.lora_magnitude_gain(exact) if self.use_dora else None
+        )  # of the weight as it is, before it is written
         if out is not self.weight:
-            out.copy_(self.base_weight())
+            out.copy_(self.lora_base_weight())
         with without_autocast(out.device):
             if out.dtype == exact:
-                merged = self.add_update(out, A, B)
+                merged = self.lora_add_update(out, A, B)
                 return merged if gain is None else merged.mul_(gain)
-            self._merge_by_parts(out, A, B, None if gain is None else self.stored(gain))
+            self._merge_by_parts(out, A, B, None if gain is None else self.lora_stored(gain))
         return out
 
     def _merge_by_parts(self, out: Tensor, A: Tensor, B: Tensor, gain: Tensor | None) -> None:
         """Make the weight in `out` the merged one, in A's dtype, without a second weight in that dtype."""
-        slices = self.slices()
+        slices = self.lora_slices()
         Bs = torch.split(B, [stop - start for start, stop in slices])
         for (start, stop), A_g, B_g in zip(slices, torch.split(A, self.r), Bs, strict=True):
-            rows = self.stored(out)[start:stop]  # (size, in_features)
+            rows = self.lora_stored(out)[start:stop]  # (size, in_features)
             room = torch.empty(_PART, rows.shape[1], dtype=A.dtype, device=A.device)  # once: new memory is slow
             for n, (part, B_part) in enumerate(zip(torch.split(rows, _PART), torch.split(B_g, _PART), strict=True)):
-                sum_ = room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.scaling)
+                sum_ = room[: len(part)].copy_(part).addmm_(B_part, A_g, alpha=self.lora_scaling)
                 if gain is not None:
                     sum_.mul_(gain[start + n * _PART :][: len(part)])  # (rows, 1)
                 part.copy_(sum_)
 
-    def sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def lora_sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         columns = sample_slice(weight)
-        return self.stored(self.stored(weight)[:, columns]), A[:, columns]
+        return self.lora_stored(self.lora_stored(weight)[:, columns]), A[:, columns]
 
-    def add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        add_slices_(self.stored(weight).T, A.T, B, self.slices(), self.scaling)
+    def lora_add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        add_slices_(self.lora_stored(weight).T, A.T, B, self.lora_slices(), self.lora_scaling)
         return weight
 
     @classmethod
-    def magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
+    def lora_magnitudes(cls, base: nn.Module, shape_B: Shape) -> int:
         return shape_B[0]
 
-    def output_dims(self) -> tuple[int, int]:
+    def lora_output_dims(self) -> tuple[int, int]:
         return (1 if self.fan_in_fan_out else 0), -1
 
-    def block_rows(self) -> list[int]:
-        return [stop - start for start, stop in self.slices()]
+    def lora_block_rows(self) -> list[int]:
+        return [stop - start for start, stop in self.lora_slices()]
 
-    def weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
-        return [self.stored(weight)[start:stop] for start, stop in self.slices()]
+    def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
+        return [self.lora_stored(weight)[start:stop] for start, stop in self.lora_slices()]
 
-    def stored(self, weight: Tensor) -> Tensor:
+    def lora_stored(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) as the base layer stores it, or back again."""
         return weight.T if self.fan_in_fan_out else weight
 
-    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # nn.Linear itself knows no transposed weight; other bases that have one know it.
-        if self.fan_in_fan_out and self.base_class is nn.Linear:
-            return self.forward_with(input, self.weight)
-        return super().base_forward(input, *args, **kwargs)
+        if self.fan_in_fan_out and self.lora_base_class is nn.Linear:
+            return self.lora_forward_with(input, self.weight)
+        return super().lora_base_forward(input, *args, **kwargs)
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.dense:
+        if not self.lora_dense:
             return super().lora_forward(input, *args, **kwargs)
         return lora_linear(input, *self._adapted())
 
-    def adapted(self) -> Adapted:
+    def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
         if self.use_dora:
             raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
@@ -146,26 +150,26 @@ class LinearLoRA(WithVocabulary):
 
     def _adapted(self) -> Adapted:
         dropout = self.lora_dropout if self.training else 0.0
-        weight = self.stored(self.weight)
-        return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout, self.slices())
+        weight = self.lora_stored(self.weight)
+        return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling, dropout, self.lora_slices())
 
-    def forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, self.stored(weight), self.bias)
+    def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, self.lora_stored(weight), self.bias)
 
-    def reset_base_parameters(self) -> None:
+    def lora_reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
-        super().reset_base_parameters()
+        super().lora_reset_base_parameters()
         self._transpose_weight()
 
-    def detach(self, restore_layout: bool = True) -> None:
+    def lora_remove(self, restore_layout: bool = True) -> None:
         if restore_layout:
             self._transpose_weight()
         self.__dict__.pop("fan_in_fan_out", None)
-        super().detach()
+        super().lora_remove()
 
     def _transpose_weight(self) -> None:
         """Between nn.Linear's layout and the other, where the layer has the other."""
-        if self.fan_in_fan_out and self.base_class is nn.Linear:
+        if self.fan_in_fan_out and self.lora_base_class is nn.Linear:
             self.weight.data = self.weight.data.T.contiguous()
 
 
@@ -175,41 +179,41 @@ class MergedLinearLoRA(LinearLoRA):
     splits: tuple[int, ...] = ()
     enable_lora: tuple[bool, ...] = ()
 
-    settings = (*LoRALayer.settings, "splits", "enable_lora")
+    lora_settings = (*LoRALayer.lora_settings, "splits", "enable_lora")
 
     @classmethod
     def lora_shapes(cls, base: nn.Module, r: int, **settings: Any) -> tuple[Shape, Shape]:
         splits, enable_lora = settings["splits"], settings["enable_lora"]
-        in_features, out_features = cls.features(base)
+        in_features, out_features = cls.lora_features(base)
         if sum(splits) != out_features or any(size <= 0 for size in splits):
             raise ValueError(f"`splits` (={splits}) must be positive and add up to `out_features` (={out_features}).")
         if len(enable_lora) != len(splits):
             raise ValueError(f"`enable_lora` (={enable_lora}) must have one entry for each of the splits {splits}.")
         return (r * sum(enable_lora), in_features), (sum(compress(splits, enable_lora)), r)
 
-    def resize(self, size: int) -> None:
+    def lora_resize(self, size: int) -> None:
         if size != sum(self.splits):
             raise ValueError(
                 f"`out_features` (={size}) must be the sum of `splits` (={self.splits}), which cannot follow; load the "
                 "model again, and resize it before `lora.inject`."
             )
 
-    def slices(self) -> list[tuple[int, int]]:
+    def lora_slices(self) -> list[tuple[int, int]]:
         stops = accumulate(self.splits)
         return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]
 
-    def over_outputs(self, adapted: Tensor) -> Tensor:
+    def lora_expand_to_outputs(self, adapted: Tensor) -> Tensor:
         if all(self.enable_lora):
             return adapted
-        parts = iter(torch.split(adapted, self.block_rows()))
+        parts = iter(torch.split(adapted, self.lora_block_rows()))
         every = zip(self.splits, self.enable_lora, strict=True)
         shape = adapted.shape[1:]
         return torch.cat([next(parts) if enabled else adapted.new_zeros(size, *shape) for size, enabled in every])
 
     def lora_single(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A stays, (G·r, in_features); B is block-diagonal, (out_features, G·r), and zero where nothing is enabled."""
-        wide: Tensor = torch.block_diag(*torch.split(B, self.block_rows()))  # type: ignore[no-untyped-call]
-        return A, self.over_outputs(wide)
+        wide: Tensor = torch.block_diag(*torch.split(B, self.lora_block_rows()))  # type: ignore[no-untyped-call]
+        return A, self.lora_expand_to_outputs(wide)
 
 
 class Conv1DLoRA(LinearLoRA):
@@ -218,20 +222,20 @@ class Conv1DLoRA(LinearLoRA):
     fan_in_fan_out = True
 
     @classmethod
-    def features(cls, base: nn.Module) -> tuple[int, int]:
+    def lora_features(cls, base: nn.Module) -> tuple[int, int]:
         weight: Any = base.weight
         return weight.shape[0], weight.shape[1]
 
     def __repr__(self) -> str:  # Conv1D's own leaves no room for more
-        return f"{super().__repr__().removesuffix(')')}, {self.adapter_repr()})"
+        return f"{super().__repr__().removesuffix(')')}, {self.lora_repr()})"
 
 
 class MergedConv1DLoRA(Conv1DLoRA, MergedLinearLoRA):
     """The kind for a fused Conv1D, such as GPT-2's c_attn."""
 
 
-LinearLoRA.merged_kind = MergedLinearLoRA
-Conv1DLoRA.merged_kind = MergedConv1DLoRA
+LinearLoRA.lora_merged_kind = MergedLinearLoRA
+Conv1DLoRA.lora_merged_kind = MergedConv1DLoRA
 register(nn.Linear, LinearLoRA)
 register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)
 
@@ -304,7 +308,7 @@ class Linear(LinearLoRA, nn.Linear):
     ['lora_A', 'lora_B']
     """
 
-    dense = True
+    lora_dense = True
 
     def __init__(
         self,
@@ -326,7 +330,7 @@ class Linear(LinearLoRA, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, device=device, dtype=dtype, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
         self._transpose_weight()
-        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights)
+        self.lora_add(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights)
         self.reset_parameters()
 
 
@@ -377,7 +381,7 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
     torch.Size([2, 5, 96])
     """
 
-    dense = True
+    lora_dense = True
 
     def __init__(
         self,
@@ -402,5 +406,5 @@ class MergedLinear(MergedLinearLoRA, nn.Linear):
         self.fan_in_fan_out = fan_in_fan_out
         self._transpose_weight()
         fused = split_settings(out_features, splits, enable_lora)
-        self.attach(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights, **fused)
+        self.lora_add(r, lora_alpha, lora_dropout, merge_weights, use_rslora, use_dora, init_lora_weights, **fused)
         self.reset_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,11 +20,11 @@ _classes: dict[tuple[Kind, Base], Kind] = {}
 def register(base: Base | str, kind: Kind) -> None:
     """Teach `lora.inject` a class of layer: instances of `base` and of its subclasses become `kind`.
 
-    A kind derives from `lora.LoRALayer` and says four things: `lora_shapes`, `down` (x → A x), `up` (h → B h) and
-    `delta` (B A in the shape of the weight), and, for serving merged weights, `forward_with` (the base's function
-    with another weight). Or it derives from a kind that exists, such as `lora.layers.linear.LinearLoRA`, and changes
-    what differs. What else `LoRALayer` defines (`configure`, `base_weight`, `merge`, `beyond_weight`) has defaults
-    that suit most.
+    A kind derives from `lora.LoRALayer` and says four things: `lora_shapes`, `lora_down` (x → A x), `lora_up`
+    (h → B h) and `lora_delta` (B A in the shape of the weight), and, for serving merged weights, `lora_forward_with`
+    (the base's function with another weight). Or it derives from a kind that exists, such as
+    `lora.layers.linear.LinearLoRA`, and changes what differs. What else `LoRALayer` defines (`lora_configure`,
+    `lora_base_weight`, `lora_merge`, `lora_not_in_weight`) has defaults that suit most.
 
     Args:
         base: the layer's class, or its full name (``"package.module.Class"``) where importing the package
@@ -45,13 +46,13 @@ def register(base: Base | str, kind: Kind) -> None:
     ...     def lora_shapes(cls, base, r, **settings):
     ...         heads, inputs, outputs = base.weight.shape
     ...         return (r, heads, inputs), (heads, r, outputs)
-    ...     def down(self, x, A):
+    ...     def lora_down(self, x, A):
     ...         return torch.einsum("...hi,rhi->...hr", x, A)
-    ...     def up(self, h, B):
+    ...     def lora_up(self, h, B):
     ...         return torch.einsum("...hr,hro->...ho", h, B)
-    ...     def delta(self, A, B):
+    ...     def lora_delta(self, A, B):
     ...         return torch.einsum("rhi,hro->hio", A, B)
-    ...     def forward_with(self, input, weight):
+    ...     def lora_forward_with(self, input, weight):
     ...         return torch.einsum("...hi,hio->...ho", input, weight)
     >>> lora.register(Heads, HeadsLoRA)
     >>> model = torch.nn.Sequential(Heads(2, 4, 3))
@@ -63,7 +64,7 @@ def register(base: Base | str, kind: Kind) -> None:
     >>> torch.allclose(model(torch.ones(2, 4)), before, atol=1e-5)
     True
     """
-    if not (isinstance(kind, type) and getattr(kind, "base_class", None) is nn.Module):
+    if not (isinstance(kind, type) and getattr(kind, "lora_base_class", None) is nn.Module):
         raise TypeError(f"`kind` must be a mixin class that derives from lora.LoRALayer, got {kind!r}.")
     if not isinstance(base, str) and not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"`base` must be a subclass of nn.Module or the full name of one, got {base!r}.")
@@ -82,16 +83,18 @@ def class_for(kind: Kind, base: Base) -> Kind:
     """
     if (kind, base) not in _classes:
         namespace: dict[str, Any] = {"__module__": base.__module__, "generated": True}
-        if kind.base_class is nn.Module:
+        if kind.lora_base_class is nn.Module:
             # A subclass with a forward of its own (a quantised layer, say) computes more than W₀ x + b.
-            namespace["dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))
+            if hasattr(base, "scaling"):  # the base's own goes before loralib's word for ours
+                namespace["scaling"] = inspect.getattr_static(base, "scaling")
+            namespace["lora_dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))
         _classes[kind, base] = type(base.__name__, (kind, base), namespace)
     return _classes[kind, base]
 
 
 def adapted_class(kind: Kind, module: nn.Module) -> Kind:
     """The class that a module gets when it is adapted, be it a base layer or a LoRA layer of rank 0."""
-    return class_for(kind, getattr(type(module), "base_class", type(module)))
+    return class_for(kind, getattr(type(module), "lora_base_class", type(module)))
 
 
 def plain_base(base: Base) -> Base:
@@ -102,8 +105,8 @@ def plain_base(base: Base) -> Base:
 def enter(cls: Kind) -> None:
     """Enter a class in the table if it is nothing but a kind in front of a base, and the first that is."""
     kind, *rest = cls.__bases__
-    if rest == [cls.base_class]:
-        _classes.setdefault((kind, cls.base_class), cls)
+    if rest == [cls.lora_base_class]:
+        _classes.setdefault((kind, cls.lora_base_class), cls)
 
 
 def parts_of(cls: type) -> tuple[type, ...]:

@@ -43,7 +43,7 @@ def random(layer: Layer) -> None:
 def gaussian(layer: Layer) -> None:
     """A ~ N(0, 1/r²) and B = 0; embeddings as by default, as in PEFT."""
     layer.reset_lora_parameters()
-    if layer.starts_at_zero == "lora_B":
+    if layer.lora_starts_at_zero == "lora_B":
         nn.init.normal_(layer.lora_A, std=1 / layer.r)
 
 
@@ -60,7 +60,7 @@ def orthogonal(layer: Layer) -> None:
         raise ValueError(problem)
     q = layer.lora_B.shape[1]
     As, Bs = [], []
-    for size in layer.block_rows():
+    for size in layer.lora_block_rows():
         Q = torch.linalg.qr(_randn(layer, q, q))[0]
         As.append(Q[0::2].T @ _randn(layer, q // 2, layer.lora_A[0].numel()) / 10)  # (q, columns)
         Bs.append(_randn(layer, size, q // 2) @ Q[1::2] / 10)  # (size, q)

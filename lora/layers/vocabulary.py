@@ -20,29 +20,29 @@ class WithVocabulary(LoRALayer):
     """The part of a kind whose layers may have an input or an output for each id of a vocabulary."""
 
     #: The attribute that says how many ids there are, and the factor that has them in one of its dimensions.
-    counted: ClassVar[tuple[str, str, int]]
+    lora_counted: ClassVar[tuple[str, str, int]]
     #: Whether the next `requires_grad_` is transformers', after it has resized the vocabulary.
     lora_resizing: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == self.counted[0] and self.r > 0:
-            self.resize(value)
+        if name == self.lora_counted[0] and self.r > 0:
+            self.lora_resize(value)
             self.lora_resizing = True
         super().__setattr__(name, value)
 
-    def rows(self) -> Tensor:
+    def lora_rows(self) -> Tensor:
         """The weight, by ids."""
         return self.weight
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def resize(self, size: int) -> None:
+    def lora_resize(self, size: int) -> None:
         """Give A or B as many ids as the weight now has rows; the Parameter objects stay.
 
         Nothing is done where the weight does not have as many.
         """
-        _, factor, dim = self.counted
-        parameter, rows = getattr(self, factor), self.rows()
+        _, factor, dim = self.lora_counted
+        parameter, rows = getattr(self, factor), self.lora_rows()
         before = parameter.shape[dim]
         if len(rows) != size or size == before:
             return
@@ -76,9 +76,9 @@ class WithVocabulary(LoRALayer):
         super().train(mode)
         return self
 
-    def detach(self, restore_layout: bool = True) -> None:
+    def lora_remove(self, restore_layout: bool = True) -> None:
         vars(self).pop("lora_resizing", None)
-        super().detach(restore_layout)
+        super().lora_remove(restore_layout)
 
 
 def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -95,7 +95,7 @@ def _keep_gain(layer: LoRALayer, dim: int, new: Tensor, size: int) -> None:
     if dim == 0:  # an id is an output, with a norm of its own
         _write(m, torch.cat([m.detach()[:size], torch.linalg.vector_norm(new, dim=1, dtype=m.dtype)]))
     else:  # the norms are over all ids, with those that are new
-        norms, new = layer.norms(), layer.base_weight()[-len(new) :]
+        norms, new = layer.lora_norms(), layer.lora_base_weight()[-len(new) :]
         old = (norms.square() - new.to(norms.dtype).square().sum(0)).clamp(min=0).sqrt()
         m.mul_(torch.where(old > 0, norms / old, 1))
 

@@ -180,7 +180,7 @@ def register_weight(
     >>> layer.pack(layer.weight.detach())
     >>> lora.inject(torch.nn.Sequential(layer), target_modules=["0"], r=2).trainable
     24
-    >>> layer.weight.dtype, layer.base_weight().dtype
+    >>> layer.weight.dtype, layer.lora_base_weight().dtype
     (torch.int8, torch.float32)
     """
     is_kind = isinstance(kind, type) and issubclass(kind, (nn.Module, Tensor))

@@ -38,7 +38,7 @@ def pairs_of(layer: LoRALayer) -> list[Pair]:
 
 def factor_blocks(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
     """The blocks of an A and a B in the layer's form: views, in their dtype, on their device."""
-    rows = layer.block_rows()
+    rows = layer.lora_block_rows()
     return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
 
 

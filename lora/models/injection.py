@@ -213,7 +213,7 @@ def eject(model: nn.Module) -> None:
             weights.prepare_training(module, False)
     restored: set[int] = set()
     for layer in layers:
-        layer.detach(restore_layout=id(layer.weight) not in restored)
+        layer.lora_remove(restore_layout=id(layer.weight) not in restored)
         restored.add(id(layer.weight))
 
 
@@ -223,11 +223,11 @@ def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
     for plan in plans:
         layer: Any = plan.module
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
-            layer.detach()
+            layer.lora_remove()
         vars(layer).pop("forward", None)  # the class's own, or `refusal` would have said so
         layer.__class__ = class_for(plan.kind, type(layer))
-        layer.attach(**plan.settings)
-        layer.injected = True
+        layer.lora_add(**plan.settings)
+        layer.lora_injected = True
     return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
 
 
@@ -266,7 +266,7 @@ def clashing_names(module: nn.Module) -> list[str]:
     if kind is None or isinstance(module, LoRALayer):
         return []
     theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
-    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "__annotations__"})
+    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "scaling", "__annotations__"})
 
 
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
@@ -311,7 +311,7 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
         raise ValueError(reason)
     kind = kind_for(type(module))
     assert kind is not None, "refusal() has looked"
-    kind, own = kind.configure(
+    kind, own = kind.lora_configure(
         module,
         splits=for_module(config.splits, names, None),
         enable_lora=for_module(config.enable_lora, names, None),
@@ -328,7 +328,7 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
     }
     _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
     if config.use_dora:
-        adapted_class(kind, module).check_dora(module, shape_B)
+        adapted_class(kind, module).lora_check_dora(module, shape_B)
     return Plan(module, kind, settings | own)
 
 
@@ -350,9 +350,9 @@ def report_of(
             AdaptedModule(
                 names=names[layer],
                 kind=type(layer).__name__,
-                shape=layer.weight_shape(),
+                shape=layer.lora_weight_shape(),
                 r=layer.r,
-                scaling=layer.scaling,
+                scaling=layer.lora_scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
                 tied_to=tuple(name for name in tied if name not in [join(known, "weight") for known in names[layer]]),
             )
@@ -360,5 +360,5 @@ def report_of(
     parameters = initialized_parameters(model)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
-    packed = sum(math.prod(layer.weight_shape()) - layer.weight.numel() for layer in layers)  # two in a byte, say
+    packed = sum(math.prod(layer.lora_weight_shape()) - layer.weight.numel() for layer in layers)  # two in a byte, say
     return InjectionReport(tuple(rows), trainable, total + packed, saved)

@@ -110,7 +110,7 @@ def merge(model: nn.Module) -> MergeReport:
                 )
     rows = [_merge(layer, names[layer][0]) for layer in layers]
     for layer in lora_layers(model, "merge", none=True):  # those with r = 0
-        layer.detach()
+        layer.lora_remove()
     for module in model.modules():
         forget_originals(module)
         forget_children(module)
@@ -145,12 +145,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for layer in layers:
             if _is_packed_as_known(layer):
                 problems.add(f"{names[layer][0]}: its base weight is packed; use `lora.merge`, on a copy if need be.")
-            beyond = layer.beyond_weight()
+            beyond = layer.lora_not_in_weight()
             if beyond:
                 problems.add(f"{names[layer][0]}: a state dict cannot say that {beyond}; use `lora.merge`.")
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in layers:
-        merged = layer.compute_merged()
+        merged = layer.lora_compute_merged()
         for known in names[layer]:
             name = without_wrappers(known)
             state[join(name, "weight")] = merged
@@ -166,16 +166,16 @@ def _merge(layer: LoRALayer, name: str) -> MergedModule:
         return _merge_packed(layer, name, lost)
     dtype = layer.weight.dtype
     # Nothing can fail between these two, which would leave the update in twice.
-    layer.merge()
-    layer.detach()
+    layer.lora_merge()
+    layer.lora_remove()
     return MergedModule(name, str(dtype).removeprefix("torch."), lost)
 
 
 def _merge_packed(layer: LoRALayer, name: str, lost: float) -> MergedModule:
     """Leave a plain layer with a dense weight, and say what packing that again would lose."""
-    before, merged = layer.base_weight(), layer.compute_merged()
+    before, merged = layer.lora_base_weight(), layer.lora_compute_merged()
     packed, lost_packed = type(layer.weight).__name__, _packing_lost(layer, before, merged)
-    layer.detach()
+    layer.lora_remove()
     module: nn.Module = layer
     module.__class__ = plain_base(type(layer))
     module.weight = nn.Parameter(merged, False)
@@ -201,12 +201,12 @@ def _is_packed_as_known(layer: LoRALayer) -> bool:
 @torch.no_grad()
 def rounding_lost(layer: LoRALayer) -> float:
     """‖round(W₀ + Δ) − W₀ − Δ‖ / ‖Δ‖ of the layer's weight; for a large one, of a part."""
-    weight, A = layer.sampled(layer.base_weight(), layer.lora_A)
+    weight, A = layer.lora_sampled(layer.lora_base_weight(), layer.lora_A)
     dtype = weight.dtype
     exact = exact_dtype(dtype)
-    weight, update = weight.to(exact), layer.scaling * layer.delta(A.to(exact), layer.lora_B.to(exact))
+    weight, update = weight.to(exact), layer.lora_scaling * layer.lora_delta(A.to(exact), layer.lora_B.to(exact))
     if layer.use_dora:
-        update = (weight + update) * layer.magnitude_gain(exact) - weight
+        update = (weight + update) * layer.lora_magnitude_gain(exact) - weight
     size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
     return float(error / size) if size else 0.0
 
@@ -228,7 +228,7 @@ def _check_values(layer: LoRALayer) -> None:
     """ValueError if the weight of a layer, that this process has whole, cannot be merged."""
     if layer.weight.is_meta:
         raise ValueError("has no values yet, being on the meta device.")
-    if not _is_packed_as_known(layer) and not (layer.dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
+    if not _is_packed_as_known(layer) and not (layer.lora_dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
         what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
         raise ValueError(f"{what} is neither dense nor packed in a known way.")
     if is_storage(layer.weight.dtype):
@@ -236,7 +236,7 @@ def _check_values(layer: LoRALayer) -> None:
             f"its weight is stored in {layer.weight.dtype}, which would lose the update; cast the model to the dtype "
             "that it computes in first."
         )
-    if not _is_surely_finite(layer) and not bool((merged := layer.compute_merged()).isfinite().all()):
+    if not _is_surely_finite(layer) and not bool((merged := layer.lora_compute_merged()).isfinite().all()):
         raise ValueError(f"the merged weight would not be finite in {merged.dtype}.")
 
 
@@ -247,7 +247,7 @@ def _is_surely_finite(layer: LoRALayer) -> bool:
     if layer.weight.numel() == 0:
         return True
     W, A, B = (_largest(tensor) for tensor in (layer.weight, layer.lora_A, layer.lora_B))
-    return W + abs(layer.scaling) * A * B * layer.lora_B.shape[1] < torch.finfo(layer.weight.dtype).max
+    return W + abs(layer.lora_scaling) * A * B * layer.lora_B.shape[1] < torch.finfo(layer.weight.dtype).max
 
 
 def _largest(tensor: Tensor) -> float:

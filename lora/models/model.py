@@ -151,7 +151,7 @@ def lora_layers(
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if any(layer.lora_disabled for layer in layers) and not inside_disabled:
         raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
-    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.owns_its_tensors()]
+    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
         raise ValueError(
             f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."

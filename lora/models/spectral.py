@@ -42,7 +42,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
     >>> from lora.models.spectral import pissa
     >>> layer = lora.Linear(6, 4, r=3, lora_alpha=6)
     >>> [(B, A)] = pissa(layer)
-    >>> residual = layer.weight - layer.scaling * B @ A
+    >>> residual = layer.weight - layer.lora_scaling * B @ A
     >>> torch.allclose(torch.linalg.svdvals(residual)[0], torch.linalg.svdvals(layer.weight)[3], atol=1e-6)
     True
     """
@@ -50,7 +50,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
         if niter is not None and not is_count(niter):
             problems.add(f"`niter` must be an integer of at least 0, got {niter!r}.")
         problems.add(*start_problems(layer, scales=True))
-    blocks = weight_blocks(layer, layer.base_weight())
+    blocks = weight_blocks(layer, layer.lora_base_weight())
     return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
 
 
@@ -74,7 +74,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
     with Problems(f"olora: a {type(layer).__name__} cannot start so") as problems:
         problems.add(*start_problems(layer, scales=False))
     pairs, q = [], layer.lora_B.shape[1]
-    for block in weight_blocks(layer, layer.base_weight()):
+    for block in weight_blocks(layer, layer.lora_base_weight()):
         with without_autocast(block.device):
             Q, R = torch.linalg.qr(block)
         pairs.append((Q[:, :q], R[:q]))
@@ -86,7 +86,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
 
 def weight_blocks(layer: LoRALayer, weight: Tensor) -> list[Tensor]:
     """The layer's blocks of a weight, in float32, or float64 where the weight is."""
-    return list(layer.weight_blocks(weight.detach().to(exact_dtype(weight.dtype))))
+    return list(layer.lora_weight_blocks(weight.detach().to(exact_dtype(weight.dtype))))
 
 
 @torch.no_grad()
@@ -96,17 +96,17 @@ def start_problems(layer: LoRALayer, scales: bool) -> Iterator[str]:
     if layer.weight.is_meta:
         found.append("its weight has no values yet, being on the meta device.")
     elif not [*form_problems(layer)]:
-        found += rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.block_rows()])
+        found += rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.lora_block_rows()])
         found += value_problems(layer)
     yield from found
     if scales and not found:
-        yield from nothing_problems(layer.weight_blocks(layer.base_weight()))
+        yield from nothing_problems(layer.lora_weight_blocks(layer.lora_base_weight()))
 
 
 def block_problems(layer: LoRALayer) -> Iterator[str]:
     """A complaint if the layer's kind does not say what its blocks are."""
     try:
-        layer.block_rows()
+        layer.lora_block_rows()
     except ValueError as error:
         yield str(error)
 
@@ -114,7 +114,7 @@ def block_problems(layer: LoRALayer) -> Iterator[str]:
 def form_problems(layer: LoRALayer) -> Iterator[str]:
     """Why the layer's weight cannot be taken apart, whatever its values."""
     yield from block_problems(layer)
-    beyond = layer.beyond_weight()
+    beyond = layer.lora_not_in_weight()
     if beyond:
         yield f"{beyond}: the layer would not start from the base layer's function."
 
@@ -130,8 +130,8 @@ def rank_problems(layer: LoRALayer, shapes: Sequence[tuple[int, ...]], times: in
 
 def scaling_problems(layer: LoRALayer) -> Iterator[str]:
     """A complaint if the scaling has no square root that A and B could share."""
-    if not layer.scaling > 0:
-        yield f"`scaling` must be above 0, got {layer.scaling}."
+    if not layer.lora_scaling > 0:
+        yield f"`scaling` must be above 0, got {layer.lora_scaling}."
 
 
 def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
@@ -143,7 +143,7 @@ def nothing_problems(blocks: Sequence[Tensor]) -> Iterator[str]:
 def value_problems(layer: LoRALayer) -> Iterator[str]:
     """A complaint if the weight cannot be read, or is not finite."""
     try:
-        if not bool(layer.base_weight().isfinite().all()):
+        if not bool(layer.lora_base_weight().isfinite().all()):
             yield "its weight holds NaN or infinity."
     except ValueError as error:
         yield str(error)
@@ -154,7 +154,7 @@ def value_problems(layer: LoRALayer) -> Iterator[str]:
 
 def split(layer: LoRALayer, spectra: Sequence[Spectrum]) -> list[Pair]:
     """B and A of each block with s · B A = U_q S_q V_qᵀ, each with the square root of S_q / s."""
-    return [cut(part._replace(S=part.S / layer.scaling), layer.lora_B.shape[1]) for part in spectra]
+    return [cut(part._replace(S=part.S / layer.lora_scaling), layer.lora_B.shape[1]) for part in spectra]
 
 
 def decomposed(matrix: Tensor, q: int, niter: int | None = None) -> Spectrum:

@@ -76,7 +76,7 @@ def begin(layers: Sequence[LoRALayer], how: Init) -> None:
         for layer in layers:
             give_back(layer)
             layer.init_lora_weights = how
-            layer.start_adapter()
+            layer.lora_start_adapter()
             if how == "olora":
                 start_from(layer, spectral.olora(layer), writes_base=True)
             elif _is_pissa(how):
@@ -151,7 +151,7 @@ def start_from(layer: LoRALayer, pairs: Sequence[Pair], *, writes_base: bool) ->
     if writes_base:
         remember_start(layer)
         _add_start(layer, -1)
-    layer.awaits = None
+    layer.lora_needs_data = None
     layer.reset_magnitude()
 
 
@@ -159,19 +159,19 @@ def remember_start(layer: LoRALayer, base_written: bool = True) -> None:
     """Note that A and B, as they are, are a part of the pretrained weight, and whether the base weight lacks it."""
     # On the CPU, whatever device the layer is moved to: it is asked for when a run begins or ends.
     A, B = (factor.detach().to("cpu", copy=True) for factor in (layer.lora_A, layer.lora_B))
-    layer.lora_start, layer.base_written = (A, B, layer.scaling), base_written
+    layer.lora_start, layer.lora_base_written = (A, B, layer.lora_scaling), base_written
 
 
 @torch.no_grad()
 def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
     """W₀ + s₀ · B₀ A₀, the base weight as it was before an initialiser changed it, to rounding; or their difference."""
-    weight = layer.base_weight()
+    weight = layer.lora_base_weight()
     if layer.lora_start is None:
         return weight
     A, B, scaling = layer.lora_start
     dtype, device = exact_dtype(weight.dtype), layer.lora_A.device
     with without_autocast(device):
-        started = layer.delta(A.to(device, dtype), B.to(device, dtype)) * scaling
+        started = layer.lora_delta(A.to(device, dtype), B.to(device, dtype)) * scaling
     started = weights.of(layer, "weight").sharded_like(started)
     return torch.add(weight.to(dtype), started, alpha=sign).to(weight.dtype)
 
@@ -179,8 +179,8 @@ def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
 @torch.no_grad()
 def _add_start(layer: LoRALayer, sign: int) -> None:
     """Add the layer's start to the base weight, or take it out, if it is kept apart from it."""
-    if layer.lora_start is not None and layer.base_written:
-        layer.write_base(pretrained_weight(layer, sign))
+    if layer.lora_start is not None and layer.lora_base_written:
+        layer.lora_write_base(pretrained_weight(layer, sign))
 
 
 def give_back(layer: LoRALayer) -> None:
@@ -192,7 +192,7 @@ def give_back(layer: LoRALayer) -> None:
 @contextmanager
 def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
     """Put the layers' adapters and starts back if the block raises, and base weights that it wrote, to rounding."""
-    before = [(layer, layer.lora_start, layer.base_written) for layer in layers]
+    before = [(layer, layer.lora_start, layer.lora_base_written) for layer in layers]
     with undo_on_error(layers, [factor for layer in layers for _, factor in layer.lora_parameters()]):
         try:
             yield
@@ -200,7 +200,7 @@ def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
             for layer, start, base_written in before:
                 if layer.lora_start is not start:
                     give_back(layer)
-                    layer.lora_start, layer.base_written = start, base_written
+                    layer.lora_start, layer.lora_base_written = start, base_written
                     _add_start(layer, -1)
             raise
 
@@ -216,7 +216,7 @@ def since_start(layer: LoRALayer, s: float) -> Pair:
     assert layer.lora_start is not None, "asked of layers that have one"
     A, B, scaling = layer.lora_start
     trained: Tensor = layer.lora_B
-    if not layer.scaling:  # nothing of A and B counts, and their start does
+    if not layer.lora_scaling:  # nothing of A and B counts, and their start does
         trained = torch.zeros_like(layer.lora_B)
     ratio = scaling / s
     blocks = zip(_pairs(layer, layer.lora_A, trained), _pairs(layer, A, B * -ratio), strict=True)
@@ -239,7 +239,7 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
         )
     if not s:
         raise ValueError("a scaling of 0 in the file loses what the adapter started from.")
-    rows, q = layer.block_rows(), B0.shape[1]
+    rows, q = layer.lora_block_rows(), B0.shape[1]
     Bs, As = torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows))
     started = [(-B[:, q:], A[q:]) for B, A in zip(Bs, As, strict=True)]
     ours = _pairs(layer, A0, B0 * (scaling / s))

@@ -63,12 +63,12 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     trained = _trained(model, bias)
     if freeze_A:  # a layer learns with its A as it started if that is not zero
         layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
-        trained -= {id(layer.lora_A) for layer in layers if layer.starts_at_zero == "lora_B"}
+        trained -= {id(layer.lora_A) for layer in layers if layer.lora_starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
         weights.prepare_training(module, True)
-    if any(isinstance(module, LoRALayer) and module.injected for module in model.modules()):
+    if any(isinstance(module, LoRALayer) and module.lora_injected for module in model.modules()):
         _remember_trained(model)
 
 
@@ -235,7 +235,7 @@ def param_groups(
 
 def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if isinstance(module, LoRALayer) and name in ("lora_A", "lora_B", "lora_magnitude"):
-        embeds = module.starts_at_zero == "lora_A" and name != "lora_magnitude"
+        embeds = module.lora_starts_at_zero == "lora_A" and name != "lora_magnitude"
         return name.replace("lora", "embedding") if embeds else name
     if is_bias(name):
         return "biases"

@@ -62,8 +62,8 @@ class TensorParallel(LoRALayer):
         lora_local: what a rank does.
     """
 
-    base_class = LoRALayer
-    checks = (needs_no_data, check_in_step)
+    lora_base_class = LoRALayer
+    lora_checks = (needs_no_data, check_in_step)
 
     lora_local: LocalForward
 
@@ -74,19 +74,19 @@ class TensorParallel(LoRALayer):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.lora_local(self, input)
 
-    def magnified(self, y: Tensor) -> Tensor:
+    def lora_magnified(self, y: Tensor) -> Tensor:
         return y  # each rank's part is
 
 
 class SummedNorms(LoRALayer):
     """In front of the class of a rank's part, which has a part of each norm."""
 
-    base_class = LoRALayer
+    lora_base_class = LoRALayer
 
     lora_local: LocalForward
 
-    def squared_norms(self) -> Tensor:
-        squares: Any = super().squared_norms()
+    def lora_squared_norms(self) -> Tensor:
+        squares: Any = super().lora_squared_norms()
         with torch.no_grad(), without_autocast(squares.device):
             summed: Any = DTensor.from_local(squares, self.lora_local.mesh, [Partial()], run_check=False)
             whole: Tensor = summed.full_tensor()
@@ -129,7 +129,7 @@ class LocalForward:
         with self.dropping(part, x):
             y = self.forward(part, x)
         if part.use_dora:
-            y = part.magnified(y)
+            y = part.lora_magnified(y)
         placement = Partial() if self.sums else Shard(y.dim() - 1)
         shape = torch.Size((*y.shape[:-1], self.outputs(layer)))
         stride = torch.empty(shape, device="meta").stride()
@@ -142,7 +142,7 @@ class LocalForward:
 
     def outputs(self, layer: Any) -> int:
         """The size of the whole output's last dimension."""
-        return int(layer.weight_shape()[layer.output_dims()[0]])
+        return int(layer.lora_weight_shape()[layer.lora_output_dims()[0]])
 
     def part_of(self, layer: LoRALayer) -> Any:
         """This rank's part as a layer by itself."""
@@ -231,5 +231,5 @@ class RowwiseEmbedding(LocalForward):
         # The last ranks may own no rows of the vocabulary.
         base = F.embedding(rows, weight) if len(weight) else weight.new_zeros(*x.shape, weight.shape[1])
         how = Lookup(part.padding_idx, part.scale_grad_by_freq, part.sparse)
-        y = lora_embedding(x, base, part.lora_A, part.lora_B, part.scaling, how)  # (..., embedding_dim)
+        y = lora_embedding(x, base, part.lora_A, part.lora_B, part.lora_scaling, how)  # (..., embedding_dim)
         return torch.where(mine.unsqueeze(-1), y, 0)

@@ -223,9 +223,9 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
         yield "only linear layers and embeddings can be tensor-parallel."
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         yield "it is sharded already; tensor parallelism comes first, then `fully_shard`."
-    if not layer.dense or weights.packing_of(layer) is not None:
+    if not layer.lora_dense or weights.packing_of(layer) is not None:
         yield f"its weight, a {type(layer.weight).__name__}, is packed, or its forward is not its base class's."
-    if layer.lora_start is not None or layer.awaits:
+    if layer.lora_start is not None or layer.lora_needs_data:
         yield f"it starts from its base weight or from data (`init_lora_weights={layer.init_lora_weights!r}`)."
     if isinstance(layer, EmbeddingLoRA) and layer.sparse:
         yield "`sparse` gradients are not divided."

@@ -36,7 +36,7 @@ class Swappable(LoRALayer):
             still to come keeps the values of its forward.
     """
 
-    base_class = LoRALayer
+    lora_base_class = LoRALayer
 
     padded_from: tuple[int, float]
     lora_scale: Tensor
@@ -46,12 +46,12 @@ class Swappable(LoRALayer):
         """As a layer without room computes it; for a compiler from tensors, which a swap may change."""
         if not self._is_traced():
             return super().forward(input, *args, **kwargs)
-        y = self.base_forward(input, *args, **kwargs)
-        y = y + self._gated(self.lora_update(input) * self.lora_scaling()).to(y.dtype)
-        return self.magnified(y) if self.use_dora else y
+        y = self.lora_base_forward(input, *args, **kwargs)
+        y = y + self._gated(self.lora_update(input) * self.lora_read_scaling()).to(y.dtype)
+        return self.lora_magnified(y) if self.use_dora else y
 
-    def lora_scaling(self) -> float | Tensor:
-        return self.lora_scale[0] if self._is_traced() else super().lora_scaling()
+    def lora_read_scaling(self) -> float | Tensor:
+        return self.lora_scale[0] if self._is_traced() else super().lora_read_scaling()
 
     def lora_excess(self) -> Tensor:
         excess = super().lora_excess()
@@ -63,13 +63,13 @@ class Swappable(LoRALayer):
 
     def _is_traced(self) -> bool:
         """Whether a compiler looks on, and the layer is in no state that only the plain forward knows."""
-        return torch.compiler.is_compiling() and self.lora_start is None and self.awaits is None
+        return torch.compiler.is_compiling() and self.lora_start is None and self.lora_needs_data is None
 
     # ---- its tensors -------------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "scaling" or (name == "lora_A" and not self._are_placed()):
+        if name == "lora_scaling" or (name == "lora_A" and not self._are_placed()):
             self.lora_refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Swappable:
@@ -87,7 +87,7 @@ class Swappable(LoRALayer):
             return  # writing what is there already would be a change to a backward that is still to come
         device, dtype = self._placement()
         on, off = (_OFF, _SCALE) if self.lora_disabled else (_SCALE, _OFF)
-        for name, values in {on: (self.scaling, 1.0), off: (0.0, 0.0)}.items():
+        for name, values in {on: (self.lora_scaling, 1.0), off: (0.0, 0.0)}.items():
             tensor = self._buffers[name]
             if tensor is None or (tensor.device, tensor.dtype) != (device, dtype) or tensor.is_inference():
                 tensor = self._buffers[name] = torch.empty(2, dtype=dtype, device=device)
@@ -130,11 +130,11 @@ class Swappable(LoRALayer):
 
     # ---- printing, and out of it again -------------------------------------------------------------------------
 
-    def adapter_repr(self) -> str:
-        return f"{super().adapter_repr()}, padded_from={self.padded_from}"
+    def lora_repr(self) -> str:
+        return f"{super().lora_repr()}, padded_from={self.padded_from}"
 
-    def detach(self, restore_layout: bool = True) -> None:
-        super().detach(restore_layout)
+    def lora_remove(self, restore_layout: bool = True) -> None:
+        super().lora_remove(restore_layout)
         for name in ("padded_from", "_scales_exchanged"):
             vars(self).pop(name)
         for name in _TENSORS:
@@ -209,15 +209,15 @@ def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
             "its adapter started as a part of its base weight, without which it would be another model's; save it "
             "with `lora.save_adapter`, and load it into the plain base model."
         )
-    if module.awaits:
-        yield f"waits for data (`init_lora_weights={module.awaits!r}`); call `lora.calibrate` first."
+    if module.lora_needs_data:
+        yield f"waits for data (`init_lora_weights={module.lora_needs_data!r}`); call `lora.calibrate` first."
     if module.r > max_r:
         yield f"`max_r` (={max_r}) must be at least its rank, {module.r}."
     owner = next(cls for cls in type(module).__mro__ if "lora_forward" in vars(cls))
     if owner.__module__.partition(".")[0] != "lora":
         yield f"its kind has a `lora_forward` of its own ({owner.__name__}), which may take the scaling for a constant."
     try:
-        module.block_rows()
+        module.lora_block_rows()
     except ValueError as error:
         yield str(error)
 
@@ -236,7 +236,7 @@ def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
     q = -(-max_r * B.shape[1] // layer.r)
     r = layer_rank(layer, q)
     dA, dB = (factor if factor.grad is None else factor.grad for factor in (A, B))
-    lora_alpha = alpha_of(layer.scaling, r, layer.use_rslora)
+    lora_alpha = alpha_of(layer.lora_scaling, r, layer.use_rslora)
     return _Larger(r, lora_alpha, at_block_rank(layer, A, B, q), at_block_rank(layer, dA, dB, q))
 
 

@@ -38,7 +38,7 @@ def test_a_layer_that_waited_on_the_meta_device_gets_its_weight():
     model.load_state_dict(state, strict=False, assign=True)
     model[0].lora_A, model[0].lora_B = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 6), (5, 2)))
     model[0].lora_magnitude = nn.Parameter(torch.zeros(5))
-    model[0].start_adapter()
+    model[0].lora_start_adapter()
     assert torch.equal(model(x), pretrained(x))
 
 

@@ -68,7 +68,7 @@ def test_adapters_and_their_dropout_do_not_count(how):
     for layer in adapted(model).values():
         nn.init.normal_(layer.lora_B)
     for layer in adapted(model).values():
-        layer.awaits = how
+        layer.lora_needs_data = how
     other, _ = waiting(how, base, target_modules=["q_proj", "up_proj"])
     for each in (model, other):
         lora.calibrate(each, BATCHES, step=loss_of)

@@ -102,7 +102,7 @@ def test_the_same_outputs_gradients_and_steps(name, dtype, use_rslora):
     eps = 1e-9 if dtype == torch.float64 else 2e-3
     layer, x = LAYERS[name][0](), example(name, dtype)
     ours, other = pair(One(layer), dtype, use_rslora=use_rslora)
-    base = ours.layer.base_forward(x)
+    base = ours.layer.lora_base_forward(x)
     assert torch.equal(ours(x), base)
     close(other(x), base, 1e-6)
     assert_same_steps(ours, other, x, eps)

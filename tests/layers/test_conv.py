@@ -87,7 +87,7 @@ def test_dropout_drops_values_of_the_input_and_leaves_the_base_path_alone(n, fac
         layer.lora_A.fill_(1)
         layer.lora_B.fill_(1)
         x = torch.ones(4, 1, *[16] * n)
-        update = layer(x) - layer.base_forward(x)
+        update = layer(x) - layer.lora_base_forward(x)
     kept = update.abs() > 1e-5
     torch.testing.assert_close(update[kept], torch.full_like(update[kept], 2.0))
     assert abs(kept.float().mean().item() - 0.5) < 5 * 0.5 / kept.numel() ** 0.5
@@ -134,7 +134,7 @@ def test_the_factored_form_is_what_peft_exchanges(n):
 def test_a_fresh_layer_computes_what_its_base_does(n, factored):
     layer = CONVOLUTIONS[n](4, 6, 3, r=2, factored=factored)
     x = torch.randn(2, 4, *[5] * n)
-    assert torch.equal(layer(x), layer.base_forward(x))
+    assert torch.equal(layer(x), layer.lora_base_forward(x))
     assert layer.lora_A.any()
     assert not layer.lora_B.any()
 

@@ -48,8 +48,8 @@ def test_norms_are_those_of_the_sum(form):
     W = leaves(layer)
     layer.lora_magnitude.data.fill_(1)
     total = merged_without_gain(layer)
-    torch.testing.assert_close(layer.norms(), norms(layer, total), rtol=1e-12, atol=1e-12)
-    assert layer.norms().shape == layer.lora_magnitude.shape == W["lora_magnitude"].shape
+    torch.testing.assert_close(layer.lora_norms(), norms(layer, total), rtol=1e-12, atol=1e-12)
+    assert layer.lora_norms().shape == layer.lora_magnitude.shape == W["lora_magnitude"].shape
 
 
 def merged_without_gain(layer):
@@ -108,7 +108,7 @@ def test_constructed_in_low_precision_it_starts_as_its_base(kind, dtype):
 def test_an_update_that_undoes_the_weight_leaves_finite_numbers(form, dtype):
     layer, x = dora(form, dtype=dtype), input_of(form, dtype)
     with torch.no_grad():
-        layer.weight.copy_(-layer.scaling * layer.delta(layer.lora_A, layer.lora_B))
+        layer.weight.copy_(-layer.scaling * layer.lora_delta(layer.lora_A, layer.lora_B))
         if form == "Linear":
             layer.weight[0].mul_(1.5)  # one that is left
     y = layer(x)
@@ -138,7 +138,7 @@ def test_outputs_whose_weights_are_zero_start_as_they_are_and_learn(form):
         (layer(x) - 1).square().sum().backward()
         optimizer.step()
     assert all(parameter.isfinite().all() for _, parameter in layer.lora_parameters())
-    dim = layer.output_dims()[1]
+    dim = layer.lora_output_dims()[1]
     assert ((layer(x) - expected).abs().movedim(dim, 0).flatten(1).amax(1)[:2] > 1e-4).all()
     assert (layer.lora_magnitude[:2] != 0).all()
 
@@ -162,7 +162,7 @@ def test_splits_without_lora_stay_as_they_are():
     assert not torch.allclose(got[..., :4], expected[..., :4])
     gradients = torch.autograd.grad(got[..., 4:7].sum(), [p for _, p in layer.lora_parameters()])
     assert not any(gradient.any() for gradient in gradients)
-    merged_weight = layer.compute_merged()
+    merged_weight = layer.lora_compute_merged()
     assert torch.equal(merged_weight[4:7], layer.weight[4:7])
 
 
@@ -174,7 +174,7 @@ def test_norms_of_small_and_large_weights(size):
         layer.lora_B.normal_().mul_(size)
     expected = (layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
     if 1e-18 < size < 1e18:  # squares of others leave float32
-        torch.testing.assert_close(layer.norms().double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(layer.lora_norms().double(), expected, rtol=1e-5, atol=0)
     x = torch.randn(4, 64)
     assert layer(x).isfinite().all()
 
@@ -202,11 +202,11 @@ def test_kinds_without_outputs_of_their_own_refuse_it():
 def test_merged_weights_are_the_formulas(form, dtype):
     layer = dora(form).to(dtype)
     expected, eps = merged(layer), torch.finfo(dtype).eps
-    assert (layer.compute_merged().double() - expected).abs().max() <= 16 * eps * max(1, expected.abs().max())
+    assert (layer.lora_compute_merged().double() - expected).abs().max() <= 16 * eps * max(1, expected.abs().max())
     state = nn.Sequential(layer).state_dict()
     if getattr(layer, "max_norm", None) is None:
         known = lora.merged_state_dict(nn.Sequential(layer))
-        assert torch.equal(known["0.weight"], layer.compute_merged())
+        assert torch.equal(known["0.weight"], layer.lora_compute_merged())
         assert set(known) == {name for name in state if "lora_" not in name}
 
 
@@ -229,7 +229,7 @@ def test_merging_in_parts_takes_each_rows_own_gain(transposed):
     layer = randomised(lora.MergedLinear(32, 1300, r=2, use_dora=True, **fields), std=0.2)
     layer = with_float32_adapter(layer.to(torch.bfloat16))
     expected = merged(layer)
-    error = (layer.compute_merged().double() - expected).abs()
+    error = (layer.lora_compute_merged().double() - expected).abs()
     assert (error <= 2**-7 * expected.abs() + 1e-6).all()  # of W, and of W₀ Aᵀ in the norm
 
 

@@ -35,7 +35,7 @@ def total(layer, tensors):
 
 def over_outputs(layer, values, x):
     shape = [1] * x.dim()
-    shape[layer.output_dims()[1]] = -1
+    shape[layer.lora_output_dims()[1]] = -1
     return values.view(shape)
 
 
@@ -57,7 +57,7 @@ def test_dropout_is_for_the_low_rank_path_alone(kind):
     ours = torch.autograd.grad(got, [layer.lora_A, layer.lora_B, x, layer.lora_magnitude], dy)
     theirs = torch.autograd.grad(without, [plain.lora_A, plain.lora_B, x], g * dy)
     assert_same(ours[:3], theirs)
-    dm = (dy * (without - b)).movedim(layer.output_dims()[1], 0).flatten(1).sum(1)
+    dm = (dy * (without - b)).movedim(layer.lora_output_dims()[1], 0).flatten(1).sum(1)
     if isinstance(layer, lora.MergedLinear):
         dm = torch.cat([part for part, on in zip(dm.split(layer.splits), layer.enable_lora, strict=True) if on])
     assert_same(ours[3], dm / norms(layer, total(layer, tensors)))
@@ -221,7 +221,7 @@ def test_autocast(kind, bias):
     expected = formula(layer, x, leaves(layer))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-        assert torch.equal(layer.norms(), dora_norms_without_autocast(layer))
+        assert torch.equal(layer.lora_norms(), dora_norms_without_autocast(layer))
     assert y.dtype == (torch.float32 if kind == "Embedding" else torch.bfloat16)
     assert (y.double() - expected).abs().max() <= 2**-5 * expected.abs().max()
     y.float().sum().backward()
@@ -230,7 +230,7 @@ def test_autocast(kind, bias):
 
 def dora_norms_without_autocast(layer):
     with torch.autocast("cpu", enabled=False):
-        return layer.norms()
+        return layer.lora_norms()
 
 
 @each_kind

@@ -252,9 +252,9 @@ def test_in_eval_a_change_counts_at_the_next_call(kind, change):
 def test_the_merged_weight_is_computed_once_and_kept(kind):
     layer, x = make(kind), example(kind)
     served(layer, x)
-    first = layer.merged_weight()
+    first = layer.lora_merged_weight()
     served(layer, x)
-    assert layer.merged_weight() is first
+    assert layer.lora_merged_weight() is first
     assert first is not layer.weight
     assert not first.requires_grad
 
@@ -266,7 +266,7 @@ def test_served_from_it_a_layer_computes_no_more_than_its_base(kind):
     with Operations() as ours:
         served(layer, x)
     with Operations() as theirs, torch.no_grad():
-        layer.base_forward(x)
+        layer.lora_base_forward(x)
     with Operations() as trained:
         layer(x)
     assert ours.flops == theirs.flops < trained.flops
@@ -276,7 +276,7 @@ def test_served_from_it_a_layer_computes_no_more_than_its_base(kind):
 def test_train_and_a_change_of_dtype_drop_the_merged_weight_and_eval_alone_computes_none(change):
     layer, x = make("Linear"), example("Linear")
     served(layer, x)
-    kept = weakref.ref(layer.merged_weight())
+    kept = weakref.ref(layer.lora_merged_weight())
     change(layer)
     assert kept() is None
     layer.eval()
@@ -296,7 +296,7 @@ def test_the_merged_weight_is_rounded_once_from_a_sum_in_float32(kind):
     served(layer, example(kind, torch.bfloat16))
     exact = plain_twin(layer).weight
     exact = exact.T if kind == "Linear transposed" else exact
-    torch.testing.assert_close(layer.merged_weight(), exact.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(layer.lora_merged_weight(), exact.bfloat16(), rtol=0, atol=0)
 
 
 @each_kind

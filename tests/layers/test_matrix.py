@@ -21,7 +21,7 @@ def own_start(layer):
     """A start that a user wrote: an update of zero."""
     nn.init.uniform_(layer.lora_A, 0.1, 0.2)
     nn.init.uniform_(layer.lora_B, 0.1, 0.2)
-    nn.init.zeros_(getattr(layer, layer.starts_at_zero))
+    nn.init.zeros_(getattr(layer, layer.lora_starts_at_zero))
 
 
 EXACT = {"kaiming": True, "gaussian": "gaussian", "a function": own_start}
@@ -66,7 +66,7 @@ def pretrained(kind, bias):
     cls = LAYERS[kind][0]
     ours = {"splits", "enable_lora", "factored", "fan_in_fan_out"}
     arguments = {name: value for name, value in arguments_of(kind, bias).items() if name not in ours}
-    return nn.Sequential(cls.base_class(**arguments)).eval()
+    return nn.Sequential(cls.lora_base_class(**arguments)).eval()
 
 
 def injected(base, kind, fields, start):

@@ -279,9 +279,9 @@ def test_copies_are_the_same_function(known, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_base_weight_and_write_base(known, kind):
     layer, values = adapted(KINDS[kind]()), torch.randn(OUT, IN)
-    assert torch.equal(layer.base_weight(), dequantised(layer))
-    layer.write_base(values)
-    torch.testing.assert_close(layer.base_weight(), values, rtol=0, atol=values.abs().max().item() / 254 * 1.01)
+    assert torch.equal(layer.lora_base_weight(), dequantised(layer))
+    layer.lora_write_base(values)
+    torch.testing.assert_close(layer.lora_base_weight(), values, rtol=0, atol=values.abs().max().item() / 254 * 1.01)
     assert not layer.weight.requires_grad
     assert_equation(layer, dequantised(layer), torch.float32)
 

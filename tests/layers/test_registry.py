@@ -33,16 +33,16 @@ class ScorerLoRA(lora.LoRALayer):
     def lora_shapes(cls, base, r, **settings):
         return (r, base.weight.shape[0]), (1, r)
 
-    def down(self, x, A):
+    def lora_down(self, x, A):
         return x @ A.T
 
-    def up(self, h, B):
+    def lora_up(self, h, B):
         return (h @ B.T).squeeze(-1)
 
-    def delta(self, A, B):
+    def lora_delta(self, A, B):
         return (B @ A).T
 
-    def forward_with(self, input, weight):
+    def lora_forward_with(self, input, weight):
         return (input @ weight).squeeze(-1)
 
 
@@ -176,7 +176,7 @@ def test_what_is_no_class_of_layer_is_not_registered(base):
         lora.register(base, ScorerLoRA)
 
 
-@pytest.mark.parametrize("missing", ["lora_shapes", "down", "up"])
+@pytest.mark.parametrize("missing", ["lora_shapes", "lora_down", "lora_up"])
 def test_a_kind_that_says_too_little_says_what_is_missing(missing):
     namespace = {name: value for name, value in vars(ScorerLoRA).items() if name != missing}
     lora.register(Scorer, type("Half", (lora.LoRALayer,), namespace))
@@ -199,7 +199,7 @@ def test_a_subclass_with_its_own_forward_keeps_it():
     with torch.no_grad():
         update = x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
         torch.testing.assert_close(model(x), base + update)
-    assert not layer.dense
+    assert not layer.lora_dense
 
 
 def test_a_subclass_with_its_own_forward_is_not_merged():

@@ -170,7 +170,7 @@ def test_autocast_gives_the_dtype_that_it_gives_the_base(kind, dtype, mode):
     layer, x = make(kind, dtype=dtype).train(mode == "train"), example(kind, dtype)
     twin = plain_twin(layer)
     with torch.set_grad_enabled(mode != "served"), torch.autocast("cpu", torch.bfloat16):
-        y, base = layer(x), layer.base_forward(x)
+        y, base = layer(x), layer.lora_base_forward(x)
     assert y.dtype == base.dtype
     expected = twin(x.double() if x.is_floating_point() else x)
     torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.03 * expected.abs().max().item())

@@ -93,14 +93,14 @@ def pruned():
 
 
 class Named(nn.Linear):
-    """Its own words are some of ours: to take its `scaling` and `drop` for ours would change its function."""
+    """One of its own words is one of ours: to take its `use_dora` for ours would change its function."""
 
     def __init__(self):
         super().__init__(4, 4)
-        self.scaling, self.drop = 0.25, nn.Dropout(0.5)
+        self.use_dora = 0.25
 
     def forward(self, x):
-        return self.drop(super().forward(x)) * self.scaling
+        return super().forward(x) * self.use_dora
 
 
 CANNOT = {
@@ -115,7 +115,7 @@ CANNOT = {
     "parametrized": (parametrized, "x", "parametri"),
     "parametrized and frozen": (frozen_and_parametrized, "x", "parametri"),
     "pruned": (pruned, "x", "weight"),
-    "attributes of our names": (lambda: nn.ModuleDict({"x": Named()}), "x", "scaling"),
+    "attributes of our names": (lambda: nn.ModuleDict({"x": Named()}), "x", "use_dora"),
 }
 
 

@@ -49,7 +49,7 @@ def test_the_merged_weight_is_the_equation_rounded_once(kind, dtype):
 @pytest.mark.parametrize("kind", STORED)
 def test_a_merged_layer_is_a_plain_one(kind):
     layer = make(kind)
-    base, parameter = type(layer).base_class, layer.weight
+    base, parameter = type(layer).lora_base_class, layer.weight
     model = nn.Sequential(layer)
     lora.merge(model)
     arguments = LAYERS[kind][1]
@@ -239,7 +239,7 @@ def test_a_model_without_lora_is_refused(function):
 
 
 class FragileLoRA(LinearLoRA):
-    def merge(self):
+    def lora_merge(self):
         raise MemoryError
 
 

@@ -153,14 +153,14 @@ class DoubledLoRA(lora.LoRALayer):
     def lora_shapes(cls, base, r, **settings):
         return (r, base.in_features), (base.out_features, r)
 
-    def delta(self, A, B):
+    def lora_delta(self, A, B):
         return B @ A
 
 
 class LoRADoubled(DoubledLoRA, Doubled):
     def __init__(self):
         nn.Linear.__init__(self, 4, 4)
-        self.attach(2)
+        self.lora_add(2)
 
 
 def refused(start, layer, *words):

@@ -178,7 +178,7 @@ def test_skipping_initialisation_leaves_a_layer_that_can_be_reset_or_loaded(kind
     cls, arguments, _ = LAYERS[kind]
     layer, other, x = nn.utils.skip_init(cls, **arguments, r=2), cls(**arguments, r=2), example(kind)
     layer.reset_parameters()
-    torch.testing.assert_close(layer(x), layer.base_forward(x))  # one factor is zero
+    torch.testing.assert_close(layer(x), layer.lora_base_forward(x))  # one factor is zero
     layer.load_state_dict(randomised(other).state_dict())
     torch.testing.assert_close(layer(x), other(x))
 
@@ -256,7 +256,7 @@ def test_gradients_for_each_sample_are_those_of_a_loop(kind):
 
 def plain_free(layer, x):
     """The layer's output in operations that autograd knows."""
-    return layer.base_forward(x) + layer.scaling * layer.low_rank(x, layer.lora_A, layer.lora_B)
+    return layer.lora_base_forward(x) + layer.scaling * layer.lora_product(x, layer.lora_A, layer.lora_B)
 
 
 def test_the_jacobian_by_the_adapter_is_the_plain_models():

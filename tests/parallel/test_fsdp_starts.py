@@ -85,9 +85,9 @@ def _reset(kind):
     one = copy.deepcopy(layer)
     shard(nn.Sequential(layer))
     torch.manual_seed(1)
-    one.start_adapter()
+    one.lora_start_adapter()
     torch.manual_seed(1 + dist.get_rank())
-    layer.start_adapter()
+    layer.lora_start_adapter()
     assert_same(layer, one, rtol=0, atol=0)
 
 

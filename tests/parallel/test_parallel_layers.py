@@ -74,7 +74,7 @@ def start_sees_a_whole_layer():
     parallelize_module(nn.Sequential(layer), both["tp"], {"0": lora.parallel.ColwiseParallel()})
     fully_shard(layer, mesh=both["dp"])
     seen.clear()
-    layer.start_adapter()
+    layer.lora_start_adapter()
     assert [(cls, shape) for cls, _, shape in seen] == [(lora.Linear, (3, 6))]
     torch.testing.assert_close(seen[0][1], one(torch.ones(6)))
     assert torch.equal(whole(layer.lora_A), torch.ones(3, 6))

@@ -68,7 +68,7 @@ def test_a_prepared_model_computes_what_it_did(kind, use_dora, mode):
     assert (model[0].r, model[0].padded_from) == (8, (2, 3))
     assert model[0].scaling == 1.5
     assert model[0].lora_alpha == 12
-    one = type(model[0]).lora_shapes(model[0], 8, **{k: getattr(model[0], k) for k in model[0].settings[6:]})
+    one = type(model[0]).lora_shapes(model[0], 8, **{k: getattr(model[0], k) for k in model[0].lora_settings[6:]})
     assert (tuple(model[0].lora_A.shape), tuple(model[0].lora_B.shape)) == one
     if not use_dora:
         torch.testing.assert_close(model(x), plain_twin(model[0])(x))
@@ -406,13 +406,13 @@ class NoBlocks(lora.LoRALayer):
     def lora_shapes(cls, base, r, **settings):
         return (r, base.in_features), (base.out_features, r)
 
-    def down(self, x, A):
+    def lora_down(self, x, A):
         return x @ A.T
 
-    def up(self, h, B):
+    def lora_up(self, h, B):
         return h @ B.T
 
-    def delta(self, A, B):
+    def lora_delta(self, A, B):
         return B @ A
 
 
