@@ -59,7 +59,7 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
         raise AdapterError(
             f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
         )
-    about = _about(said["lora"])
+    about = object_in(said, "lora") or {}
     version = about.get("version", VERSION)
     if version != VERSION:  # asked first: another version may have other parts, or another checksum
         raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
@@ -85,7 +85,7 @@ def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[st
     """What `rest_as_metadata` wrote: `kept` and `rest` of an adapter; AdapterError if it is something else."""
     if REST not in metadata:
         return [], {}
-    about = _about(metadata[REST])
+    about = object_in(metadata, REST) or {}
     kept, rest = about.get("kept"), about.get("tensors")
     if about.keys() != {"kept", "tensors"} or not _are_names(kept) or not _are_objects(rest):
         raise AdapterError(
@@ -94,12 +94,13 @@ def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[st
     return kept, rest
 
 
-def _about(text: str) -> dict[str, Any]:
+def object_in(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
+    """The JSON object that an entry of a file's metadata holds; None if there is none."""
     try:
-        about = json.loads(text)
+        said = json.loads(metadata.get(key, "null"))
     except (ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _is_sound(about: dict[str, Any]) -> bool:

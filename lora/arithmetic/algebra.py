@@ -18,16 +18,7 @@ from lora.adapters.single import Form, as_single
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
-from lora.models.blocks import (
-    Pair,
-    block_rank,
-    cut,
-    dense_spectrum,
-    layer_rank,
-    pairs_of,
-    spectrum,
-    tensors_of,
-)
+from lora.models.blocks import Pair, block_rank, cut, dense_spectrum, layer_rank, pairs_of, spectrum, tensors_of
 
 
 def combine(
@@ -78,7 +69,7 @@ def combine(
     Raises:
         ValueError: a weight is not a finite number, `method`, `r` or `density` is out of range, or `r` is given for a
             method that has none.
-        AdapterError: an adapter is not sound, or holds tensors that trained in full, which are no updates; base
+        AdapterError: an adapter is not sound, or holds tensors that trained in full, which are not updates; base
             weights are not the same, a module is of a user's own kind, or a rank does not fit. One error lists all.
 
     >>> import torch, lora
@@ -115,7 +106,7 @@ def combine(
     for name, addends in sums.items():
         pairs = METHODS[method](addends.parts, _Options(addends.q, density, generator))
         rank = layer_rank(addends.like, pairs[0][0].shape[1])
-        modules[name] = addends.settings.with_scaling_one(rank)
+        modules[name] = addends.module.with_scaling_one(rank)
         tensors |= named(name, tensors_of(addends.like, pairs), addends.dtype)
     tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
     result = Adapter(
@@ -161,7 +152,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
 
     Raises:
         ValueError: `factor` is not a finite number.
-        AdapterError: the adapter is not sound, or holds tensors that trained in full, which are no updates.
+        AdapterError: the adapter is not sound, or holds tensors that trained in full, which are not updates.
 
     >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
@@ -175,9 +166,9 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         raise_all(what, [f"`factor` must be a finite number, got {factor!r}."])
     check([adapter], what, in_full=False)
     result = copied(adapter)
-    for name, settings in adapter.modules.items():
-        scaling, lora_alpha = settings.scaling * factor, settings.lora_alpha * factor
-        result.modules[name] = replace(settings, scaling=scaling, lora_alpha=lora_alpha)
+    for name, module in adapter.modules.items():
+        scaling, lora_alpha = module.scaling * factor, module.lora_alpha * factor
+        result.modules[name] = replace(module, scaling=scaling, lora_alpha=lora_alpha)
     return sound(result, what)
 
 
@@ -200,7 +191,7 @@ class _Sum(NamedTuple):
 
     parts: list[_Part]
     like: LoRALayer
-    settings: ModuleAdapter
+    module: ModuleAdapter
     q: int
     dtype: torch.dtype
 
@@ -208,14 +199,14 @@ class _Sum(NamedTuple):
 def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r: int | None) -> _Sum:
     """What makes up a module of the result; ValueError where the adapters' modules do not fit each other, or `r`."""
     forms = _alike([(adapter.modules[name], *adapter.pair(name)) for adapter, _ in adapters])
-    layers = [settings.layer(A, B) for settings, A, B in forms]
+    layers = [module.layer(A, B) for module, A, B in forms]
     if len({(layer.lora_A.shape[1:], layer.lora_B.shape[0]) for layer in layers}) > 1:
         listed = ", ".join(f"{(*layer.lora_A.shape,)} and {(*layer.lora_B.shape,)}" for layer in layers)
         raise ValueError(f"lora_A and lora_B must be for one base weight, got the shapes {listed}.")
     ranks = [layer.r for layer in layers]
     if method == "linear" and len(set(ranks)) > 1:
         raise ValueError(f"all ranks must be equal for the method 'linear', got {', '.join(map(str, ranks))}.")
-    base = _best_known([settings.base for settings, *_ in forms])
+    base = _best_known([module.base for module, *_ in forms])
     return _Sum(
         [
             _Part(weight * layer.lora_scaling, pairs_of(layer))
@@ -230,27 +221,26 @@ def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r
 
 def _alike(forms: list[Form]) -> list[Form]:
     """The same updates, all in one form."""
-    layers = [settings.layer(A, B) for settings, A, B in forms]
+    layers = [module.layer(A, B) for module, A, B in forms]
     if len({tuple(getattr(layer, option, None) for option in FORM) for layer in layers}) == 1:
         return forms
     merged = [layer for layer in layers if isinstance(layer, MergedLinearLoRA)]
     if len(merged) == len(layers) and len({layer.splits for layer in merged}) == 1:
         enable_lora = tuple(map(any, zip(*(layer.enable_lora for layer in merged), strict=True)))
-        return [_widened(*form, layer, enable_lora) for form, layer in zip(forms, merged, strict=True)]
+        return [_widened(module, layer, enable_lora) for (module, *_), layer in zip(forms, merged, strict=True)]
     return [as_single(*form) for form in forms]
 
 
-def _widened(
-    settings: ModuleAdapter, A: Tensor, B: Tensor, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]
-) -> Form:
+def _widened(module: ModuleAdapter, layer: MergedLinearLoRA, enable_lora: tuple[bool, ...]) -> Form:
     """A merged linear layer's adapter with zeros for more enabled splits."""
     pairs, wide = iter(pairs_of(layer)), []
     zeros = functools.partial(torch.zeros, dtype=torch.float64)
     for size, own, enabled in zip(layer.splits, layer.enable_lora, enable_lora, strict=True):
         if enabled:
-            wide.append(next(pairs) if own else (zeros(size, layer.r), zeros(layer.r, A.shape[1])))
+            wide.append(next(pairs) if own else (zeros(size, layer.r), zeros(layer.r, layer.lora_A.shape[1])))
     Bs, As = zip(*wide, strict=True)
-    return replace(settings, enable_lora=enable_lora), torch.cat(As).to(A.dtype), torch.cat(Bs).to(B.dtype)
+    A, B = torch.cat(As).to(layer.lora_A.dtype), torch.cat(Bs).to(layer.lora_B.dtype)
+    return replace(module, enable_lora=enable_lora), A, B
 
 
 def _best_known(bases: Iterable[Base]) -> Base:
@@ -389,7 +379,7 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
     with Problems(what, AdapterError) as problems:
         for n, adapter in enumerate(adapters):
             found = [*adapter.problems()]
-            dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
+            dora = [name for name, module in adapter.modules.items() if module.use_dora]
             found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
             trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
             found += [f"{name} trained in full, and is not an update." for name in trained]

@@ -90,11 +90,11 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
     check([adapter], what)
     result, kept = copied(adapter), {}
     with Problems(what, AdapterError) as problems:
-        for name, settings in result.modules.items():
+        for name, module in adapter.modules.items():
             with problems.at(name):
                 layer = adapter.layer(name)
                 pairs, kept[name] = _resized(layer, r, energy)
-                result.modules[name] = settings.at_rank(layer_rank(layer, pairs[0][0].shape[1]))
+                result.modules[name] = module.at_rank(layer_rank(layer, pairs[0][0].shape[1]))
                 result.tensors.update(named(name, tensors_of(layer, pairs), widest(adapter.pair(name))))
     return Resized(sound(result, what), kept)
 
@@ -186,8 +186,8 @@ def extract(
     rest = describe(names, {id(changes.ours[name]) for name in full}, {join(name, "weight") for name in layers})
     adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base), rest=rest), {}
     for name, layer in layers.items():
-        settings, pair, kept[name] = _approximated(layer, changes.theirs[join(name, "weight")], r, energy)
-        adapter.modules[name] = settings
+        weight = changes.theirs[join(name, "weight")]
+        adapter.modules[name], pair, kept[name] = _approximated(layer, weight, r, energy)
         adapter.tensors.update(named(name, pair, adapter_dtype(layer)))
     for name in full:
         adapter.tensors[name] = changes.theirs[name].detach().to("cpu", changes.ours[name].dtype, copy=True)
@@ -197,15 +197,15 @@ def extract(
 def _approximated(
     layer: LoRALayer, weight: Tensor, r: int | None, energy: float | None
 ) -> tuple[ModuleAdapter, tuple[Tensor, Tensor], float]:
-    """Settings, A and B of the best approximation of what `weight` differs by, and the share that it keeps."""
+    """The adapter, A and B that come closest to what `weight` differs by, and the share that they keep."""
     dtype = torch.promote_types(adapter_dtype(layer), weight.dtype)
     difference = weight.detach().to(layer.weight.device, dtype) - layer.weight.detach().to(dtype)
     spectra = [dense_spectrum(matrix) for matrix in layer.lora_weight_blocks(difference)]
     share = shares(spectra)
     q = smallest_rank(share, energy) if energy is not None else min(block_rank(layer, r or 1), len(share))
-    settings = ModuleAdapter.of(layer).with_scaling_one(layer_rank(layer, q))
+    module = ModuleAdapter.of(layer).with_scaling_one(layer_rank(layer, q))
     pair = tensors_of(layer, [cut(part, q) for part in spectra])
-    return settings, pair, float(share[q - 1])
+    return module, pair, float(share[q - 1])
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------

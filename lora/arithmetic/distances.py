@@ -32,11 +32,6 @@ class Distance:
     distance: float
     cosine: float | None
 
-    @property
-    def relative(self) -> float:
-        """‖ΔA − ΔB‖ / ‖ΔA‖."""
-        return relative(self.distance, self.norm_a)
-
 
 def relative(distance: float, size: float) -> float:
     """A distance as a share of a size; infinite where there is only the distance."""
@@ -82,17 +77,15 @@ def distance(a: Adapter, b: Adapter, name: str) -> Distance:
 
 def _alike(a: Adapter, b: Adapter, name: str) -> tuple[list[Pair], list[Pair]]:
     """The blocks of both, scaled; in the form that all kinds of layers have, where their own differ."""
-    settings = [adapter.modules[name] for adapter in (a, b)]
-    bases = [(about.base.kind, about.base.groups) for about in settings]
-    if bases[0] != bases[1]:
-        raise ValueError(f"they are for different layers, {' and '.join(f'{kind} ({g})' for kind, g in bases)}.")
-    same = settings[0].form == settings[1].form
-    pairs = []
-    for adapter, about in zip((a, b), settings, strict=True):
-        about, A, B = (about, *adapter.pair(name)) if same else as_single(about, *adapter.pair(name))
-        layer = about.layer(A, B)
-        pairs.append([(B * layer.lora_scaling, A) for B, A in pairs_of(layer)])
-    return pairs[0], pairs[1]
+    forms = [(adapter.modules[name], *adapter.pair(name)) for adapter in (a, b)]
+    kinds = [f"{module.base.kind} (groups={module.base.groups})" for module, *_ in forms]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"they are for different layers: {kinds[0]} and {kinds[1]}.")
+    if forms[0][0].form != forms[1][0].form:
+        forms = [as_single(*form) for form in forms]
+    layers = [module.layer(A, B) for module, A, B in forms]
+    ours, theirs = ([(B * layer.lora_scaling, A) for B, A in pairs_of(layer)] for layer in layers)
+    return ours, theirs
 
 
 def _shape(pair: Pair) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Path], wanted: str
 def write(adapter: Adapter, out: Path, format: str) -> str:
     """Write to `out`, and say what was written, in a line."""
     write_adapter(adapter, out, format)
-    ranks = sorted({settings["r"] for settings in adapter.modules.values()})
+    ranks = sorted({module.r for module in adapter.modules.values()})
     return f"{out}: {len(adapter.modules)} modules, r = {', '.join(map(str, ranks))}"
 
 

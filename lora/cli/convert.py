@@ -66,8 +66,7 @@ def run_resize(arguments: argparse.Namespace) -> int:
     after, kept = resize(before, arguments.r, energy=arguments.energy)
     written = write(after, out, arguments.format)
     rows = [
-        (name, before.modules[name]["r"], after.modules[name]["r"], f"{100 * share:.2f} %")
-        for name, share in kept.items()
+        (name, before.modules[name].r, after.modules[name].r, f"{100 * share:.2f} %") for name, share in kept.items()
     ]
     print(table(("module", "r", "new r", "energy kept"), rows))
     print(written)

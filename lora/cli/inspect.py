@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter
+from lora.adapters.adapter import FORM, Adapter
 from lora.adapters.base import Base
 from lora.adapters.files import replace_file
 from lora.adapters.formats import read_adapter
@@ -37,8 +37,7 @@ from lora.errors import join, table
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")
 # What is said of a module and of its base weight, and how.
-_FORM = ("splits", "enable_lora", "factored")
-_SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_dropout", *_FORM)
+_SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_dropout", *FORM)
 _BASE = ("kind", "shape", "dtype", "fan_in_fan_out", "groups")
 _HEADER = ("module", "kind", "weight", "r", "scaling", "norm", "of base", "eff. rank", "parameters", "dtype")
 
@@ -220,12 +219,8 @@ def _difference(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str
         apart = distance(a, b, name)
     except ValueError as error:
         return {**entry, "differs": not _identical(a, b, name), "why": str(error)}
-    return {
-        **entry,
-        **asdict(apart),
-        "relative_distance": _finite(apart.relative),
-        "differs": apart.relative > tolerance,
-    }
+    share = relative(apart.distance, apart.norm_a)
+    return {**entry, **asdict(apart), "relative_distance": _finite(share), "differs": share > tolerance}
 
 
 def _identical(a: Adapter, b: Adapter, name: str) -> bool:

@@ -121,13 +121,13 @@ class FolderMerge:
 
     def _bare(self, name: str, shape: tuple[int, ...]) -> LoRALayer:
         """A module's layer; of a linear one whose file does not say which way the weight is stored, as it fits."""
-        settings = self.adapter.modules[name]
-        base = settings.base
+        module = self.adapter.modules[name]
+        base = module.base
         if base.kind != "linear" or base.fan_in_fan_out is not None:
             return self.adapter.layer(name)
         ways = [replace(base, shape=None, fan_in_fan_out=transposed) for transposed in (False, True)]
         tensors = *self.adapter.pair(name), self.adapter.magnitude(name)
-        layers = [replace(settings, base=way).layer(*tensors) for way in ways]
+        layers = [replace(module, base=way).layer(*tensors) for way in ways]
         fitting = [layer for layer in layers if layer.weight.shape == shape]
         if len(fitting) == 2:
             raise ValueError(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.single import portable
-from lora.formats import from_peft, loralib, peft
+from lora.formats import loralib, peft
 
 
 def enter() -> None:
     """Enter these formats in the table by which adapters are read and written."""
+    files = (peft.CONFIG, *peft.READERS)
     FORMATS["peft"] = Format(
         "PEFT",
-        peft.write,
-        lambda path, lora_alpha: from_peft.read(path),
-        from_peft.reads,
-        from_peft.claims,
-        (peft.CONFIG, *from_peft.READERS),
+        write=peft.write,
+        read=lambda path, lora_alpha: peft.read(path),
+        reads=peft.reads,
+        claims=peft.claims,
+        files=files,
     )
     FORMATS["portable"] = Format(
-        "PEFT", lambda adapter, path, names: peft.write(portable(adapter), path, names), files=FORMATS["peft"].files
+        "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files
     )
     FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)

@@ -221,7 +221,10 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: P
     """The modules to adapt; a name or pattern that matches none is a problem."""
     found = len(problems.found)
     if config.target_modules == "all-linear":
-        targets = _all_linear(model, names)
+        kinds = {module: kind_for(type(module)) for module in names}
+        linear = [module for module, kind in kinds.items() if kind and issubclass(kind, LinearLoRA)]
+        output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = [module for module in linear if module is not output_embeddings]
         if not targets:
             problems.add("`target_modules` 'all-linear' matches no module: there is no linear layer.")
         saved = _asked_and_heads(names, config, Problems(""))
@@ -229,7 +232,7 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: P
         targets = [module for module in targets if module not in in_full]
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
-    excluded = _select("exclude_modules", config.exclude_modules or (), names, problems)
+    excluded = set(_select("exclude_modules", config.exclude_modules or (), names, problems))
     targets = [module for module in targets if module not in excluded]
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
@@ -250,6 +253,7 @@ def find_saved(
     task, ends = config.task_type, HEADS.get(config.task_type or "", ())
     if ends and not saved:
         problems.add(_no_head(unwrapped(model), task, ends))
+    to_adapt = set(targets)
     known = {module: names[module] for module in targets if not is_lazy(module)}
     adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
     for module in saved:
@@ -257,8 +261,8 @@ def find_saved(
         if is_lazy(module):
             problems.add(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
             continue
-        inside = [part for part in module.modules() if part in targets]
-        tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - set(inside)
+        inside = {part for part in module.modules() if part in to_adapt}
+        tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - inside
         wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
         for hold, found in wrong.items():
             if found:
@@ -268,12 +272,6 @@ def find_saved(
     return saved
 
 
-def _all_linear(model: nn.Module, names: Names) -> list[nn.Module]:
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = {module: kind_for(type(module)) for module in names}
-    return [m for m, kind in kinds.items() if kind and issubclass(kind, LinearLoRA) and m is not output_embeddings]
-
-
 def _asked_and_heads(names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
     """The modules to train in full: those of `modules_to_save`, and the heads of the task."""
     asked = _select("modules_to_save", config.modules_to_save or (), names, problems)
@@ -281,7 +279,8 @@ def _asked_and_heads(names: Names, config: LoraConfig, problems: Problems) -> li
     # As in PEFT, a name counts by how it ends, whole components or not: "pre_classifier" is as new as "classifier".
     named = [module for module, known in names.items() if any(name.endswith(ends) for name in known)]
     heads = [module for module in named if [*module.parameters()]]
-    return [module for module in names if module in {*asked, *heads}]
+    wanted = {*asked, *heads}
+    return [module for module in names if module in wanted]
 
 
 def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:

@@ -176,6 +176,15 @@ def test_rounding_is_told_from_change(values, dtype):
         assert not same_sample(rounded.tolist(), moved.tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_the_narrower_dtype_is_no_rounding(dtype):
+    exact = torch.tensor([1.0, 1 / 3])
+    rounded = exact.to(dtype)
+    assert same_sample(exact.tolist(), rounded.tolist())
+    rounded[0] += torch.finfo(dtype).eps
+    assert not same_sample(exact.tolist(), rounded.tolist())
+
+
 def test_float32_values_that_differ_in_the_sixth_digit_are_others():
     theirs = torch.rand(8, generator=torch.Generator().manual_seed(0)).tolist()
     assert not same_sample(theirs, [value * (1 + 1e-6) for value in theirs])
@@ -310,7 +319,7 @@ def test_a_merged_model_keeps_the_statistics_that_it_was_trained_with(path):
 def test_a_statistic_that_was_taken_away_is_named(use):
     model = trained(Net())
     model.norm.running_mean = None
-    with pytest.raises(ValueError, match=r"norm\.running_mean: is not there any more; give it a value again first"):
+    with pytest.raises(ValueError, match=r"norm\.running_mean: no longer exists; give it a value again first"):
         use(model)
     assert type(model.up) is lora.Linear
 

@@ -15,7 +15,7 @@ from torch import nn
 from toy_model import snapshot
 
 import lora
-from lora.formats.from_peft import compiled, pattern_problem, value_for
+from lora.formats.peft import compiled, pattern_problem, value_for
 
 # ---- what is wrong with a folder of PEFT's ---------------------------------------------------------------------
 

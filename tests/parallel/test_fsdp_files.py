@@ -283,7 +283,7 @@ def test_another_base_is_noticed_by_all_ranks(ranks, tmp_path):
 def _plain_sharded(folder):
     adapter = lora.adapter_of(adapted())
     model = shard(Model().double())
-    late = "is sharded, and an adapter put in now would not be: each rank would train its own. Inject, then shard."
+    late = "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
     names = [f"layers.{n}.{part}" for n in range(2) for part in ("attn.q_proj", "attn.v_proj", "mlp.up_proj")]
     offenders = [f"{name}: {late}" for name in (*names, "embed", "head")]
     with refused(model, lora.AdapterError, *offenders):
