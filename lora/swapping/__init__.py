@@ -201,9 +201,10 @@ def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
         yield "is wrapped in DistributedDataParallel, which knows the sizes of its parameters; prepare, then wrap."
     if not isinstance(module, LoRALayer) or module.r == 0:
         return
-    taken = [name for name in _TENSORS if hasattr(module, name)]
+    needed = {*_TENSORS, *Swappable.__annotations__, *dir(Swappable)} - {*dir(LoRALayer)}
+    taken = sorted(needed & {*dir(module)})
     if taken and not isinstance(module, Swappable):
-        yield f"has tensors of its own by names that are needed: {', '.join(taken)}."
+        yield f"uses names that `prepare_for_swap` needs: {', '.join(taken)}."
     if module.lora_start is not None:
         yield (
             "its adapter started as a part of its base weight, without which it would be another model's; save it "

@@ -261,10 +261,14 @@ def test_a_layer_that_uses_the_names_itself_is_refused_and_nothing_is_changed():
         def __init__(self, *sizes):
             super().__init__(*sizes)
             self.register_buffer("lora_scale", torch.ones(1))
+            self.padded_from = "the left"
+
+        def _gated(self, x):
+            return x
 
     model = nn.Sequential(nn.Linear(6, 6), Scaled(6, 6))
     lora.inject(model, target_modules=["0", "1"], r=2)
-    with pytest.raises(ValueError, match="1: has tensors of its own by names that are needed: lora_scale"):
+    with pytest.raises(ValueError, match=r"1: uses names that .* needs: _gated, lora_scale, padded_from\."):
         lora.prepare_for_swap(model, 4)
     assert [layer.r for layer in model] == [2, 2]
     assert model[1].lora_scale.tolist() == [1]
