@@ -51,7 +51,7 @@ def check_dropout(layer: LoRALayer, input: Tensor) -> None:
     if not (layer.training and layer.lora_dropout):
         return
     # On other devices DTensor keeps the ranks' random states together by itself.
-    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
+    if input.device.type == "cpu" and is_sharded(input) and is_sharded(layer.weight):
         raise RuntimeError(
             f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
             "use those of `lora.parallel`, or `lora_dropout=0`."
