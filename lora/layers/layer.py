@@ -97,6 +97,11 @@ class LoRALayer(Magnitudes):
 
         Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
         """
+        return self.lora_layer_forward(input, *args, **kwargs)
+
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What `forward` is, for classes in front to change: a user's kind may have a `forward` around it, and hooks
+        may keep the one of the class that the layer had before."""
         if self.r == 0 or self.lora_disabled:
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():

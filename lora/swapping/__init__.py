@@ -42,10 +42,10 @@ class Swappable(LoRALayer):
     lora_scale: Tensor
     _scales_exchanged: bool
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer without room computes it; for a compiler from tensors, which a swap may change."""
         if not self._is_traced():
-            return super().forward(input, *args, **kwargs)
+            return super().lora_layer_forward(input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
         y = y + self._gated(self.lora_update(input) * self.lora_read_scaling()).to(y.dtype)
         return self.lora_magnified(y) if self.use_dora else y

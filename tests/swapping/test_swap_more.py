@@ -282,3 +282,28 @@ def test_in_inference_mode_adapters_made_there_are_loaded_and_saved(tmp_path, ma
         lora.save_adapter(other, tmp_path / "adapter.safetensors")
         lora.load_adapter(model, lora.adapter_of(other), check_base=False)
         lora.load_adapter(model, tmp_path / "adapter.safetensors", check_base=False)
+
+
+class Doubled(lora.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_forward_of_a_users_class_is_kept_in_a_compiled_model():
+    model = nn.Sequential(Doubled(6, 4, r=2, init_lora_weights=False))
+    x = torch.randn(3, 6)
+    before = model(x)
+    lora.prepare_for_swap(model, 4)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), before)
+
+
+def test_a_forward_that_hooks_have_kept_reads_the_scaling_from_a_tensor():
+    model = nn.Sequential(lora.Linear(6, 4, r=2, init_lora_weights=False))
+    model[0].forward = model[0].forward  # as accelerate's hooks keep it
+    lora.prepare_for_swap(model, 4)
+    graphs, x = [], torch.randn(3, 6)
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for scaling in (1.0, 2.0, 3.0):
+        model[0].scaling = scaling
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
