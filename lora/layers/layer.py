@@ -100,8 +100,8 @@ class LoRALayer(Magnitudes):
         return self.lora_layer_forward(input, *args, **kwargs)
 
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What `forward` is, for classes in front to change: a user's kind may have a `forward` around it, and hooks
-        may keep the one of the class that the layer had before."""
+        """What `forward` computes; classes in front change this, and not `forward`."""
+        # A user's class may have a `forward` around ours, and hooks hold that of the class which the layer had before.
         if self.r == 0 or self.lora_disabled:
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
