@@ -2,6 +2,9 @@
 
 It hooks the gradients of what trains when it wraps a model, once. What is put in, unfrozen or cast later trains by
 itself in every rank, without a word.
+
+Beside that, two refusals for other ways to use several devices: parameters that torch's first FullyShardedDataParallel
+keeps in one flat piece, and dropout that would differ between ranks under torch's own tensor-parallel styles.
 """
 
 from __future__ import annotations
