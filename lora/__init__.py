@@ -1,8 +1,6 @@
 """LoRA layers for PyTorch: a pretrained layer plus one equation, W = g ⊙ (W₀ + s · B A)."""
 
-from importlib import import_module
-from typing import Any
-
+from lora import parallel as parallel
 from lora import reports as reports
 from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
@@ -35,14 +33,6 @@ UNREADABLE.append(flattened)
 __version__ = "0.1.0"
 
 _enter_formats()
-
-
-def __getattr__(name: str) -> Any:
-    # `lora.parallel` brings DTensor with it, whose import takes a second.
-    if name != "parallel":
-        raise AttributeError(f"module 'lora' has no attribute {name!r}")
-    return import_module("lora.parallel")
-
 
 __all__ = [
     "Adapter",

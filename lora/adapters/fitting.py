@@ -17,7 +17,7 @@ from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer, scaling_of
+from lora.layers.layer import LoRALayer, alpha_of, scaling_of
 from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
@@ -131,6 +131,8 @@ class Fit:
             self._like(join(name, own), parameter.shape, parameter.dtype)
         if settings.r not in ranks:
             raise ValueError(f"`r` is {settings.r} in the file and {module.r} in the model.")
+        if settings.r != module.r:
+            alpha_of(settings.scaling, module.r, settings.use_rslora)  # a ValueError if no float gives the scaling
         for option, theirs in settings.form.items():
             ours = getattr(module, option, None)
             if theirs != ours:

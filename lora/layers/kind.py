@@ -31,7 +31,9 @@ class Scaling:
 
     def is_taken(self, layer: nn.Module) -> bool:
         """Whether the layer itself has a `scaling`."""
-        return any("scaling" in owned for owned in (vars(layer), layer._parameters, layer._buffers, layer._modules))
+        own = vars(layer)  # without the dicts that `nn.Module.__init__` makes, if it has not run yet
+        dicts = [own.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")]
+        return any("scaling" in names for names in (own, *dicts))
 
 
 @dataclass(eq=False)
@@ -181,7 +183,7 @@ class LayerKind(nn.Module):
         return self.lora_up(self.lora_down(input, A), B)
 
     def lora_sampled(self, weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts of a weight and of A that belong together, few where that is quick; so do what `lora_delta` makes."""
+        """A part of a weight, small where that is quick, and the part of A that goes with it in `lora_delta`."""
         return weight, A
 
     def lora_add_update(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:

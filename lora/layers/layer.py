@@ -98,6 +98,11 @@ class LoRALayer(Magnitudes):
 
         Further arguments, which only a user's subclass of torch's layers has, go to the base layer's forward.
         """
+        return self.lora_layer_forward(input, *args, **kwargs)
+
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What `forward` computes; classes in front change this, and not `forward`."""
+        # A user's class may have a `forward` around ours, and hooks hold that of the class which the layer had before.
         if self.r == 0 or self.lora_disabled:
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():

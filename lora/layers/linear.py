@@ -74,16 +74,14 @@ class LinearLoRA(WithVocabulary):
         return [(0, self.lora_features(self)[1])]
 
     def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.lora_stored(
-            up_slices(A.T, B, self.lora_slices(), self.lora_features(self)[1]).T
-        )  # h = A e_i for each input i
+        columns = up_slices(A.T, B, self.lora_slices(), self.lora_features(self)[1])  # h = A e_i for each input i
+        return self.lora_stored(columns.T)
 
     def lora_merge_into(self, out: Tensor) -> Tensor:
         exact = exact_dtype(out.dtype)
         A, B = self.lora_A.to(exact), self.lora_B.to(exact)
-        gain = (
-            self.lora_magnitude_gain(exact) if self.use_dora else None
-        )  # of the weight as it is, before it is written
+        # Of the weight as it is, before it is written.
+        gain = self.lora_magnitude_gain(exact) if self.use_dora else None
         if out is not self.weight:
             out.copy_(self.lora_base_weight())
         with without_autocast(out.device):

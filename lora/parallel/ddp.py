@@ -2,6 +2,9 @@
 
 It hooks the gradients of what trains when it wraps a model, once. What is put in, unfrozen or cast later trains by
 itself in every rank, without a word.
+
+Beside that, two refusals for other ways to use several devices: parameters that torch's first FullyShardedDataParallel
+keeps in one flat piece, and dropout that would differ between ranks under torch's own tensor-parallel styles.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def check_dropout(layer: LoRALayer, input: Tensor) -> None:
     if not (layer.training and layer.lora_dropout):
         return
     # On other devices DTensor keeps the ranks' random states together by itself.
-    if is_sharded(input) and is_sharded(layer.weight) and input.device.type == "cpu":
+    if input.device.type == "cpu" and is_sharded(input) and is_sharded(layer.weight):
         raise RuntimeError(
             f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
             "use those of `lora.parallel`, or `lora_dropout=0`."

@@ -69,7 +69,8 @@ def _order_of(module: nn.Module | None, own: str) -> Tensor | None:
 @torch.no_grad()
 def _select(module: nn.Module | None, own: str, tensor: Tensor, order: Tensor) -> Tensor:
     # The rows go from rank to rank: whole for a moment, one tensor at a time.
-    rows = _full(tensor).index_select(dim_of_rows(module, own), order.to(tensor.device))
+    whole = _full(tensor)
+    rows = whole.index_select(dim_of_rows(module, own), order.to(whole.device))
     if not isinstance(tensor, DTensor):
         return rows
     return distribute_tensor(rows, tensor.device_mesh, tensor.placements, src_data_rank=None)

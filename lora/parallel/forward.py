@@ -67,9 +67,9 @@ class TensorParallel(LoRALayer):
 
     lora_local: LocalForward
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As LoRALayer's, whatever other class is in front of the layer's."""
-        return LoRALayer.forward(self, input, *args, **kwargs)
+        return LoRALayer.lora_layer_forward(self, input, *args, **kwargs)
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.lora_local(self, input)

@@ -42,10 +42,10 @@ class Swappable(LoRALayer):
     lora_scale: Tensor
     _scales_exchanged: bool
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer without room computes it; for a compiler from tensors, which a swap may change."""
         if not self._is_traced():
-            return super().forward(input, *args, **kwargs)
+            return super().lora_layer_forward(input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
         y = y + self._gated(self.lora_update(input) * self.lora_read_scaling()).to(y.dtype)
         return self.lora_magnified(y) if self.use_dora else y
@@ -201,9 +201,10 @@ def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
         yield "is wrapped in DistributedDataParallel, which knows the sizes of its parameters; prepare, then wrap."
     if not isinstance(module, LoRALayer) or module.r == 0:
         return
-    taken = [name for name in _TENSORS if hasattr(module, name)]
+    needed = {*_TENSORS, *Swappable.__annotations__, *dir(Swappable)} - {*dir(LoRALayer)}
+    taken = sorted(needed & {*dir(module)})
     if taken and not isinstance(module, Swappable):
-        yield f"has tensors of its own by names that are needed: {', '.join(taken)}."
+        yield f"uses names that `prepare_for_swap` needs: {', '.join(taken)}."
     if module.lora_start is not None:
         yield (
             "its adapter started as a part of its base weight, without which it would be another model's; save it "

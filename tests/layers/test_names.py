@@ -109,3 +109,12 @@ def test_loralibs_word_is_ours_where_it_is_free():
     layer.scaling = 5.0
     assert layer.scaling == layer.lora_scaling == 5
     assert "scaling" not in vars(layer)
+
+
+def test_it_may_be_set_before_torchs_constructor_has_run():
+    class Early(lora.Linear):
+        def __init__(self, *sizes):
+            self.scaling = 2.0
+            super().__init__(*sizes)
+
+    assert Early(6, 4).scaling == 2

@@ -1,6 +1,7 @@
 """register: kinds of a user's own, subclasses of known layers, and the classes that are made for them."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -182,6 +183,14 @@ def test_a_kind_that_says_too_little_says_what_is_missing(missing):
     lora.register(Scorer, type("Half", (lora.LoRALayer,), namespace))
     with pytest.raises(NotImplementedError, match=f"must define {missing}"):
         scorer()(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("name", ["lora_down", "lora_up", "lora_delta", "lora_forward_with", "lora_output_dims"])
+def test_what_a_kind_must_define_is_called_so(name):
+    method = getattr(lora.LoRALayer, name)
+    arguments = [None] * (len(inspect.signature(method).parameters) - 1)
+    with pytest.raises(NotImplementedError, match=f"LoRALayer must define {name}$"):
+        method(lora.LoRALayer(), *arguments)
 
 
 def test_a_class_that_a_user_writes_does_not_change_what_inject_makes():

@@ -37,6 +37,24 @@ def test_an_input_that_is_laid_out_otherwise_is_right_all_the_same(ranks):
     ranks.run(layouts_that_were_not_announced)
 
 
+class Doubled(lora.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def forwards_of_their_own():
+    torch.manual_seed(5)
+    model = nn.Sequential(*(randomised(Doubled(8, 8, r=2, dtype=torch.float64), 0.5) for _ in range(2)))
+    x = torch.randn(4, 8, dtype=torch.float64)
+    expected = model(x).detach()
+    parallelize_module(model, mesh(), {"0": lora.parallel.ColwiseParallel(), "1": lora.parallel.RowwiseParallel()})
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_of_a_users_class_is_kept(ranks):
+    ranks.run(forwards_of_their_own)
+
+
 def starts_apart():
     torch.manual_seed(dist.get_rank())
     layer = lora.Linear(8, 12, r=3)

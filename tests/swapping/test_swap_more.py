@@ -261,10 +261,14 @@ def test_a_layer_that_uses_the_names_itself_is_refused_and_nothing_is_changed():
         def __init__(self, *sizes):
             super().__init__(*sizes)
             self.register_buffer("lora_scale", torch.ones(1))
+            self.padded_from = "the left"
+
+        def _gated(self, x):
+            return x
 
     model = nn.Sequential(nn.Linear(6, 6), Scaled(6, 6))
     lora.inject(model, target_modules=["0", "1"], r=2)
-    with pytest.raises(ValueError, match="1: has tensors of its own by names that are needed: lora_scale"):
+    with pytest.raises(ValueError, match=r"1: uses names that .* needs: _gated, lora_scale, padded_from\."):
         lora.prepare_for_swap(model, 4)
     assert [layer.r for layer in model] == [2, 2]
     assert model[1].lora_scale.tolist() == [1]
@@ -278,3 +282,39 @@ def test_in_inference_mode_adapters_made_there_are_loaded_and_saved(tmp_path, ma
         lora.save_adapter(other, tmp_path / "adapter.safetensors")
         lora.load_adapter(model, lora.adapter_of(other), check_base=False)
         lora.load_adapter(model, tmp_path / "adapter.safetensors", check_base=False)
+
+
+class Doubled(lora.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_forward_of_a_users_class_is_kept_in_a_compiled_model():
+    model = nn.Sequential(Doubled(6, 4, r=2, init_lora_weights=False))
+    x = torch.randn(3, 6)
+    before = model(x)
+    lora.prepare_for_swap(model, 4)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), before)
+
+
+def test_a_forward_that_hooks_have_kept_reads_the_scaling_from_a_tensor():
+    model = nn.Sequential(lora.Linear(6, 4, r=2, init_lora_weights=False))
+    model[0].forward = model[0].forward  # as accelerate's hooks keep it
+    lora.prepare_for_swap(model, 4)
+    graphs, x = [], torch.randn(3, 6)
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for scaling in (1.0, 2.0, 3.0):
+        model[0].scaling = scaling
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
+
+
+def test_a_scaling_that_no_lora_alpha_gives_at_the_layers_rank_is_named_with_the_layer():
+    model, other = (nn.Sequential(*(lora.Linear(6, 4, r=1) for _ in range(2))) for _ in range(2))
+    lora.prepare_for_swap(model, 64)
+    other[0].scaling, other[1].scaling = 3.0, 1e308
+    with pytest.raises(
+        lora.AdapterError, match=r"1: a scaling of 1e\+308 at rank 64 takes a `lora_alpha` beyond floats"
+    ):
+        lora.load_adapter(model, lora.adapter_of(other), check_base=False)
+    assert model[0].scaling == 1
