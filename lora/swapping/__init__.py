@@ -155,6 +155,7 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
     so that nothing is compiled again when an adapter is swapped, when `layer.scaling` is set, or in `lora.disabled`.
     Without it the model computes as before, with larger A and B.
 
+    The layers get classes of their own, which derive from those that they had: `isinstance` holds as before.
     State dicts have the same keys, with A and B of rank `max_r`. The Parameter objects stay; an optimizer that has
     seen them at their old size has to be made anew, and so has one that has trained another adapter: its momentum would
     move what is zero. While a compiled model is disabled, gradients of A and B are zeros, not None. Prepare first, then
