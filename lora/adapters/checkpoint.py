@@ -162,8 +162,8 @@ def load_adapter(
             mark_only_lora_as_trainable(model)
         _take_over(fit)
         remember_values(fit.names)
-    layers = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
-    return report_of(model, fit.names, layers, tuple(fit.adapter.modules_to_save))
+    adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
+    return report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:

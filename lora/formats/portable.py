@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter, Form, ModuleAdapter
 from lora.errors import AdapterError, Problems, join, raise_all
+from lora.functional.fused import exact_dtype
 from lora.models.blocks import at_block_rank
 
 _MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
@@ -54,7 +54,7 @@ def portable(adapter: Adapter) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
         A, B = at_block_rank(settings.layer(A, B), A, B, rank // settings.base.groups)
-        B = B.to(torch.promote_types(B.dtype, torch.float32)) * float(settings.scaling)
+        B = B.to(exact_dtype(B.dtype)) * float(settings.scaling)
         modules[name] = settings.with_scaling_one(rank)
         tensors |= {join(name, "lora_A"): A.to(B.dtype), join(name, "lora_B"): B}
     made = replace(adapter, modules=modules, tensors=tensors, trained_in_full=[], kept=[])

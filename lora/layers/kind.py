@@ -103,19 +103,19 @@ class LayerKind(nn.Module):
 
     def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         """x → A x."""
-        raise NotImplementedError(f"{type(self).__name__} must define down")
+        raise NotImplementedError(f"{type(self).__name__} must define lora_down")
 
     def lora_up(self, h: Tensor, B: Tensor) -> Tensor:
         """h → B h, in the shape of the layer's output."""
-        raise NotImplementedError(f"{type(self).__name__} must define up")
+        raise NotImplementedError(f"{type(self).__name__} must define lora_up")
 
     def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
         """B A in the shape of the base weight."""
-        raise NotImplementedError(f"{type(self).__name__} must define delta")
+        raise NotImplementedError(f"{type(self).__name__} must define lora_delta")
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         """The base layer's function of `input` with `weight` in the place of its own; needed if `lora_dense`."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward_with")
+        raise NotImplementedError(f"{type(self).__name__} must define lora_forward_with")
 
     # For DoRA, and for starts that go by the base weight; a kind that does not say these has neither.
 
@@ -126,7 +126,7 @@ class LayerKind(nn.Module):
 
     def lora_output_dims(self) -> tuple[int, int]:
         """Which dimension of the weight, and which of the output, counts the layer's outputs."""
-        raise NotImplementedError(f"{type(self).__name__} must define output_dims")
+        raise NotImplementedError(f"{type(self).__name__} must define lora_output_dims")
 
     def lora_block_rows(self) -> list[int]:
         """How many rows of B belong to each block of the update, of which each is a matrix of its own rank."""

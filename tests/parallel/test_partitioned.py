@@ -108,7 +108,7 @@ def test_nothing_in_parts_is_merged(merge, own):
     names = [f"layers.{n}.mlp.up_proj.{own}" for n in range(2)]
     partition([model.get_parameter(name) for name in names])
     before = snapshot(model)
-    with pytest.raises(ValueError, match="nothing was changed") as caught:
+    with pytest.raises(ValueError, match=r"nothing was (changed|returned)") as caught:
         merge(model)
     assert str(caught.value).splitlines()[1:] == complaints(names, model)
     assert snapshot(model) == before
