@@ -63,6 +63,8 @@ class ModuleAdapter(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use_dora is None:  # as files may say
+            object.__setattr__(self, "use_dora", False)
         base: Any = self.base
         if isinstance(base, Mapping) and not isinstance(base, Base):
             object.__setattr__(self, "base", Base.from_mapping(base))
