@@ -290,6 +290,10 @@ class Adapter:
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
+        others = [name for name, module in self.modules.items() if not isinstance(module, ModuleAdapter)]
+        if others:  # put there later
+            yield f"`modules` must hold ModuleAdapters, as `lora.Adapter(…)` makes of mappings; not so {others!r:.80}."
+            return
         expected = {*self.trained_in_full}
         for name, module in self.modules.items():
             expected |= {join(name, own) for own in module.parameters}
