@@ -32,8 +32,12 @@ def brought_by(extra: str | None) -> set[str]:
 
 
 def imported_by(source: str) -> Iterator[str]:
-    """The top-level names of all modules that a file imports, wherever it does, by name as well."""
-    for node in ast.walk(ast.parse(source)):
+    """The top-level names of all modules that a file imports when it runs, wherever it does, by name as well."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):  # type checkers bring what is for them alone
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -40,11 +40,6 @@ DOORS = ("__init__", "__main__", "reports")
 CELLAR = "errors"
 MOST_LINES = 450
 
-# ---- still to be cut: what runs against the order today. Nothing is added here, and what is cut goes ---------------
-WRONG_WAY: dict[str, tuple[str, ...]] = {}
-# Imports for annotations, and one inside a function, that close a circle within a ring.
-CIRCLES: dict[str, tuple[str, ...]] = {}
-
 
 # ---- who imports whom -------------------------------------------------------------------------------------------
 
@@ -104,65 +99,31 @@ def why_wrong(importer: str, to: str) -> str | None:
     if ours in RINGS:
         return "is a ring's, of a wing"
     if ours in WINGS:
-        return (
-            None if theirs in RINGS or theirs in WINGS[ours] else "is a wing's, of a wing that `WINGS` does not give it"
-        )
+        allowed = theirs in RINGS or theirs in WINGS[ours]
+        return None if allowed else "is a wing's, of a wing that `WINGS` does not give it"
     return "is of a file that must import nothing of lora" if ours == CELLAR else "is of a file that has no place"
-
-
-def pairs(table: dict[str, tuple[str, ...]]) -> set[tuple[str, str]]:
-    return {(importer, to) for importer, many in table.items() for to in many}
-
-
-def reached_from(start: str, along: set[tuple[str, str]]) -> set[str]:
-    """All modules that importing one brings."""
-    found, waiting = set(), [start]
-    while waiting:
-        here = waiting.pop()
-        new = {to for importer, to in along if importer == here} - found
-        found |= new
-        waiting += new
-    return found
 
 
 # ---- the rules: each is a function of the files, and says what is wrong ---------------------------------------------
 
 
 def against_the_order(files: dict[str, str]) -> list[str]:
-    listed = pairs(WRONG_WAY)
     return [
         f"{importer} -> {to}: {why}"
-        for importer, to in sorted(arrows(files) - listed)
+        for importer, to in sorted(arrows(files))
         if (why := why_wrong(importer, to)) is not None
     ]
 
 
 def circles(files: dict[str, str]) -> list[str]:
     graph: dict[str, set[str]] = {name: set() for name in files}
-    for importer, to in arrows(files) - pairs(WRONG_WAY) - pairs(CIRCLES):
+    for importer, to in arrows(files):
         graph[importer].add(to)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         return [" <- ".join(error.args[1])]
     return []
-
-
-def cut_already(files: dict[str, str]) -> list[str]:
-    """What is listed above and need not be."""
-    there = arrows(files)
-    gone = [
-        f"{importer} -> {to}: is cut"
-        for importer, to in pairs(WRONG_WAY) | pairs(CIRCLES)
-        if (importer, to) not in there
-    ]
-    right = [f"{importer} -> {to}: is right" for importer, to in pairs(WRONG_WAY) if why_wrong(importer, to) is None]
-    straight = [
-        f"{importer} -> {to}: closes no circle"
-        for importer, to in pairs(CIRCLES) & there
-        if importer not in reached_from(to, there)
-    ]
-    return sorted(gone + right + straight)
 
 
 def names_of_functions(files: dict[str, str]) -> list[str]:
@@ -182,7 +143,7 @@ def too_long(files: dict[str, str]) -> list[str]:
     return [f"{name}: has {n} lines" for name, n in lengths.items() if n > MOST_LINES]
 
 
-RULES = (against_the_order, circles, cut_already, names_of_functions, homeless, too_long)
+RULES = (against_the_order, circles, names_of_functions, homeless, too_long)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -253,15 +214,6 @@ def test_a_rule_says_what_breaks_it(rule, added, said):
     files = house()
     new = set(rule({**files, **added})) - set(rule(files))
     assert {frozenset(one.split(" <- ")) for one in new} == {frozenset(said.split(" <- "))}  # a circle has no first one
-
-
-def test_what_is_cut_must_go_from_the_lists():
-    files = house()
-    for importer in {**WRONG_WAY, **CIRCLES}:
-        rest = cut_already({**files, importer: ""})
-        assert {
-            f"{importer} -> {to}: is cut" for to in (*WRONG_WAY.get(importer, ()), *CIRCLES.get(importer, ()))
-        } <= set(rest)
 
 
 def test_importing_lora_brings_no_dtensor_and_no_package_that_quantises():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class ModuleAdapter(Record):
         settings = {name: getattr(layer, name) for name in layer.lora_settings if name != "merge_weights"}
         return cls.from_mapping({**settings, "scaling": layer.lora_scaling, "base": Base.of(layer)})
 
+    @cached_property
     def _entries(self) -> dict[str, Any]:
         form = {option: value for option, value in self.form.items() if value is not None}
         return {**self.general, **form, **self.more, "scaling": self.scaling, "base": self.base}

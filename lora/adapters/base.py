@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.models.model import Names, Owned, owned_tensors, without_wrappers
+from lora.models.model import Names, Owned, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, originals
 
@@ -74,17 +75,18 @@ class Record(Mapping[str, Any]):
         known |= {each.name: entries[each.name] for each in own if each.name in entries}
         return cls(**known, more={key: value for key, value in entries.items() if key not in known})
 
+    @cached_property
     def _entries(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def __getitem__(self, key: str) -> Any:
-        return self._entries()[key]
+        return self._entries[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries())
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries())
+        return len(self._entries)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,6 +129,7 @@ class Base(Record):
             sample=_sample(layer),
         )
 
+    @cached_property
     def _entries(self) -> dict[str, Any]:
         entries: dict[str, Any] = {"kind": self.kind, "shape": self.shape}
         if self.dtype is not None:
@@ -225,10 +228,9 @@ def sample_of(weight: Tensor) -> tuple[float, ...] | None:
 
 def own_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and persistent buffer that belongs to no adapter; a tied one once for each module that has it."""
-    for known, module, own, tensor in owned_tensors(names):
-        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        if own not in {*adapter, *module._non_persistent_buffers_set} and not nn.parameter.is_lazy(tensor):
-            yield Owned(tuple(map(without_wrappers, known)), module, own, tensor)
+    for one in owned_tensors(names):
+        if not one.is_of_adapter and is_persistent(one) and not nn.parameter.is_lazy(one.tensor):
+            yield one._replace(names=tuple(map(without_wrappers, one.names)))
 
 
 def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
@@ -237,8 +239,9 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
     A tensor with several names comes under its first.
     """
     seen: set[int] = set()
-    for known, module, own, tensor in owned_tensors(names):
-        if id(tensor) in seen or (isinstance(module, LoRALayer) and own in dict(module.lora_parameters())):
+    for one in owned_tensors(names):
+        known, module, own, tensor = one
+        if id(tensor) in seen or one.is_of_adapter:
             continue
         in_full = own in originals(module) and own not in module._non_persistent_buffers_set
         if (in_full and has_moved(module, own)) or (tensor.requires_grad and not only_recorded):

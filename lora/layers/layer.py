@@ -26,7 +26,8 @@ from lora.layers.dora import Magnitudes
 from lora.layers.registry import new, parts_of
 from lora.layers.weights import same_values, sparing
 
-_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+#: What the parameters of an adapter are called in its layer.
+PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
@@ -223,7 +224,7 @@ class LoRALayer(Magnitudes):
         """
         if self.lora_place is not None:
             self.lora_place.adapted = False
-        for name in (*_PARAMETERS, *_STATE, *self.lora_settings, "forward"):
+        for name in (*PARAMETERS, *_STATE, *self.lora_settings, "forward"):
             vars(self).pop(name, None)
             self._parameters.pop(name, None)
         self.__class__ = self.lora_base_class  # type: ignore[assignment]
@@ -251,7 +252,7 @@ class LoRALayer(Magnitudes):
 
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
-        for name in _PARAMETERS:
+        for name in PARAMETERS:
             if name in self._parameters:
                 yield name, getattr(self, name)
 
@@ -292,7 +293,7 @@ class LoRALayer(Magnitudes):
                 f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
                 "pretrained weights first, and then `lora.initialize`."
             )
-            for name in ("weight", *_PARAMETERS):  # the layer stays as it is
+            for name in ("weight", *PARAMETERS):  # the layer stays as it is
                 state_dict.pop(f"{prefix}{name}", None)
         # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
         missing = weight is not None and self.use_dora and f"{prefix}lora_magnitude" not in state_dict
@@ -307,7 +308,7 @@ class LoRALayer(Magnitudes):
         return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
 
     def _has_untrained_magnitude(self) -> bool:
-        whole = weights.ranks_of(self).with_whole(self, "weight", *_PARAMETERS)
+        whole = weights.ranks_of(self).with_whole(self, "weight", *PARAMETERS)
         return torch.allclose(whole.lora_magnitude, whole.lora_norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -316,7 +317,7 @@ class LoRALayer(Magnitudes):
         super().__setattr__(name, value)
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.
-        if name == "weight" or name in _PARAMETERS:
+        if name == "weight" or name in PARAMETERS:
             self._merged = self._squares = self._norms = None
             self._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
 
@@ -332,7 +333,7 @@ class LoRALayer(Magnitudes):
         self._checked = None
         if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
             own = self._parameters.items()
-            trained = [p for name, p in own if p is not None and (name in _PARAMETERS or p.requires_grad)]
+            trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
             fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.errors import join, raise_all
 from lora.layers.kind import Place
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
 
@@ -64,6 +64,12 @@ class Owned(NamedTuple):
     own: str
     tensor: Tensor
 
+    @property
+    def is_of_adapter(self) -> bool:
+        """Whether it is A, B or the magnitude of a LoRA layer."""
+        module = self.module
+        return self.own in PARAMETERS and isinstance(module, LoRALayer) and self.own in module._parameters
+
 
 def owned_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and buffer of a model; one that several modules own comes once for each of them."""
@@ -114,11 +120,6 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = int(tensor.storage_offset()), tensor.element_size()
     return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
-
-
-def adapter_of_module(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A LoRA layer's A, B and magnitude by their own names; nothing for other modules."""
-    return dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
 
 
 def is_lazy(module: nn.Module) -> bool:

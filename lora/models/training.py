@@ -15,7 +15,6 @@ from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded, is_writable
 from lora.models.model import (
-    adapter_of_module,
     by_tensor,
     check_none_replaced,
     is_persistent,
@@ -122,7 +121,7 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {bias!r}.")
     trained = set()
     for module in model.modules():
-        adapter = adapter_of_module(module)
+        adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
         for name, parameter in module._parameters.items():
             wanted = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
@@ -434,6 +433,6 @@ def _remember_trained(model: nn.Module) -> None:
         if own in module._buffers:
             if is_persistent(one) and _may_move(tensor):
                 remember(module, own)
-        elif tensor.requires_grad and own not in adapter_of_module(module) and id(tensor) not in seen:
+        elif tensor.requires_grad and not one.is_of_adapter and id(tensor) not in seen:
             seen.add(id(tensor))
             remember(module, own)
