@@ -64,6 +64,8 @@ class ModuleAdapter(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use_dora is None:  # as files may say
+            object.__setattr__(self, "use_dora", False)
         base: Any = self.base
         if isinstance(base, Mapping) and not isinstance(base, Base):
             object.__setattr__(self, "base", Base.from_mapping(base))
@@ -290,6 +292,10 @@ class Adapter:
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the adapter, whatever the model."""
+        others = [name for name, module in self.modules.items() if not isinstance(module, ModuleAdapter)]
+        if others:  # put there later
+            yield f"`modules` must hold ModuleAdapters, as `lora.Adapter(…)` makes of mappings; not so {others!r:.80}."
+            return
         expected = {*self.trained_in_full}
         for name, module in self.modules.items():
             expected |= {join(name, own) for own in module.parameters}

@@ -160,10 +160,12 @@ def load_adapter(
             for module in saved:
                 train_in_full(module)
             mark_only_lora_as_trainable(model)
-        _take_over(fit)
+        targets = _take_over(fit)
         remember_values(fit.names)
-    adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
-    return report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
+        adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
+        report = report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
+        _write(targets)  # last, since it is undone on its own
+    return report
 
 
 def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, to_send: bool) -> tuple[Adapter, str]:
@@ -294,8 +296,8 @@ def _whole(module: nn.Module, own: str) -> Tensor:
     return whole.cpu() if weights.is_sharded(tensor) else whole
 
 
-def _take_over(fit: Fit) -> None:
-    """Give the model an adapter that fits it: all of it, or nothing. The Parameter objects stay."""
+def _take_over(fit: Fit) -> list[Target]:
+    """Give the model the settings of an adapter that fits it; the values that are to be written next."""
     adapter, targets = fit.adapter, list[Target]()
     for name, settings in adapter.modules.items():
         layer = fit.modules[name]
@@ -312,7 +314,11 @@ def _take_over(fit: Fit) -> None:
             if own in module._parameters:
                 getattr(module, own).requires_grad_(True)
         targets.append((module, own, adapter.tensors[name]))
-    targets += fit.as_before
+    return targets + fit.as_before
+
+
+def _write(targets: Sequence[Target]) -> None:
+    """Write values into modules' tensors, all or none; the Parameter objects stay."""
     with undo_on_error((), written=[getattr(module, own) for module, own, _ in targets]):
         for module, own, value in targets:
             weights.of(module, own).write(value)

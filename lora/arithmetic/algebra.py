@@ -378,7 +378,7 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
     with Problems(what, AdapterError) as problems:
         for n, adapter in enumerate(adapters):
             found = [*adapter.problems()]
-            dora = [name for name, module in adapter.modules.items() if module.use_dora]
+            dora = [name for name, module in adapter.modules.items() if module.get("use_dora")]
             found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
             trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
             found += [f"{name} trained in full, and is not an update." for name in trained]

@@ -43,7 +43,7 @@ def _is_nobodys(path: Path) -> bool:
 def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float | None) -> Adapter:
     """The adapter in a state dict; what is neither lora_A nor lora_B trained in full.
 
-    `r` is what a linear layer's would be; `in_model` makes it a convolution's, where the model has one.
+    `r` is what a linear layer's would be; `load_adapter` makes it a convolution's, where the model has one.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     full = dict(tensors)

@@ -315,9 +315,8 @@ def _adapter(
                 problems.append(f"{name}: {error}")
     if not pairs:
         problems.append("it adapts no module.")
-    for (
-        name
-    ) in full:  # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter
+    # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
+    for name in full:
         owner, _, own = name.rpartition(".")
         if owner in modules and own == "weight":
             base = replace(modules[owner].base, shape=tuple(full[name].shape), sample=sample_of(full[name]))

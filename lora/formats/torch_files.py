@@ -165,14 +165,15 @@ def _checked(zipped: zipfile.ZipFile, size: int) -> io.BytesIO:
     if sizes[pickles[0]] > _LONGEST_PICKLE:
         raise _Refusal(f"its data.pkl may have {_LONGEST_PICKLE} bytes, and has {sizes[pickles[0]]}")
     content = zipped.read(pickles[0])
-    _check_pickle(content, {name.removeprefix(f"{root}data/"): n for name, n in sizes.items()}, size)
+    data = f"{root}data/"  # an entry that is called as a storage elsewhere must not pass for it
+    _check_pickle(content, {name.removeprefix(data): n for name, n in sizes.items() if name.startswith(data)}, size)
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as written:
         for name, entry in (("data.pkl", content), ("version", b"3\n"), ("byteorder", b"little")):
             written.writestr(f"archive/{name}", entry)
         for name in sizes:
             entry = zipped.read(name)  # a BadZipFile if its checksum is another
-            if name.startswith(f"{root}data/"):
+            if name.startswith(data):
                 written.writestr(f"archive/{name.removeprefix(root)}", entry)
     made.seek(0)
     return made

@@ -97,9 +97,8 @@ def _corda(seen: dict[LinearLoRA, Inputs], options: Options) -> dict[LinearLoRA,
         C /= C.diagonal().mean()
         C.diagonal().add_(_DAMPING)
         with without_autocast(C.device):
-            blocks = [
-                block.to(C) @ C for block in weight_blocks(layer, layer.lora_base_weight())
-            ]  # (rows, in_features)
+            parts_of_W = weight_blocks(layer, layer.lora_base_weight())  # (rows, in_features), each
+            blocks = [block.to(C) @ C for block in parts_of_W]
         which = CORDA[options.corda_method](layer.r)
         # The least directions take the whole decomposition.
         niter = _NITER if options.corda_method == "ipm" else None

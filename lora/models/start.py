@@ -149,8 +149,9 @@ def start_from(layer: LoRALayer, pairs: Sequence[Pair], *, writes_base: bool) ->
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     if writes_base:
-        remember_start(layer)
-        _add_start(layer, -1)
+        remember_start(layer, base_written=False)  # nothing is to be given back, if what follows has no memory
+        layer.lora_write_base(pretrained_weight(layer, -1))
+        layer.lora_base_written = True
     layer.lora_needs_data = None
     layer.reset_magnitude()
 

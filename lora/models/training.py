@@ -102,7 +102,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     trained = _trained(model, bias)
     for module in model.modules():
         if trains_in_full(module):
-            trained.update(id(buffer) for buffer in module._buffers.values())
+            trained.update(id(buffer) for buffer in module._buffers.values() if buffer is not None)
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
     with Problems("lora_state_dict: a tensor is in parts") as problems:
@@ -124,7 +124,8 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
         with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
         for name, parameter in module._parameters.items():
-            if name in adapter or trains_in_full(module) or (with_bias and is_bias(name)):
+            wanted = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
+            if wanted and parameter is not None:
                 trained.add(id(parameter))
     return trained
 

@@ -15,6 +15,7 @@ from conftest import STORED, example, make
 from toy_model import IDS, Model, snapshot
 
 import lora
+from lora.adapters import checkpoint
 
 
 @pytest.fixture
@@ -304,3 +305,20 @@ def test_loading_reports_what_inject_does(tmp_path):
     lora.save_adapter(model, tmp_path / "a")
     assert lora.load_adapter(plain, tmp_path / "a", check_base=False) == report
     assert lora.load_adapter(model, tmp_path / "a") == report  # of a model that had LoRA
+
+
+@pytest.mark.parametrize("step", ["remember_values", "report_of"])
+def test_an_error_after_the_settings_are_taken_over_leaves_all_values_as_they_were(step, monkeypatch):
+    def fails(*args):
+        raise MemoryError
+
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    plain = copy.deepcopy(model)
+    lora.inject(model, target_modules=["a"], modules_to_save=["head"], r=2)
+    nn.init.ones_(model["head"].weight)
+    before = snapshot(plain)
+    monkeypatch.setattr(checkpoint, step, fails)
+    with pytest.raises(MemoryError):
+        lora.load_adapter(plain, lora.adapter_of(model))
+    assert snapshot(plain) == before
+    assert type(plain["a"]) is nn.Linear

@@ -34,6 +34,23 @@ def test_it_reads_as_the_mapping_that_it_was_made_of():
     assert copy.deepcopy(said) == said == pickle.loads(pickle.dumps(said))
 
 
+def test_a_file_may_leave_open_whether_there_is_a_magnitude():
+    adapter = lora.Adapter(
+        {"0": module(r=1, use_dora=None)}, {"0.lora_A": torch.ones(1, 3), "0.lora_B": torch.ones(2, 1)}
+    )
+    model = nn.Sequential(nn.Linear(3, 2))
+    lora.load_adapter(model, adapter)
+    assert model[0].use_dora is adapter.modules["0"]["use_dora"] is False
+
+
+def test_a_mapping_that_is_put_in_later_is_named(tmp_path):
+    adapter = lora.Adapter({"0": module(r=1)}, {"0.lora_A": torch.ones(1, 3), "0.lora_B": torch.ones(2, 1)})
+    adapter.modules["0"] = {**SAID, "r": 1, "base": BASE}
+    with pytest.raises(lora.AdapterError, match=r"`modules` must hold ModuleAdapters.*'0'"):
+        lora.write_adapter(adapter, tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_it_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         module().r = 2

@@ -306,6 +306,13 @@ def test_entries_that_are_there_twice_are_refused(path):
     refused(read_torch, path, "it must have one entry data.pkl, got 2")
 
 
+def test_an_entry_that_is_called_as_a_storage_is_none(path):
+    zip_of(path, entries=[("1", b"\0" * 8)])
+    same(read_torch(path), {"a": torch.tensor([1.0, 2.0])})
+    torch_file(path, described(length=4), [("file/data/0", b"\0" * 8), ("0", b"\0" * 16)])  # of which one is read
+    refused(read_torch, path, "a storage of 4 values of torch.float32 has no entry of that size")
+
+
 def test_byte_orders(path):
     zip_of(path, entries=[("file/byteorder", b"little")])
     same(read_torch(path), {"a": torch.tensor([1.0, 2.0])})

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lora
+from lora.models import start
 
 torch.manual_seed(0)
 
@@ -369,3 +370,20 @@ def test_trained_magnitudes_survive_the_loading_of_the_base():
     expected = model(IDS)
     model.load_state_dict(base.state_dict(), strict=False)
     close(model(IDS), expected)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_start_that_finds_no_memory_for_what_is_left_gives_back_nothing_that_was_not_taken(how, monkeypatch):
+    def pretrained_weight(layer, sign=1):
+        if sign < 0:
+            raise MemoryError
+        return whole(layer, sign)
+
+    whole = start.pretrained_weight
+    model = nn.Sequential(lora.Linear(6, 4, r=2), lora.Linear(4, 4, r=2))
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(start, "pretrained_weight", pretrained_weight)
+    with pytest.raises(MemoryError):
+        lora.initialize(model, how)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(layer.lora_start is None for layer in model)

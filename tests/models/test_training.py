@@ -97,6 +97,20 @@ def test_modules_to_save_train_and_are_saved_buffers_included(bias):
     assert trainable(model) == {"a.lora_A", "a.lora_B", "norm.weight", "norm.bias"} | biases
 
 
+class WithExtraState(nn.Linear):
+    """Its state dict has an entry that is no tensor."""
+
+    def get_extra_state(self):
+        return None
+
+
+def test_a_bias_that_is_none_is_no_entry_of_a_state_dict_that_is_none():
+    norm, other = nn.BatchNorm1d(4, track_running_stats=False), WithExtraState(4, 4)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "norm": norm, "other": other})
+    lora.inject(model, target_modules=["a"], modules_to_save=["norm"], bias="all")
+    assert set(lora.lora_state_dict(model, "all")) == trainable(model)
+
+
 def test_a_shared_layer_is_saved_under_both_names():
     layer = lora.Linear(4, 4, r=2)
     state = lora.lora_state_dict(nn.ModuleDict({"x": layer, "y": layer}))
