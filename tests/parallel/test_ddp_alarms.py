@@ -224,7 +224,7 @@ def test_the_model_is_looked_through_once_for_each_change(ranks, change, expecte
 def compiled_graphs(order, checks):
     torch._dynamo.reset()
     counter = CompileCounter()
-    off = unittest.mock.patch.object(lora.LoRALayer, "checks", ())
+    off = unittest.mock.patch.object(lora.LoRALayer, "lora_checks", ())
     with nullcontext() if checks else off:
         model = adapted()
         whole = order == "inner"

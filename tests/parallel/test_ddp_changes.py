@@ -140,7 +140,7 @@ def is_really_unsynchronised(change):
     for module in wrapped.modules():
         if isinstance(module, lora.LoRALayer):
             nn.init.normal_(module.lora_A), nn.init.normal_(module.lora_B)
-    with unittest.mock.patch.object(lora.LoRALayer, "checks", ()):
+    with unittest.mock.patch.object(lora.LoRALayer, "lora_checks", ()):
         apart, _ = unsynchronised(wrapped, batches_of(1)[0])
     assert apart == {problem.partition(":")[0] for problem in expected}
 
