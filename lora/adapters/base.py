@@ -59,7 +59,7 @@ class Record(Mapping[str, Any]):
     `more` holds entries of a file that this release does not know: they are written again.
     """
 
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
