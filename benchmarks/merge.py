@@ -47,8 +47,8 @@ def case(o: int, i: int, dtype: torch.dtype) -> Case:
             "loralib, Linear": theirs.eval,
             "loralib, MergedLinear": fused.eval,
             "PEFT, Linear": peft_layer.merge,
-            "lora, Linear": plain.lora_merge,
-            "lora, MergedLinear": ours.lora_merge,
+            "lora, Linear": plain.merge,
+            "lora, MergedLinear": ours.merge,
         },
         setups={
             "loralib, Linear": theirs.train,

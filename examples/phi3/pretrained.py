@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -82,7 +83,8 @@ def _check_is_phi3(source: str) -> None:
 def smollm2_as_phi3(cache_dir: Path) -> Path:
     """A folder with SmolLM2-135M-Instruct as a Phi-3, converted once and cached (540 MB, float32)."""
     folder = cache_dir / "smollm2-135m-instruct-phi3"
-    if folder.is_dir():
+    whole = folder / "config.json"
+    if whole.is_file():
         return folder
     gguf = fetch.fetch(fetch.SMOLLM2, cache_dir)
     print("Converting SmolLM2-135M-Instruct to Phi-3's layout (once)", flush=True)
@@ -90,15 +92,28 @@ def smollm2_as_phi3(cache_dir: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     partial = cache_dir / f".{folder.name}-{os.getpid()}"
     try:
-        phi3_from_llama(llama).save_pretrained(partial)
+        with torch.random.fork_rng():  # the run that converts goes on as every later one does
+            save(phi3_from_llama(llama), partial)
         tokenizer.save_pretrained(partial)
+        if not whole.is_file():  # an earlier release could leave a folder without a model
+            shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     except OSError as error:
-        if not folder.is_dir():  # another process may have been faster, which is as good
+        if not whole.is_file():  # another process may have been faster, which is as good
             raise UserError(f"cannot write {str(folder)!r} (--cache-dir): {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def save(model: Phi3ForCausalLM, folder: Path) -> None:
+    """As `save_pretrained`, which writes in the first process of a group alone; here each is to have a whole folder."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def phi3_from_llama(llama: LlamaForCausalLM) -> Phi3ForCausalLM:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from phi3 import fetch, pretrained, tiny
 from phi3.errors import UserError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -35,6 +36,24 @@ def test_a_converted_llama_is_the_same_function(tied):
 def test_a_llama_with_biases_has_no_place_for_them():
     with pytest.raises(ValueError, match="Phi-3 has no biases"):
         pretrained.phi3_from_llama(tiny_llama(attention_bias=True))
+
+
+def saved(folder):
+    """In each rank a folder of its own."""
+    pretrained.save(pretrained.phi3_from_llama(tiny_llama(tie_word_embeddings=True)), folder / str(dist.get_rank()))
+
+
+def test_every_process_of_a_group_saves_all_that_save_pretrained_does(ranks, tmp_path):
+    """With transformers' own saving, the second rank's folder has no model, and may be the one that stays."""
+    ranks.run(saved, tmp_path)
+    pretrained.phi3_from_llama(tiny_llama(tie_word_embeddings=True)).save_pretrained(tmp_path / "alone")
+    files = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert "config.json" in files
+    assert "model.safetensors" in files
+    for rank in "01":
+        assert sorted(path.name for path in (tmp_path / rank).iterdir()) == files
+        for file in files:
+            assert (tmp_path / rank / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
 @pytest.fixture(scope="module")
