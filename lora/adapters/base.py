@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -62,17 +62,16 @@ class Record(Mapping[str, Any]):
     more: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for name, value in list(vars(self).items()):
             if isinstance(value, list):
-                object.__setattr__(self, each.name, tuple(value))
+                object.__setattr__(self, name, tuple(value))
 
     @classmethod
     def from_mapping(cls: type[SomeRecord], entries: Mapping[str, Any]) -> SomeRecord:
         """The record that a mapping stands for; it may be unsound, and what is missing without a default is None."""
-        own = [each for each in fields(cls) if each.name != "more"]
-        known: dict[str, Any] = {each.name: None for each in own if each.default is MISSING}
-        known |= {each.name: entries[each.name] for each in own if each.name in entries}
+        needed, own = _fields_of(cls)
+        known: dict[str, Any] = dict.fromkeys(needed)
+        known |= {name: entries[name] for name in own if name in entries}
         return cls(**known, more={key: value for key, value in entries.items() if key not in known})
 
     @cached_property
@@ -87,6 +86,13 @@ class Record(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+@cache
+def _fields_of(cls: type[Record]) -> tuple[list[str], list[str]]:
+    """The names of a record's fields: those without a default, and all."""
+    own = [each for each in fields(cls) if each.name != "more"]
+    return [each.name for each in own if each.default is MISSING], [each.name for each in own]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

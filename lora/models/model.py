@@ -36,9 +36,15 @@ def names_of(model: nn.Module) -> Names:
     return names
 
 
+# What torch's wrappers put into names: activation checkpointing and torch.compile.
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
+
+
 def without_wrappers(name: str) -> str:
     """A module's name as the model's author wrote it, without the parts that torch's wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_orig_mod"))
+    if not any(part in name for part in _WRAPPED):  # nearly always
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
