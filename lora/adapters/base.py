@@ -7,7 +7,7 @@ statistics computes something else, as it does beside other weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
-from lora.models.model import Names, Owned, is_persistent, owned_tensors, without_wrappers
+from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import pretrained_weight
 from lora.models.training import has_moved, originals
 
@@ -253,6 +253,16 @@ def trained_in_full(names: Names, only_recorded: bool = False) -> Iterator[tuple
         if (in_full and has_moved(module, own)) or (tensor.requires_grad and not only_recorded):
             seen.add(id(tensor))
             yield without_wrappers(known[0]), module, own
+
+
+def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
+    """A complaint for each of these parameters that the model has elsewhere, too: PEFT would train a copy of it."""
+    wanted = set(keys)
+    for owners in by_tensor(owned_tensors(names)):
+        group = [without_wrappers(one.names[0]) for one in owners]
+        ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
+        if ours and others:
+            yield f"{', '.join(ours)}: tied to {', '.join(others)} in the model; PEFT would train an untied copy."
 
 
 def describe(names: Names, held: Container[int], adapted: Container[str]) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
-from lora.adapters.base import describe, describe_tensor, own_tensors, trained_in_full
+from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
 from lora.adapters.files import as_path
-from lora.adapters.fitting import Fit, Target, tied
+from lora.adapters.fitting import Fit, Target
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights

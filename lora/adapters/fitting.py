@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
-from lora.adapters.base import beyond_peft, differences, own_tensors, trained_in_full
+from lora.adapters.base import beyond_peft, differences, own_tensors, tied, trained_in_full
 from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
@@ -22,7 +22,7 @@ from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
 from lora.models.injection import Plan, refusal
-from lora.models.model import Memory, Names, by_tensor, names_of, owned_tensors, without_wrappers
+from lora.models.model import Memory, names_of, without_wrappers
 from lora.models.start import pretrained_weight, to_start
 from lora.models.training import is_kept, originals
 
@@ -122,7 +122,7 @@ class Fit:
         if not isinstance(module, LoRALayer) or module.r == 0:
             raise ValueError("has an adapter in the file, and no LoRA in the model.")
         ranks = module.lora_ranks()
-        if settings.r > ranks[0] and isinstance(ranks, range):
+        if settings.r > ranks[0] and _has_room(module):
             raise ValueError(_NO_ROOM.format(settings.r, ranks[0]))
         with_dora = bool(settings.use_dora)
         if with_dora != module.use_dora:
@@ -383,7 +383,7 @@ def _trimmed(layer: LoRALayer, A: Tensor, B: Tensor, *, groups: int = 1, splits:
     Of several splits one pair may have one A for all, or each split's own.
     """
     ours = layer.lora_ranks()
-    ranks: Sequence[int] = range(ours[0] * splits, 0, -1) if isinstance(ours, range) else (layer.r, layer.r * splits)
+    ranks: Sequence[int] = range(ours[0] * splits, 0, -1) if _has_room(layer) else (layer.r, layer.r * splits)
     if A.shape[0] in ranks:
         return A, B
     rank = A.shape[0] // groups
@@ -394,13 +394,14 @@ def _trimmed(layer: LoRALayer, A: Tensor, B: Tensor, *, groups: int = 1, splits:
         reached = next((r // groups for r in ranks if last <= r // groups < rank), None)
         if reached is not None:
             return rows[:, :reached].flatten(0, 1), B[:, :reached]
-    if isinstance(ranks, range):
+    if _has_room(layer):
         raise ValueError(_NO_ROOM.format(A.shape[0], ranks[0]))
     raise ValueError(f"`r` is {A.shape[0]} in the file and {ranks[0]} in the model.")
 
 
 def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    slices, G, has_room = layer.lora_slices(), len(layer.lora_slices()), isinstance(layer.lora_ranks(), range)
+    slices, has_room = layer.lora_slices(), _has_room(layer)
+    G = len(slices)
     if B.shape[0] != sum(layer.splits):
         raise ValueError(f"`splits` (={layer.splits}) must add up to the {B.shape[0]} outputs of the file's lora_B.")
     # A block of r for each split; or one A for all, perhaps padded.
@@ -415,6 +416,11 @@ def _by_split(layer: MergedLinearLoRA, A: Tensor, B: Tensor) -> tuple[Tensor, Te
     raise ValueError("has an update in the file that the model's splits cannot hold: it goes beyond their blocks.")
 
 
+def _has_room(layer: LoRALayer) -> bool:
+    """Whether the layer is prepared for adapters of other ranks."""
+    return isinstance(layer.lora_ranks(), range)
+
+
 def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in this dtype, if no value changes."""
     if tensor.dtype == dtype or not (tensor.is_floating_point() and dtype.is_floating_point):
@@ -424,16 +430,6 @@ def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------
-
-
-def tied(names: Names, keys: Iterable[str]) -> Iterator[str]:
-    """A complaint for each of these parameters that the model has elsewhere, too: PEFT would train a copy of it."""
-    wanted = set(keys)
-    for owners in by_tensor(owned_tensors(names)):
-        group = [without_wrappers(one.names[0]) for one in owners]
-        ours, others = [key for key in group if key in wanted], [key for key in group if key not in wanted]
-        if ours and others:
-            yield f"{', '.join(ours)}: tied to {', '.join(others)} in the model; PEFT would train an untied copy."
 
 
 def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, int]:

@@ -251,7 +251,7 @@ def _layers(
     config = LoraConfig(
         target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
     )
-    targets = find_targets(base, names, config, problems)
+    targets = find_targets(base, names, config, (), problems)
     layers: dict[str, LoRALayer] = {}
     for module in targets:
         name = without_wrappers(names[module][0])

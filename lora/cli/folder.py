@@ -84,10 +84,10 @@ def open_folder(path: Path) -> ModelFolder:
     names = list(dict.fromkeys(files.values()))
     odd = [f"{name!r} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)]
     odd += [f"{name} is missing." for name in names if _is_plain(name) and not kind(path / name)]
-    raise_all(f"{index} is not used", odd)
+    raise_all(f"merge: {index} is not used", odd)
     shards = {name: read_header(path / name).tensors for name in names}
     absent = (f"{key} is not in {file}." for key, file in files.items() if key not in shards[file])
-    raise_all(f"{index} does not fit the files", absent)
+    raise_all(f"merge: {index} does not fit the files", absent)
     return ModelFolder(path, shards, files, config)
 
 

@@ -36,7 +36,7 @@ def portable(adapter: Adapter) -> Adapter:
         AdapterError: something trains in full, or is a part of the base model that its files lack (rows that were
             added, buffers that moved), for which the form has no place; or a kind of layer is a user's own.
     """
-    what = "the adapter has no portable form"
+    what = "write_adapter: the adapter has no portable form"
     dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
     # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.

@@ -126,8 +126,12 @@ def new(*parts: Kind) -> nn.Module:
     return made
 
 
+def keys_of(cls: type) -> Iterator[tuple[type, type | str]]:
+    """A class and all that it derives from, each twice: with itself and with its full name, as tables have them."""
+    for owner in cls.__mro__:
+        yield owner, owner
+        yield owner, f"{owner.__module__}.{owner.__qualname__}"
+
+
 def _registered(base: Base) -> Iterator[tuple[Base, Kind]]:
-    for owner in base.__mro__:
-        for key in (owner, f"{owner.__module__}.{owner.__qualname__}"):
-            if key in _kinds:
-                yield owner, _kinds[key]
+    return ((owner, _kinds[key]) for owner, key in keys_of(base) if key in _kinds)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora.functional.fused import is_plain, is_storage
+from lora.layers.registry import keys_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 L = TypeVar("L", bound=nn.Module)
@@ -127,13 +128,12 @@ _SHARDINGS: dict[type | str, type[Plain] | str] = {
 def _row(table: dict[type | str, T | str], *classes: type) -> T | None:
     """What a table says of the first of these classes that it knows: by itself, or by a class that it derives from."""
     for cls in classes:
-        for owner in cls.__mro__:
-            for key in (owner, f"{owner.__module__}.{owner.__qualname__}"):
-                if key in table:
-                    row = table[key]
-                    if isinstance(row, str):
-                        row = table[key] = pkgutil.resolve_name(row)
-                    return cast(T, row)
+        for _, key in keys_of(cls):
+            if key in table:
+                row = table[key]
+                if isinstance(row, str):
+                    row = table[key] = pkgutil.resolve_name(row)
+                return cast(T, row)
     return None
 
 

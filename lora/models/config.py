@@ -217,8 +217,10 @@ def _are_names(value: object) -> bool:
 # ---- the modules that a config means -------------------------------------------------------------------------------
 
 
-def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
-    """The modules to adapt; a name or pattern that matches none is a problem."""
+def find_targets(
+    model: nn.Module, names: Names, config: LoraConfig, saved: Sequence[nn.Module], problems: Problems
+) -> list[nn.Module]:
+    """The modules to adapt; a name or pattern that matches none is a problem. "all-linear" leaves `saved` alone."""
     found = len(problems.found)
     if config.target_modules == "all-linear":
         kinds = {module: kind_for(type(module)) for module in names}
@@ -227,7 +229,6 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: P
         targets = [module for module in linear if module is not output_embeddings]
         if not targets:
             problems.add("`target_modules` 'all-linear' matches no module: there is no linear layer.")
-        saved = _asked_and_heads(names, config, Problems(""))
         in_full = {part for module in saved for part in module.modules()}
         targets = [module for module in targets if module not in in_full]
     else:
@@ -244,15 +245,22 @@ def find_targets(model: nn.Module, names: Names, config: LoraConfig, problems: P
     return targets
 
 
-def find_saved(
-    model: nn.Module, names: Names, config: LoraConfig, targets: Sequence[nn.Module], problems: Problems
-) -> list[nn.Module]:
-    """The modules to train in full; each that cannot be is a problem."""
-    asked = set(_select("modules_to_save", config.modules_to_save or (), names, Problems("")))
-    saved = _asked_and_heads(names, config, problems)
-    task, ends = config.task_type, HEADS.get(config.task_type or "", ())
-    if ends and not saved:
-        problems.add(_no_head(unwrapped(model), task, ends))
+def find_saved(model: nn.Module, names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
+    """The modules to train in full: those of `modules_to_save`, and the heads of the task."""
+    asked = _select("modules_to_save", config.modules_to_save or (), names, problems)
+    ends = HEADS.get(config.task_type or "", ())
+    # As in PEFT, a name counts by how it ends, whole components or not: "pre_classifier" is as new as "classifier".
+    named = [module for module, known in names.items() if any(name.endswith(ends) for name in known)]
+    wanted = {*asked, *(module for module in named if [*module.parameters()])}
+    if ends and not wanted:
+        problems.add(_no_head(unwrapped(model), config.task_type, ends))
+    return [module for module in names if module in wanted]
+
+
+def check_saved(
+    names: Names, config: LoraConfig, saved: Sequence[nn.Module], targets: Sequence[nn.Module], problems: Problems
+) -> None:
+    """Note each module that cannot train in full beside those that are to be adapted."""
     to_adapt = set(targets)
     known = {module: names[module] for module in targets if not is_lazy(module)}
     adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
@@ -267,20 +275,10 @@ def find_saved(
         for hold, found in wrong.items():
             if found:
                 listed = ", ".join(names[part][0] for part in names if part in found)
-                whose = "a module of `modules_to_save`" if module in asked else f"the head of `task_type` {task!r}"
+                known_as, asked = names[module], config.modules_to_save or ()
+                is_asked = any(name_matches(known, target) for known in known_as for target in asked)
+                whose = "a module of `modules_to_save`" if is_asked else f"the head of `task_type` {config.task_type!r}"
                 problems.add(f"{name}: {whose} trains in full and cannot {hold}: {listed}.")
-    return saved
-
-
-def _asked_and_heads(names: Names, config: LoraConfig, problems: Problems) -> list[nn.Module]:
-    """The modules to train in full: those of `modules_to_save`, and the heads of the task."""
-    asked = _select("modules_to_save", config.modules_to_save or (), names, problems)
-    ends = HEADS.get(config.task_type or "", ())
-    # As in PEFT, a name counts by how it ends, whole components or not: "pre_classifier" is as new as "classifier".
-    named = [module for module, known in names.items() if any(name.endswith(ends) for name in known)]
-    heads = [module for module in named if [*module.parameters()]]
-    wanted = {*asked, *heads}
-    return [module for module in names if module in wanted]
 
 
 def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:

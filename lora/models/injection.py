@@ -13,9 +13,9 @@ import torch.nn as nn
 from lora.errors import Problems, join, raise_all, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.registry import Kind, adapted_class, class_for, kind_for
+from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
-from lora.models.config import LoraConfig, Settings, find_saved, find_targets, for_module
+from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, for_module
 from lora.models.model import (
     Memory,
     Names,
@@ -147,8 +147,9 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     names = names_of(model)
     plans = []
     with Problems("inject: nothing was changed") as problems:
-        targets = find_targets(model, names, config, problems)
-        saved = find_saved(model, names, config, targets, problems)
+        saved = find_saved(model, names, config, problems)
+        targets = find_targets(model, names, config, saved, problems)
+        check_saved(names, config, saved, targets, problems)
         for module in targets:
             with problems.at(names[module][0]):
                 plans.append(_plan(model, names[module], module, config))
@@ -271,7 +272,7 @@ def clashing_names(module: nn.Module) -> list[str]:
 
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
 # nothing. By full name, so that packages need not be installed; subclasses count as well.
-_BYPASSED = {
+_BYPASSED: dict[type | str, str] = {
     "torch.nn.modules.activation.MultiheadAttention": "out_proj",
     "torch.nn.modules.transformer.TransformerEncoderLayer": "linear1 linear2",
     "transformers.models.wavlm.modeling_wavlm.WavLMAttention": "q_proj k_proj v_proj out_proj",
@@ -295,8 +296,8 @@ def bypass_of(parent: nn.Module, child: str) -> str | None:
         if not torch.backends.mha.get_fastpath_enabled():
             return None
         way_out = "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first"
-    for owner in type(parent).__mro__:
-        if child in _BYPASSED.get(f"{owner.__module__}.{owner.__qualname__}", "").split():
+    for owner, key in keys_of(type(parent)):
+        if child in _BYPASSED.get(key, "").split():
             return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
     return None
 

@@ -22,12 +22,6 @@ Names = dict[nn.Module, tuple[str, ...]]
 # ---- names -----------------------------------------------------------------------------------------------------
 
 
-#: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
-OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
-#: The same of what keeps a model's parameters in a form that cannot be read, or written.
-UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
-
-
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
     names: Names = {}
@@ -171,6 +165,12 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     theirs = (getattr(forward, "__func__", None), getattr(forward, "__self__", None))
     return forward is not None and theirs != (type(module).forward, module)
+
+
+#: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+#: The same of what keeps a model's parameters in a form that cannot be read, or written.
+UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
 
 
 def obstacles(names: Names) -> Iterator[str]:

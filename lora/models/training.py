@@ -289,7 +289,7 @@ def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
     first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
     bases: dict[int, Tensor] = {}  # one for a tensor that several modules share
     for module in first:
-        swapped = [(trained, base) for trained, base in _originals(module) if id(trained) not in bases]
+        swapped = [(trained, base) for trained, base in _to_swap(module) if id(trained) not in bases]
         bases |= {id(trained): base for trained, base in swapped}
         vars(module)["lora_swapped"] = swapped
     _swap(model, bases)
@@ -311,7 +311,7 @@ def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
             module.lora_refresh()
 
 
-def _originals(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _to_swap(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of a tensor that trained outside the adapters and its value from before."""
     for name, value in originals(module).items():
         if not has_moved(module, name):

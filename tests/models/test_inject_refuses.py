@@ -212,7 +212,7 @@ def test_one_error_lists_everything():
     model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LazyLinear(4), "c": nn.MultiheadAttention(4, 2)})
     model["d"] = lora.Linear(4, 4, r=2)
     model["e"] = nn.Linear(4, 4)
-    messages = ["'f' matches no module", "'g' matches no module", "'h' matches no adapted", "'i' matches no module"]
+    messages = ["'i' matches no module", "'f' matches no module", "'g' matches no module", "'h' matches no adapted"]
     messages += ["a: no kind of", "b: is lazy", "c.out_proj: its parent", "d: has LoRA already", "e: `splits`"]
     fields = {"exclude_modules": ["g"], "rank_pattern": {"h": 2}, "modules_to_save": ["i"], "splits": {"e": (1, 1)}}
     refuses(model, *messages, target_modules=["a", "b", "out_proj", "d", "e", "f"], **fields)
