@@ -19,20 +19,16 @@ from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
-from lora.models.model import OBSTACLES, UNREADABLE
 from lora.models.start import initialize
 from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
-from lora.parallel.ddp import check_dropout, check_in_step, flattened, wrapped
+from lora.parallel.ddp import enter as _enter_checks
 from lora.swapping import prepare_for_swap
-
-# What the wings add to the rings' tables.
-LoRALayer.lora_checks += (check_in_step, check_dropout)
-OBSTACLES.append(wrapped)
-UNREADABLE.append(flattened)
 
 __version__ = "0.1.0"
 
+# What the wings add to the rings' tables.
 _enter_formats()
+_enter_checks()
 
 __all__ = [
     "Adapter",

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -232,3 +233,8 @@ def test_a_string_in_a_table_names_something_in_a_wing(table, kind):
     for row in rows:
         assert row.split(".")[1] in WINGS
         assert isinstance(pkgutil.resolve_name(row), kind)
+
+
+def test_lora_shows_its_public_names_and_its_modules_alone():
+    shown = {name for name in dir(lora) if not name.startswith("_") and not isinstance(getattr(lora, name), ModuleType)}
+    assert shown == set(lora.__all__)

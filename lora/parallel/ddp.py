@@ -24,6 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lora.functional.fused import is_plain
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded
+from lora.models.model import OBSTACLES, UNREADABLE
+
+
+def enter() -> None:
+    """Enter what is refused here in the rings' lists: checks before a forward, and obstacles to injection."""
+    LoRALayer.lora_checks += (check_in_step, check_dropout)
+    OBSTACLES.append(wrapped)
+    UNREADABLE.append(flattened)
 
 
 class InStep:
