@@ -66,7 +66,7 @@ def test_another_head_is_named_and_the_model_stays_as_it_was(path):
     message = refusal(lambda: lora.load_adapter(other, path))
     assert "  - head.weight and head.bias: the values are not those that the adapter was trained with." in message
     assert message.endswith(HINT)
-    assert "up" not in message
+    assert "up" not in message.partition(", because\n")[2]  # the path before it may hold any letters
     assert other.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
     lora.load_adapter(other, path, check_base=False)
