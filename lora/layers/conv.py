@@ -164,8 +164,9 @@ class ConvLoRA(LoRALayer):
         """W ∗ x + b, in the base class's own forward."""
         if weight is not W or not self.factored or groups != self.groups:
             return NotImplemented
-        n, convolve = len(self.kernel_size), CONVOLUTIONS[len(self.kernel_size)]
-        geometry = [size if isinstance(size, str) else _for_each(size, n) for size in (stride, padding, dilation)]
+        n = len(self.kernel_size)
+        convolve: Any = CONVOLUTIONS[n]
+        geometry: Any = [size if isinstance(size, str) else _for_each(size, n) for size in (stride, padding, dilation)]
         if groups == 1 and not isinstance(padding, str) and input.dim() == n + 2:
             y = lora_conv(input, W.base, bias, W.A, W.B, W.scaling, Geometry(*geometry), W.dropout)
         else:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from lora.functional.fused import exact_dtype, without_autocast
@@ -65,18 +64,19 @@ class LowRankWeight:
 
     def dense(self, why: str = "an operation that is not known") -> Tensor:
         """W as a tensor, in the base weight's dtype, rounded once."""
-        layer, exact = self.layer, exact_dtype(self.base.dtype)
+        layer: Any = self.layer
+        exact = exact_dtype(self.base.dtype)
         if self.dropout:
             raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with its "
-                f"weight by {why}, of whose inputs none can be dropped."
+                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with "
+                f"its weight by {why}, of whose inputs none can be dropped."
             )
         with without_autocast(self.base.device):
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
             W = W * layer.lora_gain(exact) if self.gain else W
-        W = W.to(self.base.dtype)
-        return W.transpose(0, 1) if self.transposed else W
+        rounded: Tensor = W.to(self.base.dtype)
+        return rounded.transpose(0, 1) if self.transposed else rounded
 
     @classmethod
     def __torch_function__(
@@ -87,11 +87,11 @@ class LowRankWeight:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        weight = next(value for value in (*args, *kwargs.values()) if isinstance(value, cls))
-        how = type(weight.layer).lora_taught.get(function)
-        result = NotImplemented if how is None else getattr(weight.layer, how)(weight, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        for value in (*args, *kwargs.values()):
+            how = type(value.layer).lora_taught.get(function) if isinstance(value, cls) else None
+            result = NotImplemented if how is None else getattr(value.layer, how)(value, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         why = getattr(function, "__name__", str(function))
         return function(*(_dense(v, why) for v in args), **{name: _dense(v, why) for name, v in kwargs.items()})
 
@@ -116,7 +116,7 @@ class LowRankWeight:
 
     def t(self) -> LowRankWeight:
         """W transposed."""
-        settings = {"gain": self.gain, "dropout": self.dropout, "transposed": not self.transposed}
+        settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": not self.transposed}
         return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
 
     def transpose(self, one: int, other: int) -> Any:

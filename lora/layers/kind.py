@@ -162,10 +162,8 @@ class LayerKind(nn.Module):
 
     def lora_base_weight(self) -> Tensor:
         """W₀, dense, as the base layer's function uses it."""
-        if (self.lora_dense or self._in_place) and type(self.weight) in (
-            Tensor,
-            nn.Parameter,
-        ):  # the fast path: DoRA asks in every forward
+        # The fast path: DoRA asks in every forward.
+        if (self.lora_dense or self._in_place) and type(self.weight) in (Tensor, nn.Parameter):
             return self.weight
         return weights.read_weight(self)
 

@@ -48,6 +48,13 @@ class Normed(nn.Linear):
         return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
+class Stacked(nn.Linear):
+    """Of the weight, twice."""
+
+    def forward(self, x):
+        return F.linear(x, torch.cat([self.weight, 2 * self.weight])) + self.bias.repeat(2)
+
+
 class ByRows(nn.Linear):
     def forward(self, x):
         return torch.cat([F.linear(x, rows) for rows in self.weight.chunk(2)], -1) + self.bias
@@ -119,6 +126,7 @@ OWN = {
     "scaled": (lambda: Scaled(8, 4), lambda: rows((2, 3)), "beside"),
     "router": (lambda: Router(8, 4), lambda: rows((5,)), "beside"),
     "normed": (lambda: Normed(8, 4), lambda: rows((3,)), "built"),
+    "stacked": (lambda: Stacked(8, 4), lambda: rows((3,)), "built"),
     "by rows": (lambda: ByRows(8, 4), lambda: rows((3,)), "built"),
     "scaled words": (lambda: ScaledWords(10, 6), lambda: torch.randint(10, (2, 5)), "beside"),
     "padded words": (lambda: ScaledWords(10, 6, padding_idx=3), lambda: torch.randint(10, (2, 5)), "beside"),
@@ -233,7 +241,7 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(own, use_dora, tmp_path):
 @pytest.mark.slow
 def test_it_is_compiled_without_a_break(own):
     for settings in ({}, {"use_dora": True}):
-        model, x, base = adapted(own, torch.float32, **settings)
+        model, x, _ = adapted(own, torch.float32, **settings)
         moved(model)
         torch._dynamo.reset()
         y = first(torch.compile(model, fullgraph=True, backend="aot_eager")(x))
@@ -352,7 +360,7 @@ def test_threads_compute_with_it_at_once():
 
 @pytest.mark.parametrize("own", ["matmul", "normed", "scaled words", "same"])
 def test_in_bfloat16_it_is_as_exact_as_w_rounded_once(own):
-    exact, x, base = adapted(own)
+    exact, x, _ = adapted(own)
     moved(exact)
     model = copy.deepcopy(exact).to(torch.bfloat16)
     with torch.no_grad():
