@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
-from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target
 from lora.adapters.formats import read_adapter, write_adapter
+from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.adapters.files import Entry, kind, open_file, read_header, read_object, reading, writing
+from lora.adapters.files import Entry, read_header, read_object
+from lora.adapters.paths import kind, open_file, reading, writing
 from lora.cli import progress
 from lora.errors import raise_all
 

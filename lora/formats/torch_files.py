@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.files import DTYPES, MOST_DIMENSIONS, name_problem, open_file, reading, refuse, short
+from lora.adapters.files import DTYPES, MOST_DIMENSIONS, name_problem, refuse, short
+from lora.adapters.paths import open_file, reading
 
 _LONGEST_PICKLE = 16 * 2**20
 _LONGEST_DIRECTORY = 16 * 2**20
