@@ -1,10 +1,9 @@
-"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers; and one way to undo."""
+"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import accumulate, islice, takewhile
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -284,44 +283,6 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
                     "`lora.inject`. (`lora.eject` takes out what is left.)"
                 )
-
-
-# ---- undo --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
-
-    Args:
-        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
-            `requires_grad` were; values that the block wrote into tensors are not.
-        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
-    """
-    modules = list(modules)
-    states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]
-    own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
-    parameters = [(p, p.data, p.requires_grad) for p in own if not nn.parameter.is_lazy(p)]
-    values = [(tensor, tensor.detach().clone()) for tensor in written]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, its in states:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(its)
-        for parameter, data, trains in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trains)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for module in modules:
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        raise
 
 
 # ---- a transformers model's checkpoint ---------------------------------------------------------------------------
