@@ -142,10 +142,10 @@ class LoRALayer(Magnitudes):
 
     def lora_pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
-        y = self.lora_base_forward(input, *args, **kwargs)
-        if self.lora_start is None:
+        y, start = self.lora_base_forward(input, *args, **kwargs), self.lora_start
+        if start is None:
             return y
-        A, B, scaling = self.lora_start
+        A, B, scaling = start
         dtype = y.dtype if y.is_floating_point() else A.dtype
         return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
 

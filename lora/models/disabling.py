@@ -37,6 +37,8 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
       follows where the model is moved or cast. Optimizer steps change it, too, but belong outside of the block.
     - A compiled model (`torch.compile`) is disabled for everyone while any block is open.
 
+    Activation checkpointing computes a forward again in its backward: call both in the block, or both outside.
+
     Args:
         model: a model with LoRA layers, or a part of one.
 
@@ -142,7 +144,7 @@ _turn: dict[str, _Disabled] = {}
 def _sharded_problems(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():  # FSDP2 puts tensors of its own in their places for every forward
         for own in originals(module):
-            if is_sharded(getattr(module, own)) and has_moved(module, own):
+            if is_sharded(getattr(module, own, None)) and has_moved(module, own):
                 yield f"{join(name, own)}: trains in full and is sharded; compute with a base model of its own."
 
 
