@@ -17,6 +17,7 @@ from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
+from lora.models.exchange import exchanged
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -144,12 +145,18 @@ def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_layers(
-    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+    model: nn.Module,
+    what: str,
+    *,
+    none: bool = False,
+    inside_disabled: bool = False,
+    replaced: bool = False,
+    reads: bool = False,
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed.
+    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
     """
     reshard(model)
     _adopt(model)
@@ -158,14 +165,26 @@ def lora_layers(
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    if not inside_disabled:
+        check_not_disabled(model, what, reads)
     computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
         raise ValueError(
             f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
         )
     return layers
+
+
+def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
+    """ValueError if the model is within a block of `lora.disabled`; or, for what `reads`, if tensors are exchanged."""
+    modules = [*model.modules()]
+    if any(map(exchanged, modules)):
+        raise ValueError(
+            f"{what}: LoRA is disabled in this {type(model).__name__}, in which the base's values stand where others "
+            "trained; leave `lora.disabled` first."
+        )
+    if not reads and any(isinstance(module, LoRALayer) and module.lora_disabled is not None for module in modules):
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
