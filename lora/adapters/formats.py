@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import as_path, kind, open_file, read_header, read_tensors, write_tensors
-from lora.errors import AdapterError, is_number, raise_all
+from lora.errors import AdapterError, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
@@ -62,7 +62,7 @@ def _read(path: Path, lora_alpha: float | None) -> Adapter:
     about = object_in(said, "lora") or {}
     version = about.get("version", VERSION)
     if version != VERSION:  # asked first: another version may have other parts, or another checksum
-        raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
+        raise AdapterError(f"{path} is an adapter of version {short(version)}; this release reads version {VERSION}.")
     tensors, metadata = read_tensors(path)
     if metadata != said:
         raise AdapterError(f"{path} has changed while it was read.")
@@ -149,7 +149,7 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     ['0.lora_A', '0.lora_B']
     """
     if lora_alpha is not None and not is_number(lora_alpha):
-        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        raise ValueError(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     format, place = _found(as_path(path))
     assert format.read is not None, "it has recognised the file"
     adapter = format.read(place, lora_alpha)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import Base, sample_of
-from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, short, writing
+from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, writing
 from lora.adapters.formats import FILE, object_in, rest_as_metadata, rest_of
-from lora.errors import AdapterError, is_number, join, raise_all
+from lora.errors import AdapterError, is_number, join, raise_all, short
 from lora.formats.portable import singles
 from lora.formats.torch_files import read_torch
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
@@ -415,11 +415,11 @@ def pattern_problem(pattern: str, length: int = 1) -> str | None:
     bare = _bare(pattern)
     if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
         long = " with a name so long" if length > 1 else ""
-        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+        return f"{short(pattern)} is too intricate to be matched safely{long}."
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern[:80]!r} is no regular expression: {error}."
+        return f"{short(pattern)} is no regular expression: {error}."
     return None
 
 

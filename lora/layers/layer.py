@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import is_count, is_number
+from lora.errors import is_count, is_number, short
 from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.layers import starts, weights
 from lora.layers.cache import remembered
@@ -52,11 +52,11 @@ def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
     """What is wrong with settings that no layer can take; nothing if they are fine."""
     problems = []
     if not is_count(r):
-        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
+        problems.append(f"`r` must be an integer of at least 0, got {short(r)}.")
     if not is_number(lora_alpha):
-        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        problems.append(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {short(lora_dropout)}.")
     return problems
 
 
