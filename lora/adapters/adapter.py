@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.base import Base, Record, rest_problems
-from lora.errors import is_number, join, short
-from lora.layers.layer import LoRALayer, alpha_of, settings_problems
+from lora.errors import join, short
+from lora.layers.layer import LoRALayer, alpha_of, scaling_problem, settings_problems
 from lora.layers.registry import kind_for
 from lora.models.injection import Plan, adapt
 
@@ -111,8 +111,8 @@ class ModuleAdapter(Record):
             yield "`r` must be at least 1, got 0."
         if not isinstance(self.use_rslora, bool):
             yield f"`use_rslora` must be true or false, got {short(self.use_rslora)}."
-        if not is_number(self.scaling):
-            yield f"`scaling` must be a finite number, got {short(self.scaling)}."
+        if problem := scaling_problem(self.scaling):
+            yield problem
         for option in ("splits", "enable_lora"):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(each, int) for each in value)):
@@ -310,7 +310,7 @@ class Adapter:
             yield from (f"{name}: {problem}" for problem in module.problems())
         for name, tensor in self.tensors.items():
             if name not in self.trained_in_full:
-                yield from _dtype_problems(name, tensor)
+                yield from dtype_problems(name, tensor)
             yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
 
 
@@ -327,7 +327,8 @@ def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]
             yield f"{name} holds NaN or infinity."
 
 
-def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
+def dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
+    """Why A, B or a magnitude cannot be computed with, if so."""
     if not tensor.is_floating_point():
         yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
     elif tensor.dtype not in _DTYPES:

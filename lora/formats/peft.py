@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
 from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, writing
 from lora.adapters.formats import FILE, object_in, rest_as_metadata, rest_of
@@ -300,9 +300,10 @@ def _adapter(
     tensors: dict[str, Tensor] = {}
     ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
-        missing = [part for part in PARAMETERS if part not in pair]
-        problems += [f"{name}: {part} is missing." for part in missing]
-        if not missing:
+        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
+        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
+        problems += wrong
+        if not wrong:
             try:
                 r = value_for(name, ranks, config.get("r", 8))
                 lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))

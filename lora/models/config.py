@@ -143,7 +143,7 @@ class LoraConfig:
     def _value_problems(self) -> Iterator[str]:
         for r in (self.r, *self.rank_pattern.values()):
             for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-                yield from settings_problems(r, alpha, self.lora_dropout)
+                yield from settings_problems(r, alpha, self.lora_dropout, self.use_rslora)
         if self.r == 0 or 0 in self.rank_pattern.values():
             yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
         if not self.target_modules:
