@@ -299,6 +299,7 @@ def _whole(module: nn.Module, own: str) -> Tensor:
 def _take_over(fit: Fit) -> list[Target]:
     """Give the model the settings of an adapter that fits it; the values that are to be written next."""
     adapter, targets = fit.adapter, list[Target]()
+    kept = {*adapter.kept}
     for name, settings in adapter.modules.items():
         layer = fit.modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
@@ -307,7 +308,7 @@ def _take_over(fit: Fit) -> list[Target]:
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         module = fit.modules[owner]
-        if name in adapter.kept:
+        if name in kept:
             keep(module, own)
         else:
             remember(module, own)

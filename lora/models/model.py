@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, islice, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +27,10 @@ Names = dict[nn.Module, tuple[str, ...]]
 
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
-    names: Names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
+        names.setdefault(module, []).append(name)
+    return {module: tuple(known) for module, known in names.items()}
 
 
 # What torch's wrappers put into names: activation checkpointing and torch.compile.
@@ -96,15 +99,21 @@ class Memory:
     """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
 
     def __init__(self, tensors: Iterable[Owned]) -> None:
-        self._spans: dict[int, list[tuple[int, int, Owned]]] = {}
-        for one in tensors:
+        spans: dict[int, list[tuple[int, int, int, Owned]]] = {}
+        for number, one in enumerate(tensors):
             storage, start, stop = _span(one.tensor)
-            self._spans.setdefault(storage, []).append((start, stop, one))
+            spans.setdefault(storage, []).append((start, stop, number, one))
+        # By where they begin; and for each how far it and those before it reach, where one storage holds many.
+        self._spans = {storage: sorted(those, key=itemgetter(0)) for storage, those in spans.items()}
+        self._reach = {storage: [*accumulate((s[1] for s in those), max)] for storage, those in self._spans.items()}
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
         storage, start, stop = _span(tensor)
-        return [one for i, j, one in self._spans.get(storage, []) if i < stop and start < j]
+        spans = self._spans.get(storage, [])
+        first = bisect_right(self._reach.get(storage, []), start)
+        begun = takewhile(lambda span: span[0] < stop, islice(spans, first, None))
+        return [one for _, _, _, one in sorted((s for s in begun if start < s[1]), key=itemgetter(2))]
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
