@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
-from lora.adapters.files import short
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
-from lora.errors import AdapterError, is_number, join, raise_all
+from lora.errors import AdapterError, is_number, join, raise_all, short
 from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
@@ -273,9 +272,10 @@ def _adapter(
     tensors: dict[str, Tensor] = {}
     ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
-        missing = [part for part in PARAMETERS if part not in pair]
-        problems += [f"{name}: {part} is missing." for part in missing]
-        if not missing:
+        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
+        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
+        problems += wrong
+        if not wrong:
             try:
                 r = ranks.value([name], config.get("r", 8))
                 lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
@@ -379,11 +379,11 @@ def pattern_problem(pattern: str, length: int = 1) -> str | None:
     bare = _bare(pattern)
     if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
         long = " with a name so long" if length > 1 else ""
-        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+        return f"{short(pattern)} is too intricate to be matched safely{long}."
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern[:80]!r} is no regular expression: {error}."
+        return f"{short(pattern)} is no regular expression: {error}."
     return None
 
 
