@@ -30,6 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 LAYOUTS = "fan_in_fan_out"
 # And what is known of the weights that are adapted, of which PEFT's folder says nothing.
 BASES = "base"
+_NOTED = ("shape", "sample", "margin")
 PREFIX = "base_model.model."
 READERS: dict[str, Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]] = {
     WEIGHTS: read_tensors,
@@ -84,7 +85,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     content = packed(path / WEIGHTS, tensors, metadata)
     config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
@@ -229,7 +230,7 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
     for name, settings in adapter.modules.items():
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
-        facts = {fact: noted[fact] for fact in ("shape", "sample") if noted.get(fact) is not None}
+        facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind == "linear":
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)

@@ -22,6 +22,8 @@ from lora.models import spectral
 from lora.models.blocks import Pair, factor_blocks, tensors_of
 from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems, undo_on_error
 
+_GIVEN_BACK = "lora_given_back"
+
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     """Start the adapters of a model again, in a way of your choice.
@@ -186,8 +188,15 @@ def _add_start(layer: LoRALayer, sign: int) -> None:
 
 def give_back(layer: LoRALayer) -> None:
     """Write the pretrained weight into the base again."""
+    if layer.lora_start is not None:
+        setattr(layer.weight, _GIVEN_BACK, True)  # outlives the adapter, of which the layer keeps nothing
     _add_start(layer, 1)
     layer.lora_start = None
+
+
+def is_given_back(weight: object) -> bool:
+    """Whether this weight is a pretrained one only to rounding, since an adapter once started from a part of it."""
+    return hasattr(weight, _GIVEN_BACK)
 
 
 @contextmanager
