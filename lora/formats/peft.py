@@ -29,6 +29,7 @@ from lora.models.training import is_bias
 LAYOUTS = "fan_in_fan_out"
 # And what is known of the weights that are adapted, of which PEFT's folder says nothing.
 BASES = "base"
+_NOTED = ("shape", "sample", "margin")
 PREFIX = "base_model.model."
 # What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -77,7 +78,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
@@ -201,7 +202,7 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
     for name, settings in adapter.modules.items():
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
-        facts = {fact: noted[fact] for fact in ("shape", "sample") if noted.get(fact) is not None}
+        facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind == "linear":
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)
