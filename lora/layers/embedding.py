@@ -63,10 +63,9 @@ class EmbeddingLoRA(WithVocabulary):
         sparse: bool = False,
     ) -> Any:
         """W[ids], in the base class's own forward."""
-        if weight is not W or W.gain or W.transposed:
+        if weight is not W or W.gain or W.transposed or max_norm is not None:
             return NotImplemented
         y = F.embedding(input, W.base, padding_idx, None, norm_type, scale_grad_by_freq, sparse)  # (..., embedding_dim)
-        y = y if max_norm is None else self._renormed(y)
         if padding_idx is not None and padding_idx < 0:
             padding_idx += self.num_embeddings
         return lora_embedding(input, y, W.A, W.B, W.scaling, Lookup(padding_idx, scale_grad_by_freq, sparse))

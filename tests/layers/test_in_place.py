@@ -307,6 +307,13 @@ def test_the_weight_is_the_base_parameter_outside_of_forwards():
     assert [*model.state_dict()] == ["0.weight", "0.bias", "0.lora_A", "0.lora_B"]
 
 
+def test_max_norm_is_refused_where_nobody_knows_what_it_bounds():
+    model = nn.Sequential(ScaledWords(10, 6, max_norm=1.0))
+    with pytest.raises(ValueError, match="0: has a forward of its own, and nobody knows what its `max_norm` bounds"):
+        lora.inject(model, target_modules=["0"], r=2)
+    assert type(model[0]) is ScaledWords
+
+
 class Counting(nn.Linear):
     def __init__(self, *sizes):
         super().__init__(*sizes)
