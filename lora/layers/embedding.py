@@ -63,12 +63,13 @@ class EmbeddingLoRA(WithVocabulary):
         sparse: bool = False,
     ) -> Any:
         """W[ids], in the base class's own forward."""
-        if weight is not W or W.gain or W.transposed or max_norm is not None:
+        if weight is not W or W.transposed or max_norm is not None:
             return NotImplemented
         y = F.embedding(input, W.base, padding_idx, None, norm_type, scale_grad_by_freq, sparse)  # (..., embedding_dim)
         if padding_idx is not None and padding_idx < 0:
             padding_idx += self.num_embeddings
-        return lora_embedding(input, y, W.A, W.B, W.scaling, Lookup(padding_idx, scale_grad_by_freq, sparse))
+        y = lora_embedding(input, y, W.A, W.B, W.scaling, Lookup(padding_idx, scale_grad_by_freq, sparse))
+        return self.lora_magnified_beside(None, y) if W.gain else y
 
     def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # (...) -> (..., r)

@@ -251,8 +251,9 @@ def test_it_is_compiled_without_a_break(own):
 
 
 @pytest.mark.parametrize("own", [own for own, (_, _, how) in OWN.items() if how == "beside"])
-def test_what_is_taught_builds_no_weight(own, monkeypatch):
-    model, x, _ = adapted(own)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_is_taught_builds_no_weight(own, use_dora, monkeypatch):
+    model, x, _ = adapted(own, use_dora=use_dora)
 
     def refuse(*_):
         raise AssertionError("W was built")

@@ -220,6 +220,26 @@ def test_a_subclass_with_its_own_forward_is_merged_to_itself():
     assert torch.equal(state["0.weight"], model[0].weight)
 
 
+def test_a_class_that_is_registered_after_it_was_adapted_is_adapted_as_registered():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class MineLoRA(LinearLoRA):
+        pass
+
+    first, second = injected(Mine(6, 4)), nn.Sequential(Mine(6, 4))
+    lora.register(Mine, MineLoRA)
+    lora.inject(second, target_modules=["0"], r=2)
+    assert isinstance(second[0], MineLoRA)
+    assert second[0].lora_dense
+    for model in (first, second):  # the one that was there before goes on as it was
+        expected = model(torch.ones(6))
+        lora.merge(model)
+        torch.testing.assert_close(model(torch.ones(6)), expected)
+        assert type(model[0]) is Mine
+
+
 def test_a_subclass_without_its_own_forward_is_merged_to_itself():
     model, x = injected(Labelled(6, 4)), torch.randn(5, 6)
     expected = model(x)
