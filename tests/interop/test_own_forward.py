@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_models import QUIET
 
 import lora
-from tests.helpers.peft_models import QUIET
 
 pytestmark = QUIET
 

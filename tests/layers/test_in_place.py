@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from counting import kept_for_backward
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lora
-from tests.helpers.counting import kept_for_backward
 
 
 class Matmul(nn.Linear):
