@@ -1,9 +1,10 @@
-"""W in the place of the weight, where a layer's base class has a forward of its own.
+"""W in the place of the weight, where something else than a plain forward computes with it.
 
     W = g ⊙ (W₀ + s · B A)
 
-Such a forward may scale what it looks up, pad what it convolves, or return a tuple. So it runs as it is, and finds W
-where it reads `self.weight`: a value that stands for W and is not built where that can be avoided.
+The forward of a layer's class may scale what it looks up, pad what it convolves, or return a tuple; and that of its
+parent may read its weight and never call it. So these run as they are, and find W where they read the weight: a value
+that stands for W and is not built where that can be avoided.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from lora.functional.fused import exact_dtype, without_autocast
@@ -19,18 +21,23 @@ from lora.layers.kind import LayerKind
 
 
 def with_weight(layer: LayerKind, weight: object, *args: Any, **kwargs: Any) -> Any:
-    """What the layer's base class computes with another value in the place of its weight.
+    """What the layer's base class computes with another value in the place of its weight."""
+    return with_others(layer, layer.lora_base_class, {"weight": weight}, *args, **kwargs)
 
-    The base class's forward is called of a twin of the layer that shares everything else with it. So the layer is never
-    without its own weight, and other threads may compute with it meanwhile.
+
+def with_others(module: nn.Module, cls: type[nn.Module], others: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """What a class's forward computes for a module that has other attributes.
+
+    The forward is called of a twin of the module that shares everything else with it. So the module itself is never
+    without its own, and other threads may compute with it meanwhile.
     """
-    base, own = layer.lora_base_class, dict(vars(layer))
-    twin = object.__new__(base)
-    vars(twin).update(own, weight=weight)  # goes before the parameter of this name
-    output = base.forward(twin, *args, **kwargs)
+    own = dict(vars(module))
+    twin = object.__new__(cls)
+    vars(twin).update(own, **others)  # they go before parameters of the same name
+    output = cls.forward(twin, *args, **kwargs)
     for name, value in vars(twin).items():  # what the forward keeps on itself
-        if name != "weight" and (name not in own or own[name] is not value):
-            vars(layer)[name] = value
+        if name not in others and (name not in own or own[name] is not value):
+            vars(module)[name] = value
     return output
 
 

@@ -162,8 +162,7 @@ class LoRALayer(Magnitudes):
             return self.lora_base_forward(input, *args, **kwargs)
         A, B, scaling = start
         if self.lora_is_in_place():
-            weight = LowRankWeight(self, A.to(self.weight.device), B.to(self.weight.device), scaling)
-            return self.lora_computed_with(weight, input, *args, **kwargs)
+            return self.lora_computed_with(self.lora_weight_now(), input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
         dtype = y.dtype if y.is_floating_point() else A.dtype
         return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
@@ -178,6 +177,21 @@ class LoRALayer(Magnitudes):
         """W, in the place of the weight that the base class's own forward reads."""
         dropout = self.lora_dropout if self.training else 0.0
         return LowRankWeight(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
+
+    def lora_weight_now(self) -> Tensor | LowRankWeight:
+        """What the layer computes with in its state, for a parent that reads its weight and does not call it."""
+        weight: Tensor = self.weight
+        if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
+            start = self.lora_start
+            if start is None:
+                return weight
+            A, B, scaling = start
+            return LowRankWeight(self, A.to(weight.device), B.to(weight.device), scaling)
+        if self._serves_merged():
+            return self.lora_merged_weight()
+        for check in self.lora_checks:
+            check(self, weight)
+        return self.lora_weight()
 
     def lora_computed_with(self, weight: Tensor | LowRankWeight, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with another weight in the place of its own."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, raise_all, table
+from lora.errors import Problems, join, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
@@ -34,6 +34,7 @@ from lora.models.model import (
     sharded_problems,
 )
 from lora.models.patterns import Patterns
+from lora.models.readers import let_read, let_read_no_more, reader_problems, readers_of
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -162,7 +163,10 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(plans)
         remember_layers(names, layers)
-        raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
+        readers = readers_of(names)
+        problems.add(*problems_of_start(layers, names, config.init_lora_weights), *reader_problems(readers, names))
+        problems.raise_any()
+        let_read(readers)
         for module in saved:
             train_in_full(module)
         let_train(model, config.bias, config.freeze_A)
@@ -216,6 +220,7 @@ def eject(model: nn.Module) -> None:
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             forget_children(module)
+            let_read_no_more(module)
             weights.prepare_training(module, False)
         restored: set[int] = set()
         for layer in layers:
@@ -281,9 +286,6 @@ def clashing_names(module: nn.Module) -> list[str]:
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
 # nothing. By full name, so that packages need not be installed; subclasses count as well.
 _BYPASSED: dict[type | str, str] = {
-    "torch.nn.modules.activation.MultiheadAttention": "out_proj",
-    "torch.nn.modules.transformer.TransformerEncoderLayer": "linear1 linear2",
-    "transformers.models.wavlm.modeling_wavlm.WavLMAttention": "q_proj k_proj v_proj out_proj",
     "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
     "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
@@ -299,13 +301,9 @@ _BYPASSED: dict[type | str, str] = {
 
 def bypass_of(parent: nn.Module, child: str) -> str | None:
     """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
-    way_out = "leave it out with `exclude_modules`"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        if not torch.backends.mha.get_fastpath_enabled():
-            return None
-        way_out = "leave it out, or call torch.backends.mha.set_fastpath_enabled(False) first"
     for owner, key in keys_of(type(parent)):
         if child in _BYPASSED.get(key, "").split():
+            way_out = "leave it out with `exclude_modules`"
             return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
     return None
 

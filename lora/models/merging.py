@@ -26,6 +26,7 @@ from lora.models.model import (
     sharded_problems,
     without_wrappers,
 )
+from lora.models.readers import let_read_no_more
 from lora.models.training import forget_originals
 
 
@@ -121,6 +122,7 @@ def merge(model: nn.Module) -> MergeReport:
         for module in model.modules():
             forget_originals(module)
             forget_children(module)
+            let_read_no_more(module)
             weights.prepare_training(module, False)
     return MergeReport(tuple(rows))
 

@@ -70,10 +70,6 @@ def test_all_linear_without_a_linear_layer_is_refused():
 # ---- modules that cannot be adapted ----------------------------------------------------------------------------
 
 
-def encoder_layer():
-    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-
-
 def on_instance():
     model = nn.ModuleDict({"x": nn.Linear(4, 4)})
     model["x"].forward = functools.partial(model["x"].forward)  # as accelerate's hooks do: ours would not be called
@@ -103,14 +99,65 @@ class Named(nn.Linear):
         return super().forward(x) * self.use_dora
 
 
+class Mixer(nn.Module):
+    """Called as transformers' class, whose kernels are given the weights."""
+
+    __module__, __qualname__ = "transformers.models.mamba.modeling_mamba", "MambaMixer"
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d = nn.Conv1d(4, 4, 2)
+
+
+Mixer.__name__ = "MambaMixer"
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.x.weight.T
+
+
+def reader_on_instance():
+    model = Reads()
+    model.forward = functools.partial(model.forward)
+    return model
+
+
+class Nibbles(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.weight = nn.Parameter(self.weight.detach().mul(10).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / 10, self.bias)
+
+
+def packed_and_read():
+    model = Reads()
+    model.x = Nibbles()
+    return model
+
+
 CANNOT = {
     "a norm": (lambda: nn.ModuleDict({"x": nn.LayerNorm(4)}), "x", "no kind of LoRA layer adapts a LayerNorm"),
     "a container": (Model, "layers", "no kind of LoRA layer adapts a ModuleList"),
     "lazy": (lambda: nn.ModuleDict({"x": nn.LazyLinear(4)}), "x", "is lazy and has no shape yet"),
     "lazy convolution": (lambda: nn.ModuleDict({"x": nn.LazyConv2d(4, 3)}), "x", "is lazy and has no shape yet"),
-    "attention": (lambda: nn.MultiheadAttention(8, 2), "out_proj", "a MultiheadAttention, reads its weight and bypass"),
-    "fast path": (encoder_layer, "linear1", "a TransformerEncoderLayer, reads its weight and bypasses"),
-    "fast path's other": (encoder_layer, "linear2", "torch.backends.mha.set_fastpath_enabled(False)"),
+    "read by kernels": (
+        lambda: nn.ModuleDict({"mixer": Mixer()}),
+        "conv1d",
+        "a MambaMixer, reads its weight and bypass",
+    ),
+    "read, with a forward on the instance": (
+        reader_on_instance,
+        "x",
+        "its instance has a `forward` of its own",
+    ),
+    "packed and read": (packed_and_read, "x", "its weight is packed, and a Reads around it reads `x.weight` as it is"),
     "forward on the instance": (on_instance, "x", "forward"),
     "parametrized": (parametrized, "x", "parametri"),
     "parametrized and frozen": (frozen_and_parametrized, "x", "parametri"),
@@ -122,33 +169,6 @@ CANNOT = {
 @pytest.mark.parametrize(("make", "name", "message"), CANNOT.values(), ids=CANNOT)
 def test_a_module_that_cannot_be_adapted_is_refused(make, name, message):
     refuses(make(), message, target_modules=[name])
-
-
-def test_attention_is_refused_deep_inside_too():
-    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2)
-    parents = [f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "multihead_attn")]
-    refuses(model, *(f"{parent}.out_proj: its parent, a Multihead" for parent in parents), target_modules="all-linear")
-
-
-def test_attention_is_refused_where_only_one_of_its_names_tells():
-    attention = nn.MultiheadAttention(8, 2)
-    model = nn.ModuleDict({"also": attention.out_proj, "attention": attention})
-    refuses(model, "its parent, a MultiheadAttention", target_modules=["also"])
-
-
-def test_encoder_layers_are_adapted_once_the_fast_path_is_off():
-    model = encoder_layer().eval()
-    x = torch.randn(2, 3, 8)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        lora.inject(model, target_modules=["linear1", "linear2"])
-        nn.init.ones_(model.linear1.lora_B)
-        with torch.no_grad():
-            changed = model(x)
-            with lora.disabled(model):
-                assert not torch.allclose(model(x), changed)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_a_second_injection_is_refused():
@@ -209,13 +229,13 @@ def test_a_pattern_that_others_leave_nothing_to_is_refused():
 
 
 def test_one_error_lists_everything():
-    model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LazyLinear(4), "c": nn.MultiheadAttention(4, 2)})
+    model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LazyLinear(4), "c": Mixer()})
     model["d"] = lora.Linear(4, 4, r=2)
     model["e"] = nn.Linear(4, 4)
     messages = ["'i' matches no module", "'f' matches no module", "'g' matches no module", "'h' matches no adapted"]
-    messages += ["a: no kind of", "b: is lazy", "c.out_proj: its parent", "d: has LoRA already", "e: `splits`"]
+    messages += ["a: no kind of", "b: is lazy", "c.conv1d: its parent", "d: has LoRA already", "e: `splits`"]
     fields = {"exclude_modules": ["g"], "rank_pattern": {"h": 2}, "modules_to_save": ["i"], "splits": {"e": (1, 1)}}
-    refuses(model, *messages, target_modules=["a", "b", "out_proj", "d", "e", "f"], **fields)
+    refuses(model, *messages, target_modules=["a", "b", "conv1d", "d", "e", "f"], **fields)
 
 
 # ---- all or nothing, whatever goes wrong -----------------------------------------------------------------------

@@ -1,0 +1,280 @@
+"""Modules that read the weights of layers within them, and do not call them, find W there."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import lora
+from lora.models.readers import WeightReader
+
+
+class Fused(nn.Module):
+    """As BEiT's and EVA-02's attention: the bias is put together, and the weight read for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False)
+        self.q_bias = nn.Parameter(torch.randn(8))
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, scale=1.0):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.q_bias])
+        q, k, v = F.linear(input=x, weight=self.qkv.weight, bias=bias).chunk(3, -1)
+        return self.proj(q * k + v) * scale
+
+
+class ByHelper(nn.Module):
+    """The weight is read in a method that the forward calls, through a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = x.shape
+        return self.project(x)
+
+    def project(self, x):
+        layer = self.qkv
+        return x @ layer.weight.T + layer.bias
+
+
+class Outer(nn.Module):
+    """It reads what is two levels down, and has children that nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"inner": nn.Linear(8, 8)})
+        self.blocks = nn.ModuleList([Fused(), Fused()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(x, self.block["inner"].weight)
+
+
+class Both(nn.Module):
+    """It calls a layer and reads its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(10, 8)
+
+    def forward(self, ids):
+        return self.words(ids) @ self.words.weight.T
+
+
+class Kernel(nn.Module):
+    """As Wav2Vec2's x-vector: a linear layer's weight is a convolution's kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Linear(8 * 3, 6)
+
+    def forward(self, x):
+        weight = self.kernel.weight.view(6, 3, 8).transpose(1, 2)
+        return F.conv1d(x.transpose(1, 2), weight, self.kernel.bias)
+
+
+def attention():
+    return nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+def encoder(layers=None):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers) if layers else layer
+
+
+X = torch.randn(2, 5, 8)
+PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+# For each: the module, its targets, what goes in, and what of the output counts.
+READERS = {
+    "fused": (Fused, "all-linear", (X,), lambda y: y),
+    "by a helper": (ByHelper, "all-linear", (X,), lambda y: y),
+    "far within": (Outer, "all-linear", (X,), lambda y: y),
+    "called and read": (Both, ["words"], (torch.arange(5),), lambda y: y),
+    "kernel": (Kernel, "all-linear", (X,), lambda y: y),
+    "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
+    "encoder layer": (encoder, "all-linear", (X,), lambda y: y),
+    "encoder": (lambda: encoder(2), "all-linear", (X, None, PADDED), lambda y: y[:, :3]),
+    "decoder": (
+        lambda: nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        "all-linear",
+        (X, X),
+        lambda y: y,
+    ),
+}
+each_reader = pytest.mark.parametrize("reader", READERS)
+
+
+def adapted(reader, **settings):
+    """A module, in which every adapter has moved, what goes in, what counts of its output, and itself before."""
+    make, targets, inputs, of = READERS[reader]
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"x": make()}).double().requires_grad_(False)
+    inputs = tuple(x.double() if x is not None and x.is_floating_point() else x for x in inputs)
+    model = copy.deepcopy(base)
+    lora.inject(model, target_modules=targets, **{"r": 2, "lora_alpha": 4, **settings})
+    start, expected = of(model["x"](*inputs)), of(base["x"](*inputs))
+    torch.testing.assert_close(start, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            for name, parameter in layer.lora_parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if name == "lora_magnitude" else 0.5))
+    return model, inputs, of, base
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, lora.LoRALayer)]
+
+
+def by_hand(model, base):
+    """The base with g (W0 + s B A) in its weights, by torch's own operations."""
+    right = copy.deepcopy(base)
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoRALayer):
+            update = layer.lora_scaling * layer.lora_B @ layer.lora_A
+            W = layer.weight + (update.T if isinstance(layer, nn.Embedding) else update)
+            if layer.use_dora:
+                W = W / W.norm(dim=1, keepdim=True) * layer.lora_magnitude[:, None]
+            right.get_submodule(name).weight.data = W.detach()
+    return right
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's encoder makes some
+@each_reader
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"merge_weights": True}], ids=str)
+def test_the_output_is_that_of_w(reader, settings):
+    if reader == "called and read" and "use_dora" in settings:
+        settings = {}  # by_hand knows no magnitudes of embeddings; test_in_place.py does
+    model, inputs, of, base = adapted(reader, **settings)
+    right = by_hand(model, base)
+    for training in (True, False):
+        for module in (model, right, base):
+            module.train(training)
+        for grad in (True, False):  # without, torch's encoders take a fast path of their own
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(of(model["x"](*inputs)), of(right["x"](*inputs)), rtol=1e-9, atol=1e-9)
+                with lora.disabled(model):
+                    off = of(model["x"](*inputs))
+                torch.testing.assert_close(off, of(base["x"](*inputs)), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(of(right["x"](*inputs)), off)
+
+
+@each_reader
+def test_every_adapter_learns(reader):
+    model, inputs, of, base = adapted(reader)
+    names = [name for name, module in model.named_modules() if isinstance(module, lora.LoRALayer)]
+    of(model["x"](*inputs)).square().sum().backward()
+    right = by_hand(model, base)
+    for name in names:
+        right.get_submodule(name).weight.requires_grad_(True)
+    of(right["x"](*inputs)).square().sum().backward()
+    for name in names:
+        layer, dW = model.get_submodule(name), right.get_submodule(name).weight.grad
+        dW = dW.T if isinstance(layer, nn.Embedding) else dW
+        expected = layer.lora_scaling * dW @ layer.lora_A.T
+        torch.testing.assert_close(layer.lora_B.grad, expected, rtol=1e-8, atol=1e-8)
+        expected = layer.lora_scaling * layer.lora_B.T @ dW
+        torch.testing.assert_close(layer.lora_A.grad, expected, rtol=1e-8, atol=1e-8)
+
+
+@each_reader
+def test_it_is_saved_loaded_copied_merged_and_ejected(reader, tmp_path):
+    model, inputs, of, base = adapted(reader)
+    classes = [type(module) for module in base.modules()]
+    before, y = of(base["x"](*inputs)), of(model["x"](*inputs))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(of(twin["x"](*inputs)), y)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        next(iter(layers_of(twin))).lora_B.data.zero_()  # of its own
+        assert torch.equal(of(model["x"](*inputs)), y)
+    lora.save_adapter(model, tmp_path / "adapter.safetensors")
+    other = copy.deepcopy(base)
+    lora.load_adapter(other, tmp_path / "adapter.safetensors")
+    assert torch.equal(of(other["x"](*inputs)), y)
+    lora.eject(other)
+    assert torch.equal(of(other["x"](*inputs)), before)
+    assert [type(module) for module in other.modules()] == classes
+    lora.merge(model)
+    assert [type(module) for module in model.modules()] == classes
+    torch.testing.assert_close(of(model["x"](*inputs)), y, rtol=1e-9, atol=1e-9)
+    assert not any("lora" in name for module in model.modules() for name in vars(module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["fused", "far within", "attention"])
+def test_it_is_compiled_without_a_break(reader):
+    torch._dynamo.reset()
+    model, inputs, of, _ = adapted(reader)
+    compiled = torch.compile(model["x"], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(of(compiled(*inputs)), of(model["x"](*inputs)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_it_is_checkpointed(use_reentrant):
+    model, (x,), _, _ = adapted("fused")
+    plain = model["x"](x)
+    plain.sum().backward()
+    expected = [parameter.grad.clone() for layer in layers_of(model) for _, parameter in layer.lora_parameters()]
+    model.zero_grad()
+    checkpoint(model["x"], x.clone().requires_grad_(True), use_reentrant=use_reentrant).sum().backward()
+    got = [parameter.grad for layer in layers_of(model) for _, parameter in layer.lora_parameters()]
+    torch.testing.assert_close(got, expected)
+
+
+def test_what_a_forward_keeps_on_itself_stays():
+    model, (x,), _, _ = adapted("by a helper")
+    reader = model["x"]
+    calls = float(reader.calls)
+    reader(x)
+    assert float(reader.calls) == calls + 1
+    assert reader.seen == x.shape
+
+
+def test_only_what_reads_weights_is_touched_and_its_signature_stays():
+    model, *_ = adapted("far within")
+    touched = {name for name, module in model.named_modules() if isinstance(module, WeightReader)}
+    assert touched == {"x", "x.blocks.0", "x.blocks.1"}
+    fused = model.get_submodule("x.blocks.0")
+    assert isinstance(fused, Fused)
+    assert list(inspect.signature(fused.forward).parameters) == ["x", "scale"]
+    assert model["x"].blocks[0].qkv.weight is dict(model.named_parameters())["x.blocks.0.qkv.weight"]
+
+
+def test_a_second_injection_adds_to_what_is_read():
+    model = nn.ModuleDict({"x": Fused(), "y": Fused()})
+    lora.inject(model, target_modules=["x.qkv"], r=2)
+    lora.inject(model, target_modules=["y.qkv", "x.proj"], r=2)
+    for name in ("x", "y"):
+        nn.init.ones_(model[name].qkv.lora_B)
+        y = model[name](X)
+        with lora.disabled(model):
+            assert not torch.allclose(model[name](X), y)
+
+
+def test_dropout_is_of_the_inputs_where_the_weight_is_multiplied_and_refused_elsewhere():
+    model, (x,), _, _ = adapted("fused", lora_dropout=0.5)
+    assert not torch.equal(model["x"](x), model["x"](x))
+    make, targets, inputs, _ = READERS["attention"]
+    other = make()
+    lora.inject(other, target_modules=targets, r=2, lora_dropout=0.5)
+    with pytest.raises(RuntimeError, match=r"computes with its weight by multi_head_attention_forward"):
+        other(*inputs)
+    other.eval()(*inputs)
+
+
+def test_a_refused_injection_leaves_readers_as_they_were():
+    model = nn.ModuleDict({"x": Fused(), "y": nn.Linear(4, 4)})
+    model["y"].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="y: its weight holds NaN"):
+        lora.inject(model, target_modules="all-linear", r=2, init_lora_weights="pissa")
+    assert type(model["x"]) is Fused
