@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import is_count, is_number
+from lora.errors import is_count, is_number, short
 from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
@@ -28,6 +28,7 @@ from lora.layers.weights import same_values, sparing
 
 #: What the parameters of an adapter are called in its layer.
 PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+_LARGEST_SCALING = torch.finfo(torch.float32).max
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
@@ -48,15 +49,26 @@ def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
     return lora_alpha
 
 
-def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
+def scaling_problem(scaling: Any) -> str | None:
+    """What is wrong with a scaling, if anything: what float32 does not hold, torch multiplies no tensor by."""
+    if is_number(scaling) and abs(scaling) <= _LARGEST_SCALING:
+        return None
+    at_most = f" of at most {_LARGEST_SCALING:.2g}" if is_number(scaling) else ""
+    return f"`scaling` must be a finite number{at_most}, got {short(scaling)}."
+
+
+def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any, use_rslora: Any = False) -> list[str]:
     """What is wrong with settings that no layer can take; nothing if they are fine."""
     problems = []
     if not is_count(r):
-        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
+        problems.append(f"`r` must be an integer of at least 0, got {short(r)}.")
     if not is_number(lora_alpha):
-        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        problems.append(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {short(lora_dropout)}.")
+    if not problems and r > 0 and scaling_problem(scaling_of(lora_alpha, r, bool(use_rslora))):
+        said = f"{short(lora_alpha)} at `r` = {r}"
+        problems.append(f"`lora_alpha` must make a scaling of at most {_LARGEST_SCALING:.2g}, got {said}.")
     return problems
 
 
@@ -202,7 +214,10 @@ class LoRALayer(Magnitudes):
         **kind_settings: Any,
     ) -> None:
         """Give a bare base layer its adapter: settings, its parameters (uninitialised), a frozen weight."""
-        problems = [*settings_problems(r, lora_alpha, lora_dropout), starts.constructor_problem(init_lora_weights)]
+        problems = [
+            *settings_problems(r, lora_alpha, lora_dropout, use_rslora),
+            starts.constructor_problem(init_lora_weights),
+        ]
         if any(problems):
             raise ValueError(" ".join(filter(None, problems)))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
