@@ -355,6 +355,23 @@ def test_an_adapter_is_loaded_while_another_thread_has_a_block():
     assert torch.equal(model(IDS), other(IDS))
 
 
+def test_a_load_that_fails_takes_nothing_from_a_block_that_began_meanwhile(monkeypatch):
+    model, on, off = trained(ADAPTERS)
+    block = lora.disabled(model)
+
+    def fails(*args):
+        block.__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["lora.adapters.checkpoint"], "_write", fails)
+    with pytest.raises(KeyboardInterrupt):
+        lora.load_adapter(model, lora.adapter_of(model))
+    assert torch.equal(model(IDS), off)
+    block.__exit__(None, None, None)
+    assert torch.equal(model(IDS), on)
+    assert nothing_is_left(model)
+
+
 def test_an_adapter_with_more_in_it_is_not_loaded_meanwhile():
     model, on, _ = trained(ADAPTERS)
     other = copy.deepcopy(model)
