@@ -22,20 +22,23 @@ from lora.layers.kind import LayerKind
 
 def with_weight(layer: LayerKind, weight: object, *args: Any, **kwargs: Any) -> Any:
     """What the layer's base class computes with another value in the place of its weight."""
-    return with_others(layer, layer.lora_base_class, {"weight": weight}, *args, **kwargs)
+    base = layer.lora_base_class
+    return with_others(layer, base, base.forward, {"weight": weight}, *args, **kwargs)
 
 
-def with_others(module: nn.Module, cls: type[nn.Module], others: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """What a class's forward computes for a module that has other attributes.
+def with_others(
+    module: nn.Module, cls: type[nn.Module], method: Any, others: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What a method of a class computes for a module that has other attributes.
 
-    The forward is called of a twin of the module that shares everything else with it. So the module itself is never
+    The method is called of a twin of the module that shares everything else with it. So the module itself is never
     without its own, and other threads may compute with it meanwhile.
     """
     own = dict(vars(module))
     twin = object.__new__(cls)
     vars(twin).update(own, **others)  # they go before parameters of the same name
-    output = cls.forward(twin, *args, **kwargs)
-    for name, value in vars(twin).items():  # what the forward keeps on itself
+    output = method(twin, *args, **kwargs)
+    for name, value in vars(twin).items():  # what the method keeps on itself
         if name not in others and (name not in own or own[name] is not value):
             vars(module)[name] = value
     return output

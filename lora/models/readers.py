@@ -8,8 +8,10 @@ own, whose forward is theirs, of a twin in which the layers that it reads have W
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from dis import get_instructions
+from inspect import getattr_static, isfunction, unwrap
 from types import CodeType
 from typing import Any, ClassVar
 
@@ -24,32 +26,47 @@ from lora.models.model import Names, has_own_forward, without_wrappers
 Reads = dict[str, Any]
 
 
+@dataclass
+class Reading:
+    """What a module reads: the layers, and the methods of its class, called by others, that read them."""
+
+    layers: Reads = field(default_factory=dict)
+    methods: set[str] = field(default_factory=set)
+
+
 class WeightReader(nn.Module):
-    """In front of a module's class: what it reads of the weights within it is W.
+    """In front of a module's class: what its methods read of the weights within it is W.
 
     Attributes:
         lora_reads: the layers whose weights it reads, by their names.
+        lora_reader: its class, and the methods that read.
     """
 
     lora_reads: Reads
-    lora_reader_base: ClassVar[type[nn.Module]]
+    lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (self.lora_reader_base,), *super().__reduce_ex__(protocol)[2:]
+        return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
 
 
 @functools.cache
-def _class_for(base: Any) -> type[WeightReader]:
-    @functools.wraps(base.forward)  # with its signature, which trainers look at
-    def forward(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
-        return with_others(self, base, {"_modules": _with_weights(self, self.lora_reads)}, *args, **kwargs)
+def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
+    def finding_weights(name: str) -> Any:
+        method = getattr(base, name)
 
-    namespace = {"__module__": base.__module__, "forward": forward, "lora_reader_base": base}
-    return type(base.__name__, (WeightReader, base), namespace)
+        @functools.wraps(method)  # with its signature, which trainers look at
+        def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
+            return with_others(self, base, method, {"_modules": _with_weights(self, self.lora_reads)}, *args, **kwargs)
+
+        return call
+
+    namespace = {name: finding_weights(name) for name in methods}
+    own = {"__module__": base.__module__, "lora_reader": (base, methods)}
+    return type(base.__name__, (WeightReader, base), namespace | own)
 
 
-def _new(base: Any) -> WeightReader:
-    return object.__new__(_class_for(base))
+def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
+    return object.__new__(_class_for(base, methods))
 
 
 def _with_weights(module: nn.Module, reads: Reads) -> dict[str, nn.Module | None]:
@@ -69,27 +86,33 @@ def _with_weights(module: nn.Module, reads: Reads) -> dict[str, nn.Module | None
 # ---- who reads what -----------------------------------------------------------------------------------------------
 
 
-def readers_of(names: Names) -> dict[nn.Module, Reads]:
+def readers_of(names: Names) -> dict[nn.Module, Reading]:
     """The modules of a model that read weights of LoRA layers in them, and what they read, by what is in their code."""
     modules = {name: module for module, known in names.items() for name in known}
-    found: dict[nn.Module, Reads] = {}
+    found: dict[nn.Module, Reading] = {}
     for layer, known in names.items():
         for name in known if isinstance(layer, LoRALayer) and layer.r > 0 else ():
+            called = {"forward"}
             for module, path in _around(modules, name):
-                if _reads(type(module), tuple(without_wrappers(".".join(path)).split("."))):
-                    _enter(found.setdefault(module, {}), path)
+                cls, said = _written_class(module), {*without_wrappers(".".join(path)).split(".")}
+                methods = [method for method in called & _methods(cls) if _reads(cls, method, said)]
+                if methods:
+                    reading = found.setdefault(module, Reading())
+                    reading.methods.update(methods)
+                    _enter(reading.layers, path)
+                called |= _words(cls, "forward")
     return found
 
 
-def reader_problems(readers: dict[nn.Module, Reads], names: Names) -> Iterator[str]:
+def reader_problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
     """A complaint for each of these modules that cannot have W where it reads a weight."""
-    for module, reads in readers.items():
+    for module, reading in readers.items():
         if has_own_forward(module):
             yield (
                 f"{names[module][0] or 'the model'}: reads the weights of layers in it, and its instance has a "
                 "`forward` of its own, which would go on doing so; remove that first."
             )
-        for name, layer in _read_in(module, reads):
+        for name, layer in _read_in(module, reading.layers):
             if weights.is_packed(layer):
                 yield (
                     f"{names[layer][0]}: its weight is packed, and a {type(module).__name__} around it reads "
@@ -97,13 +120,12 @@ def reader_problems(readers: dict[nn.Module, Reads], names: Names) -> Iterator[s
                 )
 
 
-def let_read(readers: dict[nn.Module, Reads]) -> None:
+def let_read(readers: dict[nn.Module, Reading]) -> None:
     """Let modules find W where they read weights."""
     reader: Any
-    for reader, reads in readers.items():
-        if not isinstance(reader, WeightReader):
-            reader.__class__ = _class_for(type(reader))  # type: ignore[arg-type]  # classes can be hashed
-        reader.lora_reads = reads
+    for reader, reading in readers.items():
+        reader.__class__ = _class_for(_written_class(reader), tuple(sorted(reading.methods)))
+        reader.lora_reads = reading.layers
 
 
 def let_read_no_more(module: nn.Module) -> None:
@@ -111,7 +133,11 @@ def let_read_no_more(module: nn.Module) -> None:
     if isinstance(module, WeightReader):
         vars(module).pop("lora_reads")
         reader: Any = module
-        reader.__class__ = reader.lora_reader_base
+        reader.__class__ = _written_class(module)
+
+
+def _written_class(module: nn.Module) -> Any:
+    return module.lora_reader[0] if isinstance(module, WeightReader) else type(module)
 
 
 def _around(modules: dict[str, nn.Module], name: str) -> Iterator[tuple[nn.Module, list[str]]]:
@@ -137,32 +163,43 @@ def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]
             yield name, child
 
 
-def _reads(cls: Any, path: tuple[str, ...]) -> bool:
-    """Whether the forward of a class, or what it calls of its class, names a layer within it, and a weight beside."""
-    if LoRALayer in cls.__mro__:
-        return False
-    *above, last = path
-    read, named = _words(cls)
-    return last in read and all(part.isdigit() or part in named for part in above)
+def _reads(cls: Any, method: str, names: set[str]) -> bool:
+    """Whether a method of a class, with what it calls of its class, names a layer within it, and a weight."""
+    words = _words(cls, method)
+    return LoRALayer not in cls.__mro__ and "weight" in words and all(n.isdigit() or n in words for n in names)
 
 
 @functools.cache
-def _words(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that stand beside `weight` in a class's forward, and all that stand in it."""
-    read, named, waiting = set[str](), set[str](), ["forward"]
-    seen = set[str]()
+def _methods(cls: Any) -> frozenset[str]:
+    """The methods of a class that others may call in a forward."""
+    own = {name for owner in cls.__mro__ if owner.__module__ != "torch.nn.modules.module" for name in vars(owner)}
+    return frozenset(name for name in own if isfunction(getattr_static(cls, name)) and name not in _OF_TORCH)
+
+
+@functools.cache
+def _words(cls: Any, method: str) -> frozenset[str]:
+    """The names and strings in the code of a method, and in what it calls of its class."""
+    words, waiting, seen = set[str](), [method], set[str]()
     while waiting:
         name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for code in _codes(inspect.getattr_static(cls, name, None)):
-            words = {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
-            named |= words
-            if "weight" in words:
-                read |= words
-            waiting += [word for word in words if word not in _OF_TORCH]
-    return frozenset(read), frozenset(named)
+        if name not in seen:
+            seen.add(name)
+            for code in _codes(getattr_static(cls, name, None)):
+                found = {*_words_of(code)}
+                words |= found
+                waiting += found - _OF_TORCH
+    return frozenset(words)
+
+
+def _words_of(code: CodeType) -> Iterator[str]:
+    """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
+    words = [one.argval for one in get_instructions(code) if isinstance(one.argval, str)]
+    for n, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
+        if word != "weight" or not (following in _ASKED or "isinstance" in words[max(0, n - 3) : n]):
+            yield word
+
+
+_ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
 
 
 _OF_TORCH = {*dir(nn.Module)} - {"forward"}
@@ -173,7 +210,7 @@ def _codes(method: object) -> Iterator[CodeType]:
     if isinstance(method, property):
         method = method.fget
     function: Any = getattr(method, "__func__", method)  # of a static or a class method
-    waiting = [getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)]
+    waiting = [getattr(unwrap(function) if callable(function) else None, "__code__", None)]
     while waiting:
         code = waiting.pop()
         if isinstance(code, CodeType):

@@ -72,6 +72,57 @@ class Both(nn.Module):
         return self.words(ids) @ self.words.weight.T
 
 
+class ByType(nn.Module):
+    """As T5's: it asks what its layer's weight is, and then calls the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo, self.bias = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
+class ByDevice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.q(x.to(self.q.weight.device, self.q.weight.dtype))
+
+
+class Parts(nn.Module):
+    """As Gemma 3n's: its parent calls its methods, and never itself. And a helper is given the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.coefs, self.bias = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def predict(self, x):
+        return F.linear(x, torch.clamp(self.coefs.weight, -1, 1))
+
+    def correct(self, x):
+        return self.look_up(x, self.bias)
+
+    def look_up(self, x, layer):
+        return x @ layer.weight.t()
+
+    def init_weights(self):
+        return self.coefs.weight
+
+
+class OfParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = Parts()
+
+    def forward(self, x):
+        return self.parts.correct(self.parts.predict(x))
+
+
 class Kernel(nn.Module):
     """As Wav2Vec2's x-vector: a linear layer's weight is a convolution's kernel."""
 
@@ -101,6 +152,7 @@ READERS = {
     "by a helper": (ByHelper, "all-linear", (X,), lambda y: y),
     "far within": (Outer, "all-linear", (X,), lambda y: y),
     "called and read": (Both, ["words"], (torch.arange(5),), lambda y: y),
+    "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
     "encoder layer": (encoder, "all-linear", (X,), lambda y: y),
@@ -211,7 +263,7 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(reader, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", ["fused", "far within", "attention"])
+@pytest.mark.parametrize("reader", ["fused", "far within", "parts", "attention"])
 def test_it_is_compiled_without_a_break(reader):
     torch._dynamo.reset()
     model, inputs, of, _ = adapted(reader)
@@ -248,6 +300,22 @@ def test_only_what_reads_weights_is_touched_and_its_signature_stays():
     assert isinstance(fused, Fused)
     assert list(inspect.signature(fused.forward).parameters) == ["x", "scale"]
     assert model["x"].blocks[0].qkv.weight is dict(model.named_parameters())["x.blocks.0.qkv.weight"]
+
+
+@pytest.mark.parametrize("cls", [ByDevice, ByType])
+def test_who_asks_for_a_class_a_device_or_a_dtype_alone_reads_no_weight(cls):
+    model = nn.Sequential(cls())
+    before = model(X)
+    lora.inject(model, target_modules="all-linear", r=2)
+    assert type(model[0]) is cls
+    assert torch.equal(model(X), before)
+
+
+def test_what_no_forward_calls_finds_the_base_weight():
+    model, *_ = adapted("parts")
+    parts = model["x"].parts
+    assert parts.init_weights() is parts.coefs.weight
+    assert isinstance(parts.coefs.weight, nn.Parameter)
 
 
 def test_a_second_injection_adds_to_what_is_read():
