@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -274,8 +275,20 @@ def clashing_names(module: nn.Module) -> list[str]:
     kind = kind_for(type(module))
     if kind is None or isinstance(module, LoRALayer):
         return []
-    theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
-    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "scaling", "__annotations__"})
+    own = (vars(module), module._parameters, module._buffers, module._modules)
+    return [
+        name for name in _needed(kind.__mro__) if hasattr(type(module), name) or any(name in names for names in own)
+    ]
+
+
+@cache
+def _needed(classes: tuple[type, ...]) -> list[str]:
+    """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
+    return sorted(
+        {name for cls in classes for name in vars(cls)}
+        - set(dir(nn.Module))
+        - {"reset_parameters", "scaling", "__annotations__"}
+    )
 
 
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
