@@ -19,7 +19,7 @@ from torch import Tensor
 from lora.adapters.files import object_from, packed, read_bytes, read_header, read_tensors, short
 from lora.adapters.formats import FILE, object_in
 from lora.adapters.paths import check_place, kind, writing
-from lora.adapters.saving import alone_in, replace_files
+from lora.adapters.saving import alone_in, remove_left_over, replace_files
 from lora.errors import AdapterError, raise_all
 from lora.formats.torch_files import read_torch
 
@@ -77,6 +77,7 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         with alone_in(path):
             if before != (now := _before(path)):  # another writer was here
                 before, weights = now, content(now)
+            remove_left_over(path / CONFIG)  # though it may not be written now
             replace_files({path / WEIGHTS: weights} | ({} if before == text else {path / CONFIG: text}))
             with writing(path / "adapter_model.bin"):
                 (path / "adapter_model.bin").unlink(missing_ok=True)  # nobody reads it beside the other
@@ -206,8 +207,8 @@ def _digest(text: bytes) -> str:
 def _differences(config: Config, written: Config) -> Iterator[str]:
     """What a configuration says otherwise than the one with which the weights were written."""
     for name in _BOUND:
-        now, then = (_meant(about.get(name)) for about in (config, written))
-        if now != then:
+        now, then = config.get(name), written.get(name)
+        if _meant(now) != _meant(then):
             said = f"is {short(now)}, and was {short(then)}" if _is_short(now, then) else "is not what it was"
             yield f"`{name}` {said} when {WEIGHTS} was written."
 
