@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeGuard
 
+_MOST_ENDS = 1000  # that a name is compared with: a comparison takes some microseconds
+
 
 class AdapterError(ValueError):
     """An adapter cannot be saved or loaded; the message lists every reason.
@@ -77,13 +79,23 @@ def did_you_mean(target: str, names: Iterable[str]) -> str:
     >>> did_you_mean("wq", ["layers", "layers.0", "layers.0.q_proj"])
     " (names end in 'layers', 'q_proj', '0')"
     """
-    ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
+    ends = last_parts(names)
     close = difflib.get_close_matches(target.rsplit(".", 1)[-1], sorted(ends), n=3)
     if close:
         return f" (did you mean {', '.join(map(repr, close))}?)"
-    words = [repr(end) for end in sorted(ends, key=str.isdigit)]  # numbers, which say least, come last
+    words = [repr(end) for end in ends]
     listed = ", ".join([*words[:5], *(["…"] if words[5:] else [])])
     return f" (names end in {listed})" if words else ""
+
+
+def last_parts(names: Iterable[str]) -> list[str]:
+    """The last components of names, each once, for hints: at most a thousand, and numbers come last.
+
+    >>> last_parts(["layers", "layers.0", "layers.0.q_proj", "layers.1", "layers.1.q_proj", ""])
+    ['layers', 'q_proj', '0', '1']
+    """
+    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name)
+    return sorted(ends, key=str.isdigit)[:_MOST_ENDS]
 
 
 def join(module: str, name: str) -> str:

@@ -296,12 +296,13 @@ class Adapter:
         if others:  # put there later
             yield f"`modules` must hold ModuleAdapters, as `lora.Adapter(…)` makes of mappings; not so {others!r:.80}."
             return
-        expected = {*self.trained_in_full}
+        full = {*self.trained_in_full}
+        expected = {*full}
         for name, module in self.modules.items():
             expected |= {join(name, own) for own in module.parameters}
         yield from (f"{name} is missing." for name in sorted(expected - self.tensors.keys()))
         yield from (f"{name} is unexpected." for name in sorted(self.tensors.keys() - expected))
-        for name in sorted({*self.kept} - {*self.trained_in_full}):
+        for name in sorted({*self.kept} - full):
             yield f"{name} is in `kept`, and must be in `trained_in_full`, too."
         yield from rest_problems(self.rest)
         if not self.modules:
@@ -309,9 +310,9 @@ class Adapter:
         for name, module in self.modules.items():
             yield from (f"{name}: {problem}" for problem in module.problems())
         for name, tensor in self.tensors.items():
-            if name not in self.trained_in_full:
+            if name not in full:
                 yield from _dtype_problems(name, tensor)
-            yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
+            yield from _value_problems(name, tensor, mask_like=name in full)
 
 
 def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]:

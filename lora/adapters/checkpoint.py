@@ -17,6 +17,7 @@ from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.undo import undo_on_error
 from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.model import (
     Names,
@@ -27,13 +28,12 @@ from lora.models.model import (
     remember_layers,
     remember_values,
     resized_embeddings,
-    undo_on_error,
     unreadable,
     unwrapped,
     without_wrappers,
 )
 from lora.models.start import pretrained_weight, since_start
-from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
+from lora.models.training import is_kept, keep, let_train, remember, train_in_full, trains_in_full
 
 
 @weights.outside_inference_mode
@@ -153,18 +153,18 @@ def load_adapter(
     fit = Fit(model, adapter, check_base, what)
     raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)
     saved = [fit.modules[name] for name in fit.adapter.modules_to_save]
-    with undo_on_error(model.modules()):
+    with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(fit.plans)
         remember_layers(fit.names, layers)
         if layers:
             for module in saved:
                 train_in_full(module)
-            mark_only_lora_as_trainable(model)
+            let_train(model)
         targets = _take_over(fit)
         remember_values(fit.names)
         adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
         report = report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
-        _write(targets)  # last, since it is undone on its own
+        _write(targets, undo)
     return report
 
 
@@ -299,6 +299,7 @@ def _whole(module: nn.Module, own: str) -> Tensor:
 def _take_over(fit: Fit) -> list[Target]:
     """Give the model the settings of an adapter that fits it; the values that are to be written next."""
     adapter, targets = fit.adapter, list[Target]()
+    kept = {*adapter.kept}
     for name, settings in adapter.modules.items():
         layer = fit.modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
@@ -307,7 +308,7 @@ def _take_over(fit: Fit) -> list[Target]:
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         module = fit.modules[owner]
-        if name in adapter.kept:
+        if name in kept:
             keep(module, own)
         else:
             remember(module, own)
@@ -317,8 +318,8 @@ def _take_over(fit: Fit) -> list[Target]:
     return targets + fit.as_before
 
 
-def _write(targets: Sequence[Target]) -> None:
-    """Write values into modules' tensors, all or none; the Parameter objects stay."""
-    with undo_on_error((), written=[getattr(module, own) for module, own, _ in targets]):
-        for module, own, value in targets:
-            weights.of(module, own).write(value)
+def _write(targets: Sequence[Target], undo: undo_on_error) -> None:
+    """Write values into modules' tensors; the Parameter objects stay."""
+    for module, own, value in targets:
+        undo.keep(getattr(module, own))
+        weights.of(module, own).write(value)

@@ -87,8 +87,11 @@ def combine(
     kept: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     with Problems(what, AdapterError) as problems:
-        for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
-            having = {n: pair for n, pair in enumerate(adapters) if name in pair[0].modules}
+        modules_of: dict[str, dict[int, tuple[Adapter, float]]] = {}
+        for n, pair in enumerate(adapters):
+            for name in pair[0].modules:
+                modules_of.setdefault(name, {})[n] = pair
+        for name, having in modules_of.items():
             bases = {n: adapter.modules[name].base for n, (adapter, _) in having.items()}
             found = list(_base_problems(bases, check_base))
             problems.add(*(f"{name}: {problem}" for problem in found))
@@ -97,8 +100,10 @@ def combine(
                     sums[name] = _sum_of(name, [*having.values()], method, r)
         for n, (adapter, _) in enumerate(adapters):
             problems.add(*(_rest_problems(n, adapter, kept, rest) if check_base else ()))
-            kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
-            rest = adapter.rest | rest
+            for name in adapter.kept:
+                kept.setdefault(name, adapter.tensors[name])
+            for name, about in adapter.rest.items():
+                rest.setdefault(name, about)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
@@ -380,7 +385,8 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
             found = [*adapter.problems()]
             dora = [name for name, module in adapter.modules.items() if module.get("use_dora")]
             found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
-            trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
+            kept = {*adapter.kept}
+            trained = [name for name in adapter.trained_in_full if name not in kept and not in_full]
             found += [f"{name} trained in full, and is not an update." for name in trained]
             prefix = f"adapter {n}: " if len(adapters) > 1 else ""
             problems.add(*(f"{prefix}{problem}" for problem in found))

@@ -158,12 +158,13 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _inspected(found: Mapping[str, Any]) -> str:
+    kept = {*found["kept"]}
     lines = [f"format: {found['format']}, base model: {found['base_model'] or 'not said'}"]
     lines.append(table(_HEADER, [row for module in found["modules"] for row in _rows(module)]))
     if any(module["relative_norm_estimate"] is not None for module in found["modules"]):
         lines.append("~: the base weight's norm is estimated from 16 of its values.")
     for tensor in found["trained_in_full"]:
-        what = "kept of the base model" if tensor["name"] in found["kept"] else "trained in full"
+        what = "kept of the base model" if tensor["name"] in kept else "trained in full"
         lines.append(f"{what}: {tensor['name']} {_shape(tensor['shape'])} {tensor['dtype']}")
     if found["sampled"]:
         lines.append(f"sampled of the base model: {found['sampled']} other tensors")
@@ -207,7 +208,8 @@ def compare(a: Adapter, b: Adapter, tolerance: float) -> dict[str, Any]:
     """All that `diff` says, as JSON can hold it."""
     shared = [name for name in a.modules if name in b.modules]
     modules = [_difference(a, b, name, tolerance) for name in progress(shared, "comparing")]
-    full = [_full(a, b, name, tolerance) for name in dict.fromkeys((*a.trained_in_full, *b.trained_in_full))]
+    theirs, ours = ({name: adapter.tensors[name] for name in adapter.trained_in_full} for adapter in (a, b))
+    full = [_full(theirs.get(name), ours.get(name), name, tolerance) for name in theirs | ours]
     only = {"only_a": _only(a, b), "only_b": _only(b, a)}
     differs = any(entry["differs"] for entry in (*modules, *full, *only["only_a"], *only["only_b"]))
     return {"same": not differs, "tolerance": tolerance, **only, "modules": modules, "trained_in_full": full}
@@ -250,8 +252,7 @@ def _is_update(adapter: Adapter, name: str) -> bool:
         return True
 
 
-def _full(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str, Any]:
-    theirs, ours = (adapter.tensors[name] if name in adapter.trained_in_full else None for adapter in (a, b))
+def _full(theirs: Tensor | None, ours: Tensor | None, name: str, tolerance: float) -> dict[str, Any]:
     if theirs is None or ours is None:
         return {"name": name, "differs": True, "why": f"trained in full in {'B' if theirs is None else 'A'} only."}
     if theirs.shape != ours.shape:

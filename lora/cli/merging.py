@@ -88,6 +88,7 @@ class FolderMerge:
         with Problems("merge: nothing was written", AdapterError) as problems:
             keys, missing = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), model, adapter.rest)
             problems.add(*missing)
+            self._kept = {keys[name] for name in adapter.kept if name in keys}
             self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
             for weight, name in weights.items():
                 if weight in keys:
@@ -144,7 +145,7 @@ class FolderMerge:
         if theirs.shape != ours.shape:
             yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}." + (
                 " Its rows were resized where the adapter was trained: merge into the resized model."
-                if any(key.endswith(name) for name in self.adapter.kept)
+                if key in self._kept
                 else ""
             )
         if theirs.dtype != ours.dtype and not (theirs.dtype in _DTYPES and ours.dtype in _DTYPES):
@@ -162,9 +163,11 @@ class FolderMerge:
 
     def write(self, folder: Path) -> None:
         """Write the model's files with the adapter merged; ValueError if a merged weight would not be finite."""
-        for file in self.model.shards:
-            names = {key for key in (*self.layers, *self.full) if self.model.files[key] == file}
-            rewrite(self.model, file, folder / file, self._change, names)
+        names: dict[str, set[str]] = {file: set() for file in self.model.shards}
+        for key in (*self.layers, *self.full):
+            names[self.model.files[key]].add(key)
+        for file, its in names.items():
+            rewrite(self.model, file, folder / file, self._change, its)
 
     @torch.no_grad()
     def _change(self, key: str, tensor: Tensor) -> None:

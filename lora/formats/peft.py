@@ -23,6 +23,7 @@ from lora.errors import AdapterError, is_number, join, raise_all
 from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
+from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
 
 # Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
@@ -98,20 +99,24 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would have a magnitude for every output, and here splits without LoRA have none."
         if adapter.modules[name].base.groups > 1:
             yield f"{name}: PEFT has no DoRA for convolutions with groups."
-    for saved in _saved(adapter):  # PEFT goes by how names end, and by whole parts within them
-        taken = [name for name in adapter.modules if name.endswith(saved) or f".{saved}." in f".{name}."]
-        if taken:
-            yield f"{saved} trains in full, and PEFT would take {', '.join(taken)} for it as well."
+    saved = _saved(adapter)
+    words, taken = Words(saved), dict[str, list[str]]()
+    for name in adapter.modules:  # PEFT goes by how names end, and by whole parts within them
+        for word in {*words.ending(name), *words.within(name)}:
+            taken.setdefault(word, []).append(name)
+    for name in filter(taken.__contains__, saved):
+        yield f"{name} trains in full, and PEFT would take {', '.join(taken[name])} for it as well."
+    whole, kept = {*adapter.modules_to_save}, {*adapter.kept}
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
-        if owner not in adapter.modules_to_save and not is_bias(own) and name not in adapter.kept:
+        if owner not in whole and not is_bias(own) and name not in kept:
             yield f"{name} is trained on its own; PEFT can store only biases and whole modules (`modules_to_save`)."
 
 
-def _saved(adapter: Adapter) -> list[str]:
+def _saved(adapter: Adapter) -> dict[str, None]:
     """Modules that train in full, without those within one another."""
-    whole = adapter.modules_to_save
-    return [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
+    whole = dict.fromkeys(adapter.modules_to_save)
+    return {name: None for name in whole if whole.keys().isdisjoint(starts_of(name))}
 
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
@@ -142,7 +147,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "target_modules": _targets(list(about), names),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
-        "modules_to_save": _saved(adapter) or None,
+        "modules_to_save": [*_saved(adapter)] or None,
         "bias": "none" if not biases else "lora_only" if biases <= about.keys() else "all",
         "init_lora_weights": True,
     }
@@ -158,8 +163,8 @@ def _exactly(name: str) -> str:
 
 
 def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
-    others = [name for name in names if name not in targets]
-    if not any(name.endswith(f".{target}") for name in others for target in targets):
+    ends = {*targets}
+    if not any(end in ends for name in names if name not in ends for end in ends_of(name)):
         return targets
     return "|".join(map(re.escape, targets))
 
@@ -266,14 +271,14 @@ def _adapter(
 ) -> Adapter:
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
+    ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
         missing = [part for part in PARAMETERS if part not in pair]
         problems += [f"{name}: {part} is missing." for part in missing]
         if not missing:
             try:
-                r = value_for(name, ranks, config.get("r", 8))
-                lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))
+                r = ranks.value([name], config.get("r", 8))
+                lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
                 modules[name] = _settings(config, r, lora_alpha, pair)
                 A = within_groups(pair["lora_A"], modules[name].base.groups)
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
@@ -290,16 +295,17 @@ def _adapter(
             base = replace(modules[owner].base, shape=tuple(full[name].shape), sample=sample_of(full[name]))
             modules[owner] = replace(modules[owner], base=base)
     # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
-    before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
+    before = {name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full}
     full = {name: tensor for name, tensor in full.items() if name not in before}
     saved = _owners(config.get("modules_to_save") or [], full)
     said = config.get("base_model_name_or_path")
     base_model = said if isinstance(said, str) else None
     biases_train = config.get("bias", "none") != "none"
+    whole = {*saved}
     kept = [
         name
         for name in full
-        if name.rpartition(".")[0] not in saved and not (biases_train and is_bias(name.rpartition(".")[2]))
+        if name.rpartition(".")[0] not in whole and not (biases_train and is_bias(name.rpartition(".")[2]))
     ]
     return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft", kept)
 
@@ -309,8 +315,8 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
 
     Whole components or not, as PEFT goes by them: "classifier" is for DistilBert's "pre_classifier" as well.
     """
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in full)
-    return [owner for owner in owners if any(f"{pattern}." in f"{owner}." for pattern in patterns)]
+    owners, words = dict.fromkeys(name.rpartition(".")[0] for name in full), Words(patterns)
+    return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
 def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
@@ -366,16 +372,6 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
 
 
 # ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
-
-
-def compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
-    """Patterns, each for a whole name or the end of one after a dot, and their values."""
-    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
-
-
-def value_for(name: str, patterns: Iterable[tuple[re.Pattern[str], Any]], default: Any) -> Any:
-    """The value of the first pattern that a name matches."""
-    return next((value for pattern, value in patterns if pattern.match(name)), default)
 
 
 def pattern_problem(pattern: str, length: int = 1) -> str | None:

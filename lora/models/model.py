@@ -1,9 +1,11 @@
-"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers; and one way to undo."""
+"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from itertools import accumulate, islice, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +26,10 @@ Names = dict[nn.Module, tuple[str, ...]]
 
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
-    names: Names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
+        names.setdefault(module, []).append(name)
+    return {module: tuple(known) for module, known in names.items()}
 
 
 # What torch's wrappers put into names: activation checkpointing and torch.compile.
@@ -96,15 +98,21 @@ class Memory:
     """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
 
     def __init__(self, tensors: Iterable[Owned]) -> None:
-        self._spans: dict[int, list[tuple[int, int, Owned]]] = {}
-        for one in tensors:
+        spans: dict[int, list[tuple[int, int, int, Owned]]] = {}
+        for number, one in enumerate(tensors):
             storage, start, stop = _span(one.tensor)
-            self._spans.setdefault(storage, []).append((start, stop, one))
+            spans.setdefault(storage, []).append((start, stop, number, one))
+        # By where they begin; and for each how far it and those before it reach, where one storage holds many.
+        self._spans = {storage: sorted(those, key=itemgetter(0)) for storage, those in spans.items()}
+        self._reach = {storage: [*accumulate((s[1] for s in those), max)] for storage, those in self._spans.items()}
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
         storage, start, stop = _span(tensor)
-        return [one for i, j, one in self._spans.get(storage, []) if i < stop and start < j]
+        spans = self._spans.get(storage, [])
+        first = bisect_right(self._reach.get(storage, []), start)
+        begun = takewhile(lambda span: span[0] < stop, islice(spans, first, None))
+        return [one for _, _, _, one in sorted((s for s in begun if start < s[1]), key=itemgetter(2))]
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
@@ -275,44 +283,6 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
                     "`lora.inject`. (`lora.eject` takes out what is left.)"
                 )
-
-
-# ---- undo --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
-
-    Args:
-        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
-            `requires_grad` were; values that the block wrote into tensors are not.
-        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
-    """
-    modules = list(modules)
-    states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]
-    own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
-    parameters = [(p, p.data, p.requires_grad) for p in own if not nn.parameter.is_lazy(p)]
-    values = [(tensor, tensor.detach().clone()) for tensor in written]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, its in states:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(its)
-        for parameter, data, trains in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trains)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for module in modules:
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        raise
 
 
 # ---- a transformers model's checkpoint ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_sharded, is_writable
 from lora.models.model import (
     by_tensor,
@@ -59,6 +60,13 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     ['0.lora_B']
     """
     weights.reshard(model)
+    _trained(model, bias)  # raises, where there is no such `bias`
+    with undo_on_error(model.modules()) as undo, undo:
+        let_train(model, bias, freeze_A)
+
+
+def let_train(model: nn.Module, bias: str = "none", freeze_A: bool = False) -> None:
+    """Let the adapters and biases train, and freeze everything else; who calls this undoes it on an error."""
     trained = _trained(model, bias)
     if freeze_A:  # a layer learns with its A as it started if that is not zero
         layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
@@ -414,7 +422,7 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
                 )
 
 
-def _may_move(buffer: Tensor) -> bool:
+def may_move(buffer: Tensor) -> bool:
     """Whether training may write to a buffer, and its value from before could be written back.
 
     Several integers are codes or positions, which do not move, and may be a model's whole weight (GPTQ's). A single one
@@ -431,7 +439,7 @@ def _remember_trained(model: nn.Module) -> None:
     for one in owned_tensors(names_of(model)):
         _, module, own, tensor = one
         if own in module._buffers:
-            if is_persistent(one) and _may_move(tensor):
+            if is_persistent(one) and may_move(tensor):
                 remember(module, own)
         elif tensor.requires_grad and not one.is_of_adapter and id(tensor) not in seen:
             seen.add(id(tensor))

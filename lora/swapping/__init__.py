@@ -20,6 +20,7 @@ from lora.errors import raise_all
 from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
+from lora.layers.undo import undo_on_error
 from lora.models.blocks import at_block_rank, block_rank, factor_blocks, layer_rank
 from lora.models.model import lora_layers, names_of, sharded_problems
 
@@ -192,8 +193,9 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
         problems.append("no LoRA layer has a rank above 0.")
     raise_all("prepare_for_swap: nothing was changed", problems)
     grown = [_with_room_for(layer, max_r) for layer in layers]  # all that may fail, before anything is changed
-    for layer, larger in zip(layers, grown, strict=True):
-        _prepare(layer, larger)
+    with undo_on_error(layers) as undo, undo:
+        for layer, larger in zip(layers, grown, strict=True):
+            _prepare(layer, larger)
 
 
 def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
