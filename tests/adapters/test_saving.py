@@ -335,7 +335,8 @@ def test_where_the_system_has_no_locks_age_tells(tmp_path, monkeypatch):
     os.utime(old, (time.time() - 3601,) * 2)
     saving.replace_file(tmp_path / "a", b"mine")
     assert hidden(tmp_path) == [young.name]
-    place = Place(tmp_path / "folder", "peft") if (tmp_path / "folder").mkdir() is None else None
+    (tmp_path / "folder").mkdir()
+    place = Place(tmp_path / "folder", "peft")
     place.again()
     place.save()
     assert place.holds() == "new"

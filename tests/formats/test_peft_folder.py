@@ -180,7 +180,8 @@ def test_the_same_adapter_saved_again_says_the_same(tmp_path):
     assert (tmp_path / "a" / CONFIG).read_bytes() == (tmp_path / "b" / CONFIG).read_bytes()
 
 
-def test_a_reader_between_two_saves_reads_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", ["", CONFIG, WEIGHTS])
+def test_a_reader_between_two_saves_reads_again(tmp_path, monkeypatch, named):
     known = {}
     for n, name in enumerate(("old", "new", "newer"), 1):
         lora.write_adapter(adapter(n), tmp_path / "a", "peft")
@@ -197,7 +198,7 @@ def test_a_reader_between_two_saves_reads_again(tmp_path, monkeypatch):
         return text
 
     monkeypatch.setattr(peft_folder, "_config_in", then_twice)
-    assert held(tmp_path / "a", known) == "newer"
+    assert held(tmp_path / "a" / named, known) == "newer"
 
 
 # ---- PEFT's --------------------------------------------------------------------------------------------------------
