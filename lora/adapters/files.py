@@ -22,19 +22,16 @@ import torch
 from torch import Tensor
 
 from lora.adapters.paths import is_at, read_steadily
-from lora.errors import AdapterError, raise_all
+from lora.errors import AdapterError, raise_all, short
 
 _LONGEST_NAME = 512
 _LONGEST_JSON = 2**24  # bytes, of a configuration or an index
 _MOST_PROBLEMS = 20
 
 
-def short(said: object, most: int = 80) -> str:
-    """A stranger's value for an error: one line of bounded length."""
-    if not isinstance(said, (str, int, float, type(None))):
-        return type(said).__name__
-    text = ascii(said[:most] if isinstance(said, str) else said)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def class_or_value(said: object) -> str:
+    """What a stranger has said where something else belongs: its class, if it has parts."""
+    return short(said) if isinstance(said, (str, int, float, type(None))) else type(said).__name__
 
 
 def name_problem(name: str) -> str | None:
@@ -48,9 +45,7 @@ def name_problem(name: str) -> str | None:
 
 def refuse(path: Path, kind: str, problems: Iterable[str]) -> None:
     """Raise one AdapterError with all problems, or the first of very many; none is raised if there is none."""
-    problems = list(problems)
-    more = [f"and {len(problems) - _MOST_PROBLEMS} more."] if len(problems) > _MOST_PROBLEMS else []
-    raise_all(f"{path} is not a {kind} file", problems[:_MOST_PROBLEMS] + more, AdapterError)
+    raise_all(f"{path} is not a {kind} file", problems, AdapterError, _MOST_PROBLEMS)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -259,7 +254,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"it has {twice!r} twice")
+        raise ValueError(f"it has {short(twice)} twice")
     return made
 
 
@@ -268,7 +263,7 @@ def _entry_problem(about: Any) -> str | None:
         return "must have a dtype, a shape and data_offsets, and nothing else"
     word, shape = about["dtype"], about["shape"]
     if not isinstance(word, str) or word not in DTYPES:
-        return f"has the dtype {short(word)}, which is none of {', '.join(DTYPES)}"
+        return f"has the dtype {class_or_value(word)}, which is none of {', '.join(DTYPES)}"
     if len(shape) > MOST_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**60:
         return f"must have a shape of at most {MOST_DIMENSIONS} sizes and fewer than 2**60 values"
     return None

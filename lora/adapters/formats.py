@@ -15,7 +15,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.files import read_tensors
 from lora.adapters.paths import as_path, kind, open_file
 from lora.adapters.saving import write_tensors
-from lora.errors import AdapterError, is_number, raise_all
+from lora.errors import AdapterError, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
@@ -74,7 +74,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         )
     version = (object_in(metadata, "lora") or {}).get("version", VERSION)
     if version != VERSION:
-        raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
+        raise AdapterError(f"{path} is an adapter of version {short(version)}; this release reads version {VERSION}.")
 
 
 def rest_as_metadata(adapter: Adapter) -> dict[str, str]:
@@ -152,7 +152,7 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     ['0.lora_A', '0.lora_B']
     """
     if lora_alpha is not None and not is_number(lora_alpha):
-        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        raise ValueError(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     format, place = _found(as_path(path))
     assert format.read is not None, "it has recognised the file"
     adapter = format.read(place, lora_alpha)

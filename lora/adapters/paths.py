@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from lora.errors import AdapterError
+from lora.errors import AdapterError, visible
 
 T = TypeVar("T")
 _WAITS = (0.0, 0.001, 0.005, 0.02, 0.1)  # seconds before a file that changed is read again
@@ -151,7 +151,7 @@ def _in_words(path: Path, done: str) -> Iterator[None]:
     except OSError as error:
         if error.strerror is None:  # it is a sentence already
             raise
-        told = type(error)(_sentence(path, error, done))
+        told = type(error)(visible(_sentence(path, error, done)))
         told.errno = error.errno
         raise told from None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora.adapters.files import Entry, read_header, read_object
 from lora.adapters.paths import kind, open_file, reading, writing
 from lora.cli import progress
-from lora.errors import raise_all
+from lora.errors import raise_all, short
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What models put in front of all names, or leave away, depending on the class that saved them.
@@ -83,7 +83,9 @@ def open_folder(path: Path) -> ModelFolder:
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))
-    odd = [f"{name!r} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)]
+    odd = [
+        f"{short(name)} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)
+    ]
     odd += [f"{name} is missing." for name in names if _is_plain(name) and not kind(path / name)]
     raise_all(f"merge: {index} is not used", odd)
     shards = {name: read_header(path / name).tensors for name in names}

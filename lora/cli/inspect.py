@@ -32,7 +32,7 @@ from lora.cli import (
     read,
     show,
 )
-from lora.errors import join, table
+from lora.errors import clipped, is_number, join, short, table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")
@@ -67,7 +67,7 @@ def _finite(value: float) -> float | None:
 
 
 def _number(value: Any, absent: str = "?") -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else absent
+    return f"{value:.4g}" if is_number(value) else absent
 
 
 # ---- inspect -------------------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _inspected(found: Mapping[str, Any]) -> str:
+def _inspected(found: Mapping[str, Any]) -> list[str]:
     kept = {*found["kept"]}
-    lines = [f"format: {found['format']}, base model: {found['base_model'] or 'not said'}"]
-    lines.append(table(_HEADER, [row for module in found["modules"] for row in _rows(module)]))
+    lines = [f"format: {found['format']}, base model: {clipped(found['base_model'] or 'not said')}"]
+    lines += table(_HEADER, [row for module in found["modules"] for row in _rows(module)]).split("\n")
     if any(module["relative_norm_estimate"] is not None for module in found["modules"]):
         lines.append("~: the base weight's norm is estimated from 16 of its values.")
     for tensor in found["trained_in_full"]:
@@ -169,8 +169,7 @@ def _inspected(found: Mapping[str, Any]) -> str:
     if found["sampled"]:
         lines.append(f"sampled of the base model: {found['sampled']} other tensors")
     lines.append(f"{len(found['modules'])} modules, {found['parameters']:,} parameters, {found['bytes']:,} bytes")
-    lines += [f"problem: {problem}" for problem in found["problems"]]
-    return "\n".join(lines)
+    return [*lines, *(f"problem: {clipped(problem)}" for problem in found["problems"])]
 
 
 def _rows(module: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -266,7 +265,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return relative(float(torch.where(same, 0, a - b).norm()), float(torch.where(same & a.isinf(), 0, a).norm()))
 
 
-def _compared(found: Mapping[str, Any]) -> str:
+def _compared(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"only in {side}: {entry['name']}" + ("" if entry["differs"] else " (its update is 0)")
         for side in "AB"
@@ -274,7 +273,7 @@ def _compared(found: Mapping[str, Any]) -> str:
     ]
     for entry in (*found["modules"], *found["trained_in_full"]):
         for key, (theirs, ours) in entry.get("settings", {}).items():
-            lines.append(f"{entry['name']}: {key} is {theirs} in A and {ours} in B")
+            lines.append(f"{entry['name']}: {key} is {_plainly(theirs)} in A and {_plainly(ours)} in B")
         if "why" in entry:
             lines.append(f"{entry['name']}: {entry['why']}")
     rows = [
@@ -288,9 +287,12 @@ def _compared(found: Mapping[str, Any]) -> str:
         if "relative_distance" in entry
     ]
     if rows:
-        lines.append(table(("module", "distance / norm of A", "cosine", ""), rows))
-    lines.append(f"{_verdict(not found['same'])}, with a tolerance of {found['tolerance']:g}")
-    return "\n".join(lines)
+        lines += table(("module", "distance / norm of A", "cosine", ""), rows).split("\n")
+    return [*lines, f"{_verdict(not found['same'])}, with a tolerance of {found['tolerance']:g}"]
+
+
+def _plainly(value: Any) -> str:
+    return clipped(value) if isinstance(value, str) else short(value)
 
 
 def _verdict(differs: bool) -> str:

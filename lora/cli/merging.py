@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         "copied": [path.as_posix() for path in copied],
         "left_out": [path.as_posix() for path in left_out],
     }
-    lines = [str(report)]
+    lines = str(report).split("\n")
     lines += [f"replaced: {key}, which the adapter holds in full" for key in merge.full]
     lines += [f"not copied: {path}, which holds other weights than the merged ones" for path in left_out]
     lines.append(f"{out}: {len(model.shards)} safetensors and {len(copied)} other files")
-    show(found, "\n".join(lines), arguments.json)
+    show(found, lines, arguments.json)
     return 0
 
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
-from lora.adapters.files import short
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
-from lora.errors import AdapterError, is_number, join, raise_all
+from lora.errors import AdapterError, is_number, join, raise_all, short
 from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
@@ -30,6 +29,7 @@ from lora.models.training import is_bias
 LAYOUTS = "fan_in_fan_out"
 # And what is known of the weights that are adapted, of which PEFT's folder says nothing.
 BASES = "base"
+_NOTED = ("shape", "sample", "margin")
 PREFIX = "base_model.model."
 # What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -78,7 +78,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
@@ -202,7 +202,7 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
     for name, settings in adapter.modules.items():
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
-        facts = {fact: noted[fact] for fact in ("shape", "sample") if noted.get(fact) is not None}
+        facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind == "linear":
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)
@@ -273,9 +273,10 @@ def _adapter(
     tensors: dict[str, Tensor] = {}
     ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
-        missing = [part for part in PARAMETERS if part not in pair]
-        problems += [f"{name}: {part} is missing." for part in missing]
-        if not missing:
+        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
+        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
+        problems += wrong
+        if not wrong:
             try:
                 r = ranks.value([name], config.get("r", 8))
                 lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
@@ -379,11 +380,11 @@ def pattern_problem(pattern: str, length: int = 1) -> str | None:
     bare = _bare(pattern)
     if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
         long = " with a name so long" if length > 1 else ""
-        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+        return f"{short(pattern)} is too intricate to be matched safely{long}."
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern[:80]!r} is no regular expression: {error}."
+        return f"{short(pattern)} is no regular expression: {error}."
     return None
 
 

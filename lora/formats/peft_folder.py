@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.files import object_from, packed, read_bytes, read_header, read_tensors, short
+from lora.adapters.files import object_from, packed, read_bytes, read_header, read_tensors
 from lora.adapters.formats import FILE, object_in
 from lora.adapters.paths import check_place, kind, writing
 from lora.adapters.saving import alone_in, remove_left_over, replace_files
-from lora.errors import AdapterError, raise_all
+from lora.errors import AdapterError, raise_all, short
 from lora.formats.torch_files import read_torch
 
 CONFIG = "adapter_config.json"

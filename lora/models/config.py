@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, did_you_mean, last_parts
+from lora.errors import Problems, did_you_mean, last_parts, short
 from lora.layers.layer import settings_problems
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
@@ -124,34 +124,34 @@ class LoraConfig:
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
             if not (value is None or isinstance(value, str) or _are_names(value)):
-                yield f"`{option}` must be a list of names, got {value!r}."
+                yield f"`{option}` must be a list of names, got {short(value)}."
         if isinstance(self.modules_to_save, str):
-            yield f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}."
+            yield f"`modules_to_save` must be a list of names, got the string {short(self.modules_to_save)}."
         for option in _BY_PATTERN:
             value = getattr(self, option)
             if not isinstance(value, Mapping) or not _are_names(list(value)):
-                yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {value!r}."
+                yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {short(value)}."
         yield from filter(None, [init_problem(self.init_lora_weights)])
         for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
             if not isinstance(getattr(self, option), bool):
-                yield f"`{option}` must be True or False, got {getattr(self, option)!r}."
+                yield f"`{option}` must be True or False, got {short(getattr(self, option))}."
         if self.task_type is not None and self.task_type not in (*HEADS,):
-            yield f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {self.task_type!r}."
+            yield f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {short(self.task_type)}."
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            yield f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}."
+            yield f"`adapter_dtype` must be a floating-point torch.dtype, got {short(dtype)}."
 
     def _value_problems(self) -> Iterator[str]:
         for r in (self.r, *self.rank_pattern.values()):
-            yield from settings_problems(r, self.lora_alpha, self.lora_dropout)
+            yield from settings_problems(r, self.lora_alpha, self.lora_dropout, self.use_rslora)
         for alpha in self.alpha_pattern.values():
-            yield from settings_problems(self.r, alpha, self.lora_dropout)
+            yield from settings_problems(self.r, alpha, self.lora_dropout, self.use_rslora)
         if self.r == 0 or 0 in self.rank_pattern.values():
             yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
         if not self.target_modules:
             yield "`target_modules` must name the modules to adapt, or be 'all-linear'."
         if self.bias not in BIAS_CHOICES:
-            yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}."
+            yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {short(self.bias)}."
         for given, used in self._expressions():
             try:
                 re.compile(used)

@@ -145,7 +145,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> sorted(lora.merged_state_dict(model))
     ['0.bias', '0.weight']
     """
-    layers = [layer for layer in lora_layers(model, "merged_state_dict") if layer.r > 0]
+    layers = [layer for layer in lora_layers(model, "merged_state_dict", reads=True) if layer.r > 0]
     names = names_of(model)
     with Problems("merged_state_dict: nothing was returned") as problems:
         _check(layers, names, problems)

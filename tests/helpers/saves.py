@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import safetensors.torch
@@ -74,20 +75,31 @@ def at_line(n, do, where=HOUSE):
 
 
 def interrupted(n, call, where=HOUSE):
-    """Interrupt a call at the n-th line of lora/ that it runs; whether it was."""
+    """Interrupt a call at the n-th line of lora/ that it runs; whether it was.
+
+    In a thread of its own: where a generator is interrupted in this way, CPython 3.11 takes what it was handling for
+    what its thread is handling, for ever.
+    """
+    raised = []
 
     def interrupt():
         raise KeyboardInterrupt
 
-    before = sys.gettrace()
-    sys.settrace(at_line(n, interrupt, where))
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+    def run():
+        sys.settrace(at_line(n, interrupt, where))
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error.with_traceback(None))
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised and not isinstance(raised[0], KeyboardInterrupt):
+        raise raised[0]
+    return bool(raised)
 
 
 def hidden(folder):
