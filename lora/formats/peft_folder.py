@@ -71,9 +71,9 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     before = _before(path)
     weights = content(before)
     made = not kind(path)
-    with writing(path):
-        path.mkdir(exist_ok=True)
     try:
+        with writing(path):
+            path.mkdir(exist_ok=True)
         with alone_in(path):
             if before != (now := _before(path)):  # another writer was here
                 before, weights = now, content(now)

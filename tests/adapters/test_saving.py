@@ -67,6 +67,8 @@ def interrupt_everywhere(place, before, where, step=1):
     found, n = set(), 1
     while place.again(before) or interrupted(n, place.save, where):
         found.add(place.holds())
+        assert place.path.exists() or before == "nothing"
+        assert not place.path.is_dir() or os.listdir(place.path)
         n += step
     assert place.holds() == "new"
     assert n > 40
@@ -83,6 +85,8 @@ def test_an_interruption_leaves_the_old_adapter_or_the_new_one(place, before, wh
     found, n = set(), 1
     while place.again(before) or interrupted(n, place.save, where):
         found.add(place.holds())
+        assert place.path.exists() or before == "nothing"
+        assert not place.path.is_dir() or os.listdir(place.path)
         n += step
     assert place.holds() == "new"
     assert n > 40
@@ -182,7 +186,7 @@ def test_a_call_to_the_system_that_fails_leaves_the_old_adapter_or_the_new_one(p
 # A process that forks writers, each of which is gone at a line of its own, without a word, or is killed at a moment of
 # its own; or two that are not, while it reads.
 START = """
-import os, pathlib, random, shutil, signal, sys, time
+import itertools, os, pathlib, random, shutil, signal, sys, time
 import torch, lora
 torch.set_num_threads(1)
 from saves import WRITING, HOUSE, at_line, held, hidden
@@ -199,17 +203,26 @@ def at_line_n(n):
     place.save()
     os._exit(0)
 
+def at_rename_n(n):
+    real, calls = os.replace, []
+    def rename(*paths):
+        calls.append(paths)
+        real(*paths) if len(calls) < n else os._exit(9)
+    os.replace = rename
+    place.save()
+    os._exit(0)
+
 def endless(n):
     for k in range(10**9):
         place.save(("old", "new")[k % 2])
 
-for before in ("old", "nothing"):
+for before, how in itertools.product(("old", "nothing"), how.split("+")):
     n, status = 1, 9
     while status == 9:
         place.again(before)
         child = os.fork()
         if child == 0:
-            (at_line_n if how == "lines" else endless)(n)
+            {"lines": at_line_n, "renames": at_rename_n, "moments": endless}[how](n)
         if how == "moments":
             time.sleep(random.uniform(0.005, 0.05))
             os.kill(child, signal.SIGKILL)
@@ -275,7 +288,7 @@ print("whole")
 
 
 def test_a_folder_is_whole_when_its_writer_is_killed_and_while_two_write(tmp_path):
-    said = run(START + KILLER + WRITERS, tmp_path, "peft", "lines", 17, 2, 40)
+    said = run(START + KILLER + WRITERS, tmp_path, "peft", "renames+lines", 23, 2, 40)
     assert "('nothing', 'new'), ('nothing', 'nothing'), ('old', 'new'), ('old', 'old')" in said
     assert said.endswith("whole")
 
@@ -381,8 +394,13 @@ def test_a_file_that_is_replaced_keeps_its_permissions(place, permissions, monke
     replaced = [place.path] if place.format == "lora" else [*place.path.iterdir()]
     for file in replaced:
         file.chmod(permissions)
-    real, seen = os.fsync, []
-    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(stat.S_IMODE(os.fstat(handle).st_mode)) or real(handle))
+    real, seen = os.open, []
+
+    def noting(path, flags, mode=None):
+        seen.extend([] if mode is None else [mode])  # with which a file is made: not even then may more people read it
+        return real(path, flags) if mode is None else real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", noting)
     place.save()
     assert place.holds() == "new"
     assert {mode(file) for file in replaced} == {*seen} == {permissions}
