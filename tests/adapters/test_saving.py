@@ -10,10 +10,12 @@ import sys
 import time
 
 import pytest
+import torch
 from saves import FORMATS, HOUSE, WRITING, adapter, held, held_for_peft, hidden, interrupted
 
 import lora
 from lora.adapters import files, saving
+from lora.formats import torch_files
 
 FOLDERS = [format for format in FORMATS if format != "lora"]
 
@@ -463,6 +465,22 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatc
         shutil.copy(tmp_path / "new" / "adapter_config.json", place.path)
     assert held(place.path, place.known) == "new"
     assert len(opened) > 1
+
+
+def test_a_file_of_torchs_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(3)}, tmp_path / "new")
+    (tmp_path / "a").write_bytes((tmp_path / "new").read_bytes()[:-30])
+    real, times = torch_files._check_directory, []
+
+    def then_change(file, size):
+        times.append(size)
+        if len(times) == 1:
+            (tmp_path / "a").write_bytes((tmp_path / "new").read_bytes())
+        real(file, size)
+
+    monkeypatch.setattr(torch_files, "_check_directory", then_change)
+    assert torch.equal(torch_files.read_torch(tmp_path / "a")["a"], torch.ones(3))
+    assert len(times) == 2
 
 
 def test_a_file_that_changes_each_time_is_not_read(tmp_path, monkeypatch):
