@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import is_count, is_number, join
+from lora.errors import is_count, is_number, join, short
 from lora.functional.fused import is_plain, is_storage
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
@@ -160,27 +160,30 @@ class Base(Record):
     def problems(self) -> Iterator[str]:
         """What is wrong with the description, whatever the model."""
         if not isinstance(self.kind, str):
-            yield f"`base` must describe the base weight, got {dict(self)!r}."
+            yield f"`base` must describe the base weight, got {short(dict(self))}."
             return
         if self.kind != "conv" and self.groups != 1:
-            yield f"`groups` are for convolutions, got {self.groups!r} for {self.kind!r}."
+            yield f"`groups` are for convolutions, got {short(self.groups)} for {short(self.kind)}."
         if not isinstance(self.fan_in_fan_out, (bool, type(None))):
-            yield f"`fan_in_fan_out` must be true, false or unknown, got {self.fan_in_fan_out!r}."
+            yield f"`fan_in_fan_out` must be true, false or unknown, got {short(self.fan_in_fan_out)}."
         shape, sample = self.shape, self.sample
         sizes = [self.groups, *(shape if isinstance(shape, tuple) else [1 if shape is None else shape])]
         if not all(is_count(size, 1) for size in sizes) or math.prod(sizes) > _LARGEST:
-            yield f"`base` must have a shape and groups of positive integers, got {shape!r} and {self.groups!r}."
+            said = f"{short(shape)} and {short(self.groups)}"
+            yield f"`base` must have a shape and groups of positive integers, got {said}."
         if sample is not None and not (isinstance(sample, tuple) and all(map(is_number, sample))):
-            yield f"`sample` must hold finite numbers, got {sample!r}."
+            yield f"`sample` must hold finite numbers, got {short(sample)}."
         if self.margin is not None and not (is_number(self.margin) and self.margin >= 0):
-            yield f"`margin` must be a finite number of at least 0, got {self.margin!r}."
+            yield f"`margin` must be a finite number of at least 0, got {short(self.margin)}."
 
     def check_kind(self, module: nn.Module) -> None:
         """ValueError if the module is of another kind than the one described, whose shapes may well be alike."""
         kind = type(module) if isinstance(module, LoRALayer) else kind_for(type(module))
         ours = next((_KINDS[cls] for cls in kind.__mro__ if cls in _KINDS), None) if kind else None
         if ours is not None and self.kind in _KINDS.values() and self.kind != ours:
-            raise ValueError(f"has an adapter of the kind {self.kind!r} in the file, and is of {ours!r} in the model.")
+            raise ValueError(
+                f"has an adapter of the kind {short(self.kind)} in the file, and is of {ours!r} in the model."
+            )
 
     def check(self, module: nn.Module) -> None:
         """ValueError if the module's weight is not the one described; the same in another dtype, or packed, is."""
@@ -409,15 +412,15 @@ def rest_problems(rest: Any) -> Iterator[str]:
     """What is wrong with what an adapter says of the rest of its base model, whatever the model."""
     for name, about in rest.items():
         if about.keys() != {"shape", "sample"}:
-            yield f"{name}: `rest` must say its shape and sample, got {', '.join(map(repr, about))}."
+            yield f"{name}: `rest` must say its shape and sample, got {', '.join(map(short, about))}."
             continue
         shape, sample = about["shape"], about["sample"]
         sizes = shape if isinstance(shape, list) else [shape] * (shape is not None)
         if not all(is_count(size) for size in sizes):
-            yield f"{name}: `rest` must have a shape of integers, got {shape!r:.80}."
+            yield f"{name}: `rest` must have a shape of integers, got {short(shape)}."
         numbers = sample if isinstance(sample, list) else [sample] * (sample is not None)
         if not all(map(is_number, numbers)) or len(numbers) > _VALUES:
-            yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {sample!r:.80}."
+            yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {short(sample)}."
 
 
 def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) -> tuple[float, ...] | None:

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.errors import short
 from lora.functional import Adapted, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
@@ -245,12 +246,12 @@ def split_settings(
 ) -> dict[str, Any]:
     """`splits` and `enable_lora` in the form that layers keep: tuples of ints and of bools."""
     if splits is not None and not (_is_sequence(splits) and all(isinstance(size, numbers.Integral) for size in splits)):
-        raise ValueError(f"`splits` must be a list or a tuple of integers, got {splits!r}.")
+        raise ValueError(f"`splits` must be a list or a tuple of integers, got {short(splits)}.")
     if isinstance(enable_lora, bool):
         enable_lora = (enable_lora,) * len(splits or (0,))
     mask = tuple(enable_lora) if _is_sequence(enable_lora) else ()
     if not mask or any(entry not in (0, 1) for entry in mask):
-        raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {enable_lora!r}.")
+        raise ValueError(f"`enable_lora` must hold at least one entry, each a bool, 0 or 1, got {short(enable_lora)}.")
     if splits is None:
         if out_features % len(mask):
             raise ValueError(

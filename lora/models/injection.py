@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from lora.errors import Problems, join, raise_all, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
+from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
-from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, for_module
+from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, patterns_of
 from lora.models.model import (
     Memory,
     Names,
@@ -31,13 +32,13 @@ from lora.models.model import (
     remember_layers,
     remember_values,
     sharded_problems,
-    undo_on_error,
 )
-from lora.models.start import begin, give_back, problems_of_start
+from lora.models.patterns import Patterns
+from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
-    mark_only_lora_as_trainable,
+    let_train,
     originals,
     resized_problems,
     train_in_full,
@@ -150,22 +151,23 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         saved = find_saved(model, names, config, problems)
         targets = find_targets(model, names, config, saved, problems)
         check_saved(names, config, saved, targets, problems)
+        patterns = patterns_of(config)
         for module in targets:
             with problems.at(names[module][0]):
-                plans.append(_plan(model, names[module], module, config))
+                plans.append(_plan(model, names[module], module, config, patterns))
         problems.add(*obstacles(names))
         for module, known in names.items():  # adapted or not: gradients have to come through all of them
             if "weight" in module._parameters and (reason := weights.why_not_train(module)):
                 problems.add(f"{known[0]}: {reason}")
-    with undo_on_error(model.modules()):
+    with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(plans)
         remember_layers(names, layers)
         raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
-        mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
+        let_train(model, config.bias, config.freeze_A)
         remember_values(names)
-        begin(layers, config.init_lora_weights)
+        begin(layers, config.init_lora_weights, undo)
     return report_of(model, names, layers, tuple(names[module][0] for module in saved))
 
 
@@ -197,25 +199,28 @@ def eject(model: nn.Module) -> None:
     with Problems("eject: nothing was changed") as problems:
         problems.add(*sharded_problems(layers, names, instead), *own_forward_problems(layers, names))
         problems.add(*resized_problems(model))
-    for layer in layers:
-        give_back(layer)
-    with torch.no_grad():
+    with undo_on_error(model.modules()) as undo, undo, torch.no_grad():
+        for layer in layers:
+            if is_kept_apart(layer):
+                undo.keep(*weights.written_with(layer))
+            give_back(layer)
         for module in model.modules():
             for name, value in originals(module).items():
                 now: torch.Tensor = getattr(module, name)
                 if not has_moved(module, name):
                     continue
                 if now.shape == value.shape and is_writable(now):
+                    undo.keep(now)
                     now.copy_(value)
                 else:  # a buffer that has grown, or is another one now
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             forget_children(module)
             weights.prepare_training(module, False)
-    restored: set[int] = set()
-    for layer in layers:
-        layer.lora_remove(restore_layout=id(layer.weight) not in restored)
-        restored.add(id(layer.weight))
+        restored: set[int] = set()
+        for layer in layers:
+            layer.lora_remove(restore_layout=id(layer.weight) not in restored)
+            restored.add(id(layer.weight))
 
 
 @torch.inference_mode(False)
@@ -305,7 +310,13 @@ def bypass_of(parent: nn.Module, child: str) -> str | None:
 # ---- one module's adapter, and the report ----------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
+def _plan(
+    model: nn.Module,
+    names: Sequence[str],
+    module: nn.Module,
+    config: LoraConfig,
+    patterns: Mapping[str, Patterns[Any]],
+) -> Plan:
     """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
     reason = refusal(model, names, module)
     if reason:
@@ -314,13 +325,13 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
     assert kind is not None, "refusal() has looked"
     kind, own = kind.lora_configure(
         module,
-        splits=for_module(config.splits, names, None),
-        enable_lora=for_module(config.enable_lora, names, None),
+        splits=patterns["splits"].value(names, None),
+        enable_lora=patterns["enable_lora"].value(names, None),
         factored=config.factored,
     )
     settings: dict[str, Any] = {
-        "r": for_module(config.rank_pattern, names, config.r),
-        "lora_alpha": for_module(config.alpha_pattern, names, config.lora_alpha),
+        "r": patterns["rank_pattern"].value(names, config.r),
+        "lora_alpha": patterns["alpha_pattern"].value(names, config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "merge_weights": config.merge_weights,
         "use_rslora": config.use_rslora,
@@ -346,7 +357,8 @@ def report_of(
     memory = Memory(owned_tensors(names))
     rows = []
     for layer in layers:
-        tied = [name for one in memory.sharing(layer.weight) for name in one.names]
+        tied = (name for one in memory.sharing(layer.weight) for name in one.names)
+        own = {join(known, "weight") for known in names[layer]}
         rows.append(
             AdaptedModule(
                 names=names[layer],
@@ -355,7 +367,7 @@ def report_of(
                 r=layer.r,
                 scaling=layer.lora_scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in tied if name not in [join(known, "weight") for known in names[layer]]),
+                tied_to=tuple(name for name in tied if name not in own),
             )
         )
     parameters = initialized_parameters(model)

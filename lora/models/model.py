@@ -1,9 +1,11 @@
-"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers; and one way to undo."""
+"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from itertools import accumulate, islice, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
+from lora.models.exchange import exchanged
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -24,10 +27,10 @@ Names = dict[nn.Module, tuple[str, ...]]
 
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
-    names: Names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
+        names.setdefault(module, []).append(name)
+    return {module: tuple(known) for module, known in names.items()}
 
 
 # What torch's wrappers put into names: activation checkpointing and torch.compile.
@@ -96,15 +99,21 @@ class Memory:
     """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
 
     def __init__(self, tensors: Iterable[Owned]) -> None:
-        self._spans: dict[int, list[tuple[int, int, Owned]]] = {}
-        for one in tensors:
+        spans: dict[int, list[tuple[int, int, int, Owned]]] = {}
+        for number, one in enumerate(tensors):
             storage, start, stop = _span(one.tensor)
-            self._spans.setdefault(storage, []).append((start, stop, one))
+            spans.setdefault(storage, []).append((start, stop, number, one))
+        # By where they begin; and for each how far it and those before it reach, where one storage holds many.
+        self._spans = {storage: sorted(those, key=itemgetter(0)) for storage, those in spans.items()}
+        self._reach = {storage: [*accumulate((s[1] for s in those), max)] for storage, those in self._spans.items()}
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
         storage, start, stop = _span(tensor)
-        return [one for i, j, one in self._spans.get(storage, []) if i < stop and start < j]
+        spans = self._spans.get(storage, [])
+        first = bisect_right(self._reach.get(storage, []), start)
+        begun = takewhile(lambda span: span[0] < stop, islice(spans, first, None))
+        return [one for _, _, _, one in sorted((s for s in begun if start < s[1]), key=itemgetter(2))]
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
@@ -136,12 +145,18 @@ def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_layers(
-    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+    model: nn.Module,
+    what: str,
+    *,
+    none: bool = False,
+    inside_disabled: bool = False,
+    replaced: bool = False,
+    reads: bool = False,
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed.
+    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
     """
     reshard(model)
     _adopt(model)
@@ -150,14 +165,26 @@ def lora_layers(
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    if not inside_disabled:
+        check_not_disabled(model, what, reads)
     computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
         raise ValueError(
             f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
         )
     return layers
+
+
+def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
+    """ValueError if the model is within a block of `lora.disabled`; or, for what `reads`, if tensors are exchanged."""
+    modules = [*model.modules()]
+    if any(map(exchanged, modules)):
+        raise ValueError(
+            f"{what}: LoRA is disabled in this {type(model).__name__}, in which the base's values stand where others "
+            "trained; leave `lora.disabled` first."
+        )
+    if not reads and any(isinstance(module, LoRALayer) and module.lora_disabled is not None for module in modules):
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -316,44 +343,6 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
                     "`lora.inject`. (`lora.eject` takes out what is left.)"
                 )
-
-
-# ---- undo --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
-
-    Args:
-        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
-            `requires_grad` were; values that the block wrote into tensors are not.
-        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
-    """
-    modules = list(modules)
-    states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]
-    own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
-    parameters = [(p, p.data, p.requires_grad) for p in own if not nn.parameter.is_lazy(p)]
-    values = [(tensor, tensor.detach().clone()) for tensor in written]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, its in states:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(its)
-        for parameter, data, trains in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trains)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for module in modules:
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        raise
 
 
 # ---- a transformers model's checkpoint ---------------------------------------------------------------------------
