@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_count, is_number, short
-from lora.functional.fused import exact_dtype, is_plain, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
@@ -137,12 +137,13 @@ class LoRALayer(Magnitudes):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + s · B A drop(x) + b, in plain, out-of-place operations: right for every base, quantised or sharded."""
         y = self.lora_base_forward(input, *args, **kwargs)
-        return y + (self.lora_update(input) * self.lora_scaling).to(y.dtype)
+        return y + self.lora_update(input, self.lora_scaling).to(y.dtype)
 
-    def lora_update(self, input: Tensor) -> Tensor:
-        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
+    def lora_update(self, input: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+        """s · B A drop(x); A and B, which are small, are cast to x's dtype, never x."""
         dtype = input.dtype if input.is_floating_point() else self.lora_update_dtype(self.weight)
-        return self.lora_product(self.lora_drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
+        B, left = spread(self.lora_B, scaling, dtype)
+        return self.lora_product(self.lora_drop(input), self.lora_A.to(dtype), B) * left
 
     def lora_update_dtype(self, other: Tensor) -> torch.dtype:
         """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
@@ -159,7 +160,8 @@ class LoRALayer(Magnitudes):
             return y
         A, B, scaling = start
         dtype = y.dtype if y.is_floating_point() else A.dtype
-        return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+        B, left = spread(B.to(y.device), scaling, dtype)
+        return y + (self.lora_product(input, A.to(y.device, dtype), B) * left).to(y.dtype)
 
     # ---- the merged weight -----------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class Swappable(LoRALayer):
         if not self._is_traced():
             return super().lora_layer_forward(input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
-        y = y + self._gated(self.lora_update(input) * self.lora_read_scaling()).to(y.dtype)
+        y = y + self._gated(self.lora_update(input, self.lora_read_scaling())).to(y.dtype)
         return self.lora_magnified(y) if self.use_dora else y
 
     def lora_read_scaling(self) -> float | Tensor:
