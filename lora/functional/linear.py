@@ -174,8 +174,9 @@ class _LoRALinear(FusedFunction):
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         if needs_B and not needs_A:
             raise RuntimeError(
-                "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does "
-                "not; let lora_A train, or compute with `lora.functional.plain_lora_linear`."
+                "differentiating twice, or for many output gradients at once, needs the layer's input, which is not "
+                "kept while lora_B trains and lora_A does not; let lora_A train, or compute with "
+                "`lora.functional.plain_lora_linear`."
             )
         fused: Fused = ctx.fused
         x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
