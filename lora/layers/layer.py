@@ -10,6 +10,7 @@ magnitudes in dora.py.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ class LoRALayer(Magnitudes):
     Attributes:
         r: rank of the update; 0 means that the layer behaves exactly as its base class.
         lora_alpha: numerator of the scaling.
-        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time.
+        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time, to a number.
         lora_dropout: probability of dropping an input feature on the LoRA path, in training only.
         merge_weights: serve `eval()` without gradients from one merged weight, kept beside the base weight.
         use_dora: scale each output to a trainable magnitude.
@@ -341,6 +342,8 @@ class LoRALayer(Magnitudes):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scaling" and type(self).scaling is LoRALayer.scaling and not LoRALayer.scaling.is_taken(self):
             return setattr(self, "lora_scaling", value)
+        if name == "lora_scaling" and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise TypeError(f"`scaling` must be a number, got {short(value)}.")
         super().__setattr__(name, value)
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.
