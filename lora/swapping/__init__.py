@@ -55,9 +55,9 @@ class Swappable(LoRALayer):
     def lora_read_scaling(self) -> float | Tensor:
         return self.lora_scale[0] if self._is_traced() else super().lora_read_scaling()
 
-    def lora_gain(self) -> Tensor:
-        gain = super().lora_gain()
-        return self._gated(gain, 1) if self._is_traced() else gain
+    def lora_gains(self) -> Tensor:
+        gains = super().lora_gains()
+        return self._gated(gains, 1) if self._is_traced() else gains
 
     def _gated(self, values: Tensor, off: float = 0) -> Tensor:
         """What LoRA adds, or scales by; what does nothing where the layer is disabled, whatever the adapter holds."""
@@ -65,7 +65,8 @@ class Swappable(LoRALayer):
 
     def _is_traced(self) -> bool:
         """Whether a compiler looks on, and the layer is in no state that only the plain forward knows."""
-        return torch.compiler.is_compiling() and self.lora_start is None and self.lora_needs_data is None
+        known = self.lora_start is None and self.lora_needs_data is None and not self.lora_is_in_place()
+        return torch.compiler.is_compiling() and known
 
     # ---- its tensors -------------------------------------------------------------------------------------------
 
