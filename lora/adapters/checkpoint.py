@@ -80,7 +80,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     def write() -> None:
         raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
         known = [without_wrappers(name) for group in names.values() for name in group]
-        write_adapter(adapter, path, format, module_names=known)
+        try:
+            write_adapter(adapter, path, format, module_names=known)
+        except AdapterError as error:  # under the name of the function that was called
+            raise AdapterError(str(error).replace("write_adapter:", "save_adapter:", 1)) from None
 
     ranks.on_first(write)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, raise_all, table
+from lora.errors import Problems, join, raise_all, table, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
@@ -247,7 +247,7 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return "has LoRA already; eject or merge it first."
     kind = kind_for(type(module))
     if kind is None:
-        return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
+        return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
     parts = names[0].split(".")

@@ -179,11 +179,11 @@ def lora_layers(
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if not inside_disabled:
         check_not_disabled(model, what, reads)
-    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
+    computed = [layer for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
-        raise ValueError(
-            f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
-        )
+        names = names_of(model)
+        which = ", ".join(names[layer][0] or "the model" for layer in computed)
+        raise ValueError(f"{what}: a weight of {which} is computed by a parametrization; remove the parametrization.")
     return layers
 
 
