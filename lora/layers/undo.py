@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.layers.kind import Place
 from lora.layers.layer import LoRALayer
 
 # The dicts and sets that torch's modules, and ours, keep and change in place.
@@ -20,26 +21,31 @@ _CONTAINERS = (
 
 
 class _Module(NamedTuple):
-    """A module's class, its attributes, and what is in those of them that are changed in place."""
+    """A module's class, its attributes, and what is in those of them that are changed in place, if anything is."""
 
     module: nn.Module
     cls: type
     attributes: dict[str, Any]
-    contents: list[tuple[Any, Any]]
+    contents: dict[str, Any]
+    adapted: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        attributes = dict(vars(module))
-        place = attributes.get("lora_place")
-        held = [attributes[name] for name in _CONTAINERS if name in attributes] + ([vars(place)] if place else [])
-        return cls(module, type(module), attributes, [(one, one.copy() if one else ()) for one in held])
+        attributes = vars(module).copy()
+        place: Place | None = attributes.get("lora_place")
+        contents = {name: held.copy() for name in _CONTAINERS if (held := attributes.get(name))}
+        return cls(module, type(module), attributes, contents, place is not None and place.adapted)
 
     def put_back(self) -> None:
         if type(self.module) is not self.cls:
             self.module.__class__ = self.cls
         _refill(vars(self.module), self.attributes)
-        for container, content in self.contents:
-            _refill(container, content)
+        for name in _CONTAINERS:
+            if name in self.attributes:
+                _refill(self.attributes[name], self.contents.get(name, ()))
+        place: Place | None = self.attributes.get("lora_place")
+        if place is not None:
+            place.adapted = self.adapted
 
 
 def _refill(container: Any, content: Any) -> None:
