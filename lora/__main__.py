@@ -9,17 +9,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lora import __version__
 from lora.cli import convert, in_options, inspect, merging
+from lora.errors import clipped, visible
 
 _COMMANDS = (inspect, convert, merging)
 _LONGEST = 300  # characters of an error of torch's or Python's
+_LONGEST_MESSAGE = 40_000
+_BREAK = "\n"  # of errors that list several things
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser, which knows all commands."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="lora",
         description="Look at LoRA adapters; convert, combine, compare and merge them.",
         epilog="example:\n  python -m lora inspect adapter.safetensors",
@@ -31,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add(commands)
     return made
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names of files, which a shell may have put in, are shown as they are in all other messages."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(message: str, code: int = 2) -> int:
     """Say on stderr what is wrong; the exit code."""
     if sys.stderr is not None:  # print would take None for stdout
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr)
     return code
 
 

@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.base import Base, Record, rest_problems
-from lora.errors import is_number, join
-from lora.layers.layer import LoRALayer, alpha_of, settings_problems
+from lora.errors import join, short
+from lora.layers.layer import LoRALayer, alpha_of, scaling_problem, settings_problems
 from lora.layers.registry import kind_for
 from lora.models.injection import Plan, adapt
 
@@ -110,20 +110,20 @@ class ModuleAdapter(Record):
         if self.r == 0:
             yield "`r` must be at least 1, got 0."
         if not isinstance(self.use_rslora, bool):
-            yield f"`use_rslora` must be true or false, got {self.use_rslora!r}."
-        if not is_number(self.scaling):
-            yield f"`scaling` must be a finite number, got {self.scaling!r}."
+            yield f"`use_rslora` must be true or false, got {short(self.use_rslora)}."
+        if problem := scaling_problem(self.scaling):
+            yield problem
         for option in ("splits", "enable_lora"):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(each, int) for each in value)):
-                yield f"`{option}` must be a list of numbers, got {value!r}."
+                yield f"`{option}` must be a list of numbers, got {short(value)}."
         for option in ("factored", "use_dora"):
             if not isinstance(getattr(self, option), (bool, type(None))):
-                yield f"`{option}` must be true or false, got {getattr(self, option)!r}."
+                yield f"`{option}` must be true or false, got {short(getattr(self, option))}."
         if isinstance(self.base, Base):
             yield from self.base.problems()
         else:
-            yield f"`base` must describe the base weight, got {self.base!r}."
+            yield f"`base` must describe the base weight, got {short(self.base)}."
 
     def layer(self, A: Tensor, B: Tensor, magnitude: Tensor | None = None) -> LoRALayer:
         """A LoRA layer with these tensors, whose base weight has a shape and no values.
@@ -142,7 +142,7 @@ class ModuleAdapter(Record):
             raise ValueError(f"is of the kind {self.base.kind}, which only its model knows.")
         shape = self._shape_by(A, B) if self.base.shape is None else self.base.shape
         if self.base.kind != "conv" and len(shape) != 2:
-            raise ValueError(f"`base` must have a shape of two sizes for {self.base.kind!r}, got {shape}.")
+            raise ValueError(f"`base` must have a shape of two sizes for {self.base.kind!r}, got {short(shape)}.")
         module = make(shape, self.base)
         kind = kind_for(type(module))
         assert kind is not None, "these are torch's own"
@@ -294,14 +294,15 @@ class Adapter:
         """Everything that is wrong with the adapter, whatever the model."""
         others = [name for name, module in self.modules.items() if not isinstance(module, ModuleAdapter)]
         if others:  # put there later
-            yield f"`modules` must hold ModuleAdapters, as `lora.Adapter(…)` makes of mappings; not so {others!r:.80}."
+            yield f"`modules` must hold ModuleAdapters, as `lora.Adapter(…)` makes of mappings; not so {short(others)}."
             return
-        expected = {*self.trained_in_full}
+        full = {*self.trained_in_full}
+        expected = {*full}
         for name, module in self.modules.items():
             expected |= {join(name, own) for own in module.parameters}
         yield from (f"{name} is missing." for name in sorted(expected - self.tensors.keys()))
         yield from (f"{name} is unexpected." for name in sorted(self.tensors.keys() - expected))
-        for name in sorted({*self.kept} - {*self.trained_in_full}):
+        for name in sorted({*self.kept} - full):
             yield f"{name} is in `kept`, and must be in `trained_in_full`, too."
         yield from rest_problems(self.rest)
         if not self.modules:
@@ -309,9 +310,9 @@ class Adapter:
         for name, module in self.modules.items():
             yield from (f"{name}: {problem}" for problem in module.problems())
         for name, tensor in self.tensors.items():
-            if name not in self.trained_in_full:
-                yield from _dtype_problems(name, tensor)
-            yield from _value_problems(name, tensor, mask_like=name in self.trained_in_full)
+            if name not in full:
+                yield from dtype_problems(name, tensor)
+            yield from _value_problems(name, tensor, mask_like=name in full)
 
 
 def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]:
@@ -327,7 +328,8 @@ def _value_problems(name: str, tensor: Tensor, mask_like: bool) -> Iterator[str]
             yield f"{name} holds NaN or infinity."
 
 
-def _dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
+def dtype_problems(name: str, tensor: Tensor) -> Iterator[str]:
+    """Why A, B or a magnitude cannot be computed with, if so."""
     if not tensor.is_floating_point():
         yield f"{name} must hold floating-point numbers, got {tensor.dtype}."
     elif tensor.dtype not in _DTYPES:

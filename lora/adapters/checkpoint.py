@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
-from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target
 from lora.adapters.formats import read_adapter, write_adapter
+from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
@@ -21,6 +21,7 @@ from lora.layers.undo import undo_on_error
 from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.model import (
     Names,
+    check_not_disabled,
     lora_layers,
     name_of,
     names_of,
@@ -72,7 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     >>> _ = lora.load_adapter(model, path)
     """
     model = unwrapped(model)
-    lora_layers(model, "save_adapter")
+    lora_layers(model, "save_adapter", reads=True)
     ranks, names, what = weights.ranks_of(model), names_of(model), f"save_adapter: {path} is not written"
     adapter = _adapter_of(model, names, what, keep=ranks.is_first)
 
@@ -146,10 +147,12 @@ def load_adapter(
     2
     """
     wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
-    lora_layers(model, "load_adapter", none=True)
+    lora_layers(model, "load_adapter", none=True, reads=True)
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
     raise_all(what, _in_parts(names_of(model)), AdapterError)
+    if adapter.trained_in_full or adapter.modules_to_save:  # which blocks that are open would take for the base's
+        check_not_disabled(model, "load_adapter")
     fit = Fit(model, adapter, check_base, what)
     raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)
     saved = [fit.modules[name] for name in fit.adapter.modules_to_save]
@@ -197,7 +200,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         model: a model with LoRA layers.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, or LoRA is disabled in it.
+        ValueError: there is no LoRA layer in the model, or `lora.disabled` has tensors exchanged in it.
         AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
 
     >>> import torch, lora
@@ -205,7 +208,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     torch.Size([4, 8])
     """
     model = unwrapped(model)
-    lora_layers(model, "adapter_of")
+    lora_layers(model, "adapter_of", reads=True)
     return _adapter_of(model, names_of(model), "adapter_of: no adapter was taken", keep=True)
 
 
@@ -299,6 +302,7 @@ def _whole(module: nn.Module, own: str) -> Tensor:
 def _take_over(fit: Fit) -> list[Target]:
     """Give the model the settings of an adapter that fits it; the values that are to be written next."""
     adapter, targets = fit.adapter, list[Target]()
+    kept = {*adapter.kept}
     for name, settings in adapter.modules.items():
         layer = fit.modules[name]
         assert isinstance(layer, LoRALayer), "it fits"
@@ -307,7 +311,7 @@ def _take_over(fit: Fit) -> list[Target]:
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
         module = fit.modules[owner]
-        if name in adapter.kept:
+        if name in kept:
             keep(module, own)
         else:
             remember(module, own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -63,6 +62,7 @@ class Fit:
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         self._unchanged: set[str] = set()
         self.adapter = self._in_forms(renamed(adapter, self.modules, self.problems))
+        self._in_full, self._kept = {*self.adapter.trained_in_full}, {*self.adapter.kept}
         for name, settings in self.adapter.modules.items():
             with self.problems.at(name):
                 self._fit_module(name, settings)
@@ -79,8 +79,9 @@ class Fit:
             trained_in_full=[name for name in self.adapter.trained_in_full if name not in self._unchanged],
             kept=[name for name in self.adapter.kept if name not in self._unchanged],
         )
+        written = {*self.adapter.trained_in_full}
         for name, module, own in trained_in_full(self.names, only_recorded=True):
-            if name not in self.adapter.trained_in_full:
+            if name not in written:
                 if is_kept(module, own):
                     self.as_before.append((module, own, originals(module)[own]))
                 else:
@@ -90,7 +91,7 @@ class Fit:
 
     def _in_forms(self, adapter: Adapter) -> Adapter:
         """The adapter in the forms, ranks and dtypes of the model's layers, where that is exact."""
-        settings, tensors = dict(adapter.modules), dict(adapter.tensors)
+        settings, tensors, kept = dict(adapter.modules), dict(adapter.tensors), {*adapter.kept}
         for name in [name for name in adapter.modules if name in self.modules]:
             module, pair = self.modules[name], [*adapter.pair(name)]
             with self.problems.at(name):
@@ -100,7 +101,7 @@ class Fit:
             tensors |= {join(name, own): factor for own, factor in zip(PARAMETERS, pair, strict=True)}
         for key, tensor in () if adapter.format == "lora" else tensors.items():
             target = self._target(key)[2]
-            if target is not None and key not in adapter.kept:
+            if target is not None and key not in kept:
                 tensors[key] = _exactly(tensor, target.dtype)
         return replace(adapter, modules=settings, tensors=tensors)
 
@@ -115,7 +116,7 @@ class Fit:
             self._compare(name, module, settings)
         else:
             self._plan(name, module, settings)
-        if self.check_base and join(name, "weight") not in self.adapter.trained_in_full:
+        if self.check_base and join(name, "weight") not in self._in_full:
             settings.base.check(module)
 
     def _compare(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
@@ -173,8 +174,8 @@ class Fit:
     def _target(self, name: str) -> tuple[nn.Module, str, Tensor | None]:
         """The module, the own name, and the tensor of the model that a full name stands for."""
         owner, _, own = name.rpartition(".")
-        module = self.modules.get(owner, nn.Module())
-        return module, own, {**module._parameters, **module._buffers}.get(own)
+        module = self.modules[owner] if owner in self.modules else nn.Module()
+        return module, own, module._parameters.get(own, module._buffers.get(own))
 
     def _fit_full(self, name: str) -> None:
         module, own, tensor = self._target(name)
@@ -185,7 +186,7 @@ class Fit:
                 f"{name}: the model's tensor cannot be written to, being expanded from a smaller one or made in "
                 "torch.inference_mode; make the model otherwise."
             )
-        elif name in self.adapter.kept:
+        elif name in self._kept:
             self._fit_kept(name, module, own, tensor)
         else:
             value = self.adapter.tensors[name]
@@ -237,7 +238,7 @@ class Fit:
         adapter, memory = self.adapter, Memory(own_tensors(self.names))
         targets = {name: self._target(name)[2] for name in adapter.trained_in_full}
         wanted = {name: tensor for name, tensor in targets.items() if tensor is not None}
-        seen: set[str] = set()
+        seen, once = set[str](), set[str]()
         for name, tensor in wanted.items():
             if name in seen:
                 continue
@@ -252,8 +253,10 @@ class Fit:
                 self.problems.add(
                     f"{', '.join(ours + apart)}: {_TIED}, and the file would change only {', '.join(ours)}. {_UNTIE}"
                 )
-            elif adapter.format == "peft":
-                self.problems.add(*tied(self.names, {*ours} - {*adapter.kept}))
+            else:
+                once.update(ours)
+        if adapter.format == "peft":
+            self.problems.add(*tied(self.names, once - self._kept))
 
     def _compare_rest(self) -> None:
         held = {id(self._target(name)[2]) for name in self.adapter.trained_in_full}
@@ -285,12 +288,12 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Proble
     for key in (*adapter.tensors, *adapter.rest):
         owner, _, own = key.rpartition(".")
         names[key] = join(_known(owner, modules), own)
-    clashes = [
-        f"{', '.join(old for old in group if names[old] == new)}: several names for {new}."
-        for group in (adapter.modules, [*adapter.tensors, *adapter.rest])
-        for new, count in Counter(names[old] for old in group).items()
-        if count > 1
-    ]
+    clashes = []
+    for group in (adapter.modules, [*adapter.tensors, *adapter.rest]):
+        meant: dict[str, list[str]] = {}
+        for old in group:
+            meant.setdefault(names[old], []).append(old)
+        clashes += [f"{', '.join(olds)}: several names for {new}." for new, olds in meant.items() if olds[1:]]
     if clashes:
         problems.add(*sorted(clashes))
         return adapter

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import as_path, kind, open_file, read_header, read_tensors, write_tensors
-from lora.errors import AdapterError, is_number, raise_all
+from lora.adapters.files import read_tensors
+from lora.adapters.paths import as_path, kind, open_file
+from lora.adapters.saving import write_tensors
+from lora.errors import AdapterError, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
@@ -54,24 +56,25 @@ def _write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:
     """Read what `_write` wrote; AdapterError if it is something else."""
-    said = read_header(path).metadata
-    if "lora" not in said:
-        raise AdapterError(
-            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
-        )
-    about = object_in(said, "lora") or {}
-    version = about.get("version", VERSION)
-    if version != VERSION:  # asked first: another version may have other parts, or another checksum
-        raise AdapterError(f"{path} is an adapter of version {version!r}; this release reads version {VERSION}.")
-    tensors, metadata = read_tensors(path)
-    if metadata != said:
-        raise AdapterError(f"{path} has changed while it was read.")
+    tensors, metadata = read_tensors(path, lambda said: _check_version(path, said))
+    about = object_in(metadata, "lora") or {}
     if not _is_sound(about):
         raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
     if "sha256" not in metadata:
         raise AdapterError(f"{path} has no checksum: its metadata has no entry 'sha256'.")
     kept, rest = rest_of(metadata, path)
     return Adapter(tensors=tensors, kept=kept, rest=rest, **{part: about[part] for part in _ABOUT})
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    """AdapterError if a file is none of ours, or of another version: that may have other parts, or another checksum."""
+    if "lora" not in metadata:
+        raise AdapterError(
+            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
+        )
+    version = (object_in(metadata, "lora") or {}).get("version", VERSION)
+    if version != VERSION:
+        raise AdapterError(f"{path} is an adapter of version {short(version)}; this release reads version {VERSION}.")
 
 
 def rest_as_metadata(adapter: Adapter) -> dict[str, str]:
@@ -149,7 +152,7 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     ['0.lora_A', '0.lora_B']
     """
     if lora_alpha is not None and not is_number(lora_alpha):
-        raise ValueError(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        raise ValueError(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     format, place = _found(as_path(path))
     assert format.read is not None, "it has recognised the file"
     adapter = format.read(place, lora_alpha)

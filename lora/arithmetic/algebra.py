@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import FORM, PARAMETERS, Adapter, Form, ModuleAdapter
-from lora.adapters.base import Base, difference, sample_difference
-from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
+from lora.adapters.base import Base, difference, percent, sample_difference
+from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all, short
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
 from lora.models.blocks import Pair, block_rank, cut, dense_spectrum, layer_rank, pairs_of, spectrum, tensors_of
@@ -87,8 +87,11 @@ def combine(
     kept: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     with Problems(what, AdapterError) as problems:
-        for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules):
-            having = {n: pair for n, pair in enumerate(adapters) if name in pair[0].modules}
+        modules_of: dict[str, dict[int, tuple[Adapter, float]]] = {}
+        for n, pair in enumerate(adapters):
+            for name in pair[0].modules:
+                modules_of.setdefault(name, {})[n] = pair
+        for name, having in modules_of.items():
             bases = {n: adapter.modules[name].base for n, (adapter, _) in having.items()}
             found = list(_base_problems(bases, check_base))
             problems.add(*(f"{name}: {problem}" for problem in found))
@@ -97,8 +100,10 @@ def combine(
                     sums[name] = _sum_of(name, [*having.values()], method, r)
         for n, (adapter, _) in enumerate(adapters):
             problems.add(*(_rest_problems(n, adapter, kept, rest) if check_base else ()))
-            kept = {name: adapter.tensors[name] for name in adapter.kept} | kept
-            rest = adapter.rest | rest
+            for name in adapter.kept:
+                kept.setdefault(name, adapter.tensors[name])
+            for name, about in adapter.rest.items():
+                rest.setdefault(name, about)
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
@@ -162,7 +167,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     """
     what = "scale: nothing was computed"
     if not is_number(factor):
-        raise_all(what, [f"`factor` must be a finite number, got {factor!r}."])
+        raise_all(what, [f"`factor` must be a finite number, got {short(factor)}."])
     check([adapter], what, in_full=False)
     result = copied(adapter)
     for name, module in adapter.modules.items():
@@ -329,15 +334,15 @@ def _argument_problems(adapters: Sequence[Any], method: Any, r: Any, density: An
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Adapter) and is_number(pair[1])):
             yield f"`adapters` must hold pairs of a lora.Adapter and a finite number, got {pair!r:.80} at {n}."
     if method not in METHODS:
-        yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}."
+        yield f"`method` must be one of {', '.join(map(repr, METHODS))}, got {short(method)}."
     elif r is not None and method not in _OF_ANY_RANK:
         yield f"`r` is for the methods {', '.join(map(repr, _OF_ANY_RANK))}; {method!r} takes none."
     if r is not None and not is_count(r, 1):
-        yield f"`r` must be an integer of at least 1, got {r!r}."
+        yield f"`r` must be an integer of at least 1, got {short(r)}."
     if not (is_number(density) and 0 < density <= 1):
-        yield f"`density` must be above 0 and at most 1, got {density!r}."
+        yield f"`density` must be above 0 and at most 1, got {short(density)}."
     if not is_count(seed) or seed >= 2**63:
-        yield f"`seed` must be an integer from 0 to 2**63 - 1, got {seed!r}."
+        yield f"`seed` must be an integer from 0 to 2**63 - 1, got {short(seed)}."
 
 
 def _base_problems(bases: Mapping[int, Base], check_base: bool) -> Iterator[str]:
@@ -349,10 +354,10 @@ def _base_problems(bases: Mapping[int, Base], check_base: bool) -> Iterator[str]
         for fact in _FACTS:
             ours, theirs = getattr(known, fact), getattr(base, fact)
             if ours != theirs and (fact in _ALWAYS_KNOWN or (known.shape and base.shape)):
-                yield f"{of} `{fact}` is {ours!r} and {theirs!r}."
-        apart = sample_difference(known.sample, base.sample) if check_base else None
+                yield f"{of} `{fact}` is {short(ours)} and {short(theirs)}."
+        apart = sample_difference(known, base) if check_base else None
         if apart is not None:
-            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them anyway."
+            yield f"{of} sampled values differ by {percent(apart)}; `check_base=False` combines them anyway."
 
 
 def _rest_problems(
@@ -380,7 +385,8 @@ def check(adapters: Sequence[Adapter], what: str, in_full: bool = True) -> None:
             found = [*adapter.problems()]
             dora = [name for name, module in adapter.modules.items() if module.get("use_dora")]
             found += [f"{name} has a magnitude (DoRA), so that B A alone is not its update." for name in dora]
-            trained = [name for name in adapter.trained_in_full if name not in adapter.kept and not in_full]
+            kept = {*adapter.kept}
+            trained = [name for name in adapter.trained_in_full if name not in kept and not in_full]
             found += [f"{name} trained in full, and is not an update." for name in trained]
             prefix = f"adapter {n}: " if len(adapters) > 1 else ""
             problems.add(*(f"{prefix}{problem}" for problem in found))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import Adapter, ModuleAdapter
 from lora.adapters.base import Base, describe
 from lora.arithmetic.algebra import check, copied, named, sound, widest
-from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all
+from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all, short
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import class_for, kind_for
 from lora.models.blocks import (
@@ -40,11 +40,11 @@ _FORMS = ("linear", "embedding", "conv")
 def rank_problems(r: Any, energy: Any) -> Iterator[str]:
     """What is wrong with a choice of rank, by number or by the energy to keep."""
     if (r is None) == (energy is None):
-        yield f"either `r` or `energy` must be given, got {r!r} and {energy!r}."
+        yield f"either `r` or `energy` must be given, got {short(r)} and {short(energy)}."
     if r is not None and not is_count(r, 1):
-        yield f"`r` must be an integer of at least 1, got {r!r}."
+        yield f"`r` must be an integer of at least 1, got {short(r)}."
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
-        yield f"`energy` must be above 0 and at most 1, got {energy!r}."
+        yield f"`energy` must be above 0 and at most 1, got {short(energy)}."
 
 
 class Resized(NamedTuple):

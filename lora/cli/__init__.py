@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -15,9 +15,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import as_path, check_place, kind
 from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
-from lora.errors import AdapterError
+from lora.adapters.paths import as_path, check_place, kind
+from lora.errors import AdapterError, clipped, is_number, visible
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 T = TypeVar("T")
@@ -33,6 +33,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
 # What the library's errors advise, and what it is called here.
 _ADVICE = {"`check_base=False`": "`--no-check-base`", "give `lora_alpha`,": "give `--lora-alpha`,"}
 _BAR = 30  # characters
+_LONGEST_LINE = 10_000
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -148,9 +149,29 @@ def in_options(message: str) -> str:
     return message
 
 
-def show(found: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print what a command found, as a text or as JSON."""
-    print(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
+def show(found: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """Print what a command found, as lines or as JSON."""
+    if as_json:
+        print(json.dumps(_as_json(found), indent=2, allow_nan=False))
+    else:
+        say(lines)
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines, in which nothing of a file's reaches the terminal but what can be seen."""
+    for line in lines:
+        print(clipped(visible(line), _LONGEST_LINE))
+
+
+def _as_json(value: Any) -> Any:
+    """A value that a file may have, without numbers that JSON has no words for, and without ones without end."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    if isinstance(value, (int, float)) and not is_number(value):
+        return value if isinstance(value, bool) else None
+    return value
 
 
 def dtype_word(dtype: torch.dtype) -> str:

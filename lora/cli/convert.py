@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from lora.adapters.files import as_path
+from lora.adapters.paths import as_path
 from lora.arithmetic import combine, resize
 from lora.arithmetic.algebra import METHODS
-from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, write
+from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, say, write
 from lora.errors import table
 
 
@@ -45,7 +45,7 @@ def add(commands: Subparsers) -> None:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Write an adapter in another format."""
     out = output(arguments, [arguments.file])
-    print(write(read(arguments.file), out, arguments.format))
+    say([write(read(arguments.file), out, arguments.format)])
     return 0
 
 
@@ -55,7 +55,7 @@ def run_combine(arguments: argparse.Namespace) -> int:
     out = output(arguments, [path for path, _ in weighted])
     adapters = [(read(path), weight) for path, weight in progress(weighted, "reading")]
     how = {key: getattr(arguments, key) for key in ("r", "density", "seed", "check_base")}
-    print(write(combine(adapters, arguments.method, **how), out, arguments.format))
+    say([write(combine(adapters, arguments.method, **how), out, arguments.format)])
     return 0
 
 
@@ -68,8 +68,7 @@ def run_resize(arguments: argparse.Namespace) -> int:
     rows = [
         (name, before.modules[name].r, after.modules[name].r, f"{100 * share:.2f} %") for name, share in kept.items()
     ]
-    print(table(("module", "r", "new r", "energy kept"), rows))
-    print(written)
+    say([*table(("module", "r", "new r", "energy kept"), rows).split("\n"), written])
     return 0
 
 

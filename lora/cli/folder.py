@@ -6,7 +6,7 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.adapters.files import Entry, kind, open_file, read_header, read_object, reading, writing
+from lora.adapters.files import Entry, read_header, read_object
+from lora.adapters.paths import kind, open_file, reading, writing
 from lora.cli import progress
-from lora.errors import raise_all
+from lora.errors import raise_all, short
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What models put in front of all names, or leave away, depending on the class that saved them.
@@ -82,7 +83,9 @@ def open_folder(path: Path) -> ModelFolder:
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))
-    odd = [f"{name!r} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)]
+    odd = [
+        f"{short(name)} must be the name of a safetensors file in the folder." for name in names if not _is_plain(name)
+    ]
     odd += [f"{name} is missing." for name in names if _is_plain(name) and not kind(path / name)]
     raise_all(f"merge: {index} is not used", odd)
     shards = {name: read_header(path / name).tensors for name in names}
@@ -141,7 +144,7 @@ def keys_for(
         return {}, [f"{names[0]} may be {either} in {model.path}: several prefixes fit."]
     keys = fitting[0] if fitting else max(ways, key=lambda keys: sum(key in model.files for key in keys))
     found = dict(zip(names, keys, strict=True))
-    problems = [_missing(name, key, model) for name, key in found.items() if key not in model.files]
+    problems = [*_missing({name: key for name, key in found.items() if key not in model.files}, model)]
     found |= {name: ways[keys](name) for name in optional}
     return {name: key for name, key in found.items() if key in model.files}, problems
 
@@ -157,11 +160,15 @@ def _without(prefix: str, name: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _missing(name: str, key: str, model: ModelFolder) -> str:
-    owner = key.rpartition(".")[0]
-    beside = sorted(known for known in model.files if known.rpartition(".")[0] == owner and owner)
-    there = f"; there is {', '.join(beside)}" if beside else ""
-    return f"{name}: there is no such tensor in {model.path}{there}."
+def _missing(keys: Mapping[str, str], model: ModelFolder) -> Iterator[str]:
+    """A complaint for each of these names, whose keys the model does not have."""
+    beside: dict[str, list[str]] = {}
+    for known in sorted(model.files) if keys else ():
+        beside.setdefault(known.rpartition(".")[0], []).append(known)
+    for name, key in keys.items():
+        owner = key.rpartition(".")[0]
+        there = f"; there is {', '.join(beside[owner])}" if owner in beside and owner else ""
+        yield f"{name}: there is no such tensor in {model.path}{there}."
 
 
 # ---- an input embedding and an output layer that are one weight ----------------------------------------------------

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora.adapters.adapter import FORM, Adapter
 from lora.adapters.base import Base
-from lora.adapters.files import replace_file
 from lora.adapters.formats import read_adapter
+from lora.adapters.saving import replace_file
 from lora.arithmetic.distances import blocks, distance, relative
 from lora.cli import (
     Subparsers,
@@ -32,7 +32,7 @@ from lora.cli import (
     read,
     show,
 )
-from lora.errors import join, table
+from lora.errors import clipped, is_number, join, short, table
 
 # The kinds of layer that an adapter can be understood of without its model.
 _KINDS = ("linear", "embedding", "conv")
@@ -67,7 +67,7 @@ def _finite(value: float) -> float | None:
 
 
 def _number(value: Any, absent: str = "?") -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else absent
+    return f"{value:.4g}" if is_number(value) else absent
 
 
 # ---- inspect -------------------------------------------------------------------------------------------------------
@@ -157,19 +157,19 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _inspected(found: Mapping[str, Any]) -> str:
-    lines = [f"format: {found['format']}, base model: {found['base_model'] or 'not said'}"]
-    lines.append(table(_HEADER, [row for module in found["modules"] for row in _rows(module)]))
+def _inspected(found: Mapping[str, Any]) -> list[str]:
+    kept = {*found["kept"]}
+    lines = [f"format: {found['format']}, base model: {clipped(found['base_model'] or 'not said')}"]
+    lines += table(_HEADER, [row for module in found["modules"] for row in _rows(module)]).split("\n")
     if any(module["relative_norm_estimate"] is not None for module in found["modules"]):
         lines.append("~: the base weight's norm is estimated from 16 of its values.")
     for tensor in found["trained_in_full"]:
-        what = "kept of the base model" if tensor["name"] in found["kept"] else "trained in full"
+        what = "kept of the base model" if tensor["name"] in kept else "trained in full"
         lines.append(f"{what}: {tensor['name']} {_shape(tensor['shape'])} {tensor['dtype']}")
     if found["sampled"]:
         lines.append(f"sampled of the base model: {found['sampled']} other tensors")
     lines.append(f"{len(found['modules'])} modules, {found['parameters']:,} parameters, {found['bytes']:,} bytes")
-    lines += [f"problem: {problem}" for problem in found["problems"]]
-    return "\n".join(lines)
+    return [*lines, *(f"problem: {clipped(problem)}" for problem in found["problems"])]
 
 
 def _rows(module: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -207,7 +207,8 @@ def compare(a: Adapter, b: Adapter, tolerance: float) -> dict[str, Any]:
     """All that `diff` says, as JSON can hold it."""
     shared = [name for name in a.modules if name in b.modules]
     modules = [_difference(a, b, name, tolerance) for name in progress(shared, "comparing")]
-    full = [_full(a, b, name, tolerance) for name in dict.fromkeys((*a.trained_in_full, *b.trained_in_full))]
+    theirs, ours = ({name: adapter.tensors[name] for name in adapter.trained_in_full} for adapter in (a, b))
+    full = [_full(theirs.get(name), ours.get(name), name, tolerance) for name in theirs | ours]
     only = {"only_a": _only(a, b), "only_b": _only(b, a)}
     differs = any(entry["differs"] for entry in (*modules, *full, *only["only_a"], *only["only_b"]))
     return {"same": not differs, "tolerance": tolerance, **only, "modules": modules, "trained_in_full": full}
@@ -250,8 +251,7 @@ def _is_update(adapter: Adapter, name: str) -> bool:
         return True
 
 
-def _full(a: Adapter, b: Adapter, name: str, tolerance: float) -> dict[str, Any]:
-    theirs, ours = (adapter.tensors[name] if name in adapter.trained_in_full else None for adapter in (a, b))
+def _full(theirs: Tensor | None, ours: Tensor | None, name: str, tolerance: float) -> dict[str, Any]:
     if theirs is None or ours is None:
         return {"name": name, "differs": True, "why": f"trained in full in {'B' if theirs is None else 'A'} only."}
     if theirs.shape != ours.shape:
@@ -265,7 +265,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return relative(float(torch.where(same, 0, a - b).norm()), float(torch.where(same & a.isinf(), 0, a).norm()))
 
 
-def _compared(found: Mapping[str, Any]) -> str:
+def _compared(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"only in {side}: {entry['name']}" + ("" if entry["differs"] else " (its update is 0)")
         for side in "AB"
@@ -273,7 +273,7 @@ def _compared(found: Mapping[str, Any]) -> str:
     ]
     for entry in (*found["modules"], *found["trained_in_full"]):
         for key, (theirs, ours) in entry.get("settings", {}).items():
-            lines.append(f"{entry['name']}: {key} is {theirs} in A and {ours} in B")
+            lines.append(f"{entry['name']}: {key} is {_plainly(theirs)} in A and {_plainly(ours)} in B")
         if "why" in entry:
             lines.append(f"{entry['name']}: {entry['why']}")
     rows = [
@@ -287,9 +287,12 @@ def _compared(found: Mapping[str, Any]) -> str:
         if "relative_distance" in entry
     ]
     if rows:
-        lines.append(table(("module", "distance / norm of A", "cosine", ""), rows))
-    lines.append(f"{_verdict(not found['same'])}, with a tolerance of {found['tolerance']:g}")
-    return "\n".join(lines)
+        lines += table(("module", "distance / norm of A", "cosine", ""), rows).split("\n")
+    return [*lines, f"{_verdict(not found['same'])}, with a tolerance of {found['tolerance']:g}"]
+
+
+def _plainly(value: Any) -> str:
+    return clipped(value) if isinstance(value, str) else short(value)
 
 
 def _verdict(differs: bool) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, difference
-from lora.adapters.files import open_file
+from lora.adapters.paths import open_file
 from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
 from lora.cli.folder import (
     ModelFolder,
@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         "copied": [path.as_posix() for path in copied],
         "left_out": [path.as_posix() for path in left_out],
     }
-    lines = [str(report)]
+    lines = str(report).split("\n")
     lines += [f"replaced: {key}, which the adapter holds in full" for key in merge.full]
     lines += [f"not copied: {path}, which holds other weights than the merged ones" for path in left_out]
     lines.append(f"{out}: {len(model.shards)} safetensors and {len(copied)} other files")
-    show(found, "\n".join(lines), arguments.json)
+    show(found, lines, arguments.json)
     return 0
 
 
@@ -88,6 +88,7 @@ class FolderMerge:
         with Problems("merge: nothing was written", AdapterError) as problems:
             keys, missing = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), model, adapter.rest)
             problems.add(*missing)
+            self._kept = {keys[name] for name in adapter.kept if name in keys}
             self.full = {keys[name]: adapter.tensors[name] for name in adapter.trained_in_full if name in keys}
             for weight, name in weights.items():
                 if weight in keys:
@@ -144,7 +145,7 @@ class FolderMerge:
         if theirs.shape != ours.shape:
             yield f"{key} must have the shape {ours.shape}, got {tuple(theirs.shape)}." + (
                 " Its rows were resized where the adapter was trained: merge into the resized model."
-                if any(key.endswith(name) for name in self.adapter.kept)
+                if key in self._kept
                 else ""
             )
         if theirs.dtype != ours.dtype and not (theirs.dtype in _DTYPES and ours.dtype in _DTYPES):
@@ -162,9 +163,11 @@ class FolderMerge:
 
     def write(self, folder: Path) -> None:
         """Write the model's files with the adapter merged; ValueError if a merged weight would not be finite."""
-        for file in self.model.shards:
-            names = {key for key in (*self.layers, *self.full) if self.model.files[key] == file}
-            rewrite(self.model, file, folder / file, self._change, names)
+        names: dict[str, set[str]] = {file: set() for file in self.model.shards}
+        for key in (*self.layers, *self.full):
+            names[self.model.files[key]].add(key)
+        for file, its in names.items():
+            rewrite(self.model, file, folder / file, self._change, its)
 
     @torch.no_grad()
     def _change(self, key: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
-from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, short, writing
-from lora.adapters.formats import FILE, object_in, rest_as_metadata, rest_of
-from lora.errors import AdapterError, is_number, join, raise_all
+from lora.adapters.formats import object_in, rest_as_metadata, rest_of
+from lora.adapters.paths import kind
+from lora.errors import AdapterError, is_number, join, raise_all, short
+from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
-from lora.formats.torch_files import read_torch
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
+from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 # Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
 LAYOUTS = "fan_in_fan_out"
 # And what is known of the weights that are adapted, of which PEFT's folder says nothing.
 BASES = "base"
+_NOTED = ("shape", "sample", "margin")
 PREFIX = "base_model.model."
-READERS: dict[str, Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]] = {
-    WEIGHTS: read_tensors,
-    "adapter_model.bin": lambda path: (read_torch(path), {}),
-}
 # What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 # The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
@@ -70,9 +66,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
-    check_place(path, "folder")
-    for name in (WEIGHTS, CONFIG) if kind(path) else ():  # before anything is removed
-        check_place(path / name)
+    check_folder(path)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     for name, (settings, A, B) in forms.items():
         embedding = settings.base.kind == "embedding"
@@ -84,17 +78,9 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    content = packed(path / WEIGHTS, tensors, metadata)
-    config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
-    with writing(path):
-        path.mkdir(exist_ok=True)
-    for old in (CONFIG, "adapter_model.bin"):  # nothing reads a folder without its config: no mixture of two adapters
-        with writing(path / old):
-            (path / old).unlink(missing_ok=True)
-    replace_file(path / WEIGHTS, content)
-    replace_file(path / CONFIG, config.encode("utf-8"))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
 
 def _homeless(adapter: Adapter) -> Iterator[str]:
@@ -113,20 +99,24 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would have a magnitude for every output, and here splits without LoRA have none."
         if adapter.modules[name].base.groups > 1:
             yield f"{name}: PEFT has no DoRA for convolutions with groups."
-    for saved in _saved(adapter):  # PEFT goes by how names end, and by whole parts within them
-        taken = [name for name in adapter.modules if name.endswith(saved) or f".{saved}." in f".{name}."]
-        if taken:
-            yield f"{saved} trains in full, and PEFT would take {', '.join(taken)} for it as well."
+    saved = _saved(adapter)
+    words, taken = Words(saved), dict[str, list[str]]()
+    for name in adapter.modules:  # PEFT goes by how names end, and by whole parts within them
+        for word in {*words.ending(name), *words.within(name)}:
+            taken.setdefault(word, []).append(name)
+    for name in filter(taken.__contains__, saved):
+        yield f"{name} trains in full, and PEFT would take {', '.join(taken[name])} for it as well."
+    whole, kept = {*adapter.modules_to_save}, {*adapter.kept}
     for name in adapter.trained_in_full:
         owner, _, own = name.rpartition(".")
-        if owner not in adapter.modules_to_save and not is_bias(own) and name not in adapter.kept:
+        if owner not in whole and not is_bias(own) and name not in kept:
             yield f"{name} is trained on its own; PEFT can store only biases and whole modules (`modules_to_save`)."
 
 
-def _saved(adapter: Adapter) -> list[str]:
+def _saved(adapter: Adapter) -> dict[str, None]:
     """Modules that train in full, without those within one another."""
-    whole = adapter.modules_to_save
-    return [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
+    whole = dict.fromkeys(adapter.modules_to_save)
+    return {name: None for name in whole if whole.keys().isdisjoint(starts_of(name))}
 
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
@@ -157,7 +147,7 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "target_modules": _targets(list(about), names),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
-        "modules_to_save": _saved(adapter) or None,
+        "modules_to_save": [*_saved(adapter)] or None,
         "bias": "none" if not biases else "lora_only" if biases <= about.keys() else "all",
         "init_lora_weights": True,
     }
@@ -173,8 +163,8 @@ def _exactly(name: str) -> str:
 
 
 def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
-    others = [name for name in names if name not in targets]
-    if not any(name.endswith(f".{target}") for name in others for target in targets):
+    ends = {*targets}
+    if not any(end in ends for name in names if name not in ends for end in ends_of(name)):
         return targets
     return "|".join(map(re.escape, targets))
 
@@ -182,32 +172,15 @@ def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def claims(path: Path) -> bool:
-    """Whether a file is read as one of a folder of PEFT's."""
-    names = (CONFIG, *READERS)
-    return path.name in names and (path.name == CONFIG or kind(path.parent / CONFIG) is not None)
-
-
-def reads(path: Path) -> bool:
-    """Whether there is a folder, or a file of PEFT's: what other formats keep in a folder they have been asked for."""
-    return kind(path) == "folder" or claims(path)
-
-
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
-    whole = kind(path) == "folder"
-    folder = path if whole else path.parent
-    names = [path.name] if path.name in READERS and not whole else [*READERS]
-    file = next((folder / name for name in names if kind(folder / name)), None)
-    if file is None:
-        names += [FILE] if whole else []  # which would have been read, and not as PEFT's
-        raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
-    if kind(folder / CONFIG) is None:
-        raise FileNotFoundError(f"there is no {CONFIG} in {folder}, without which PEFT's tensors mean nothing.")
-    config = read_object(folder / CONFIG)
+    folder = path if kind(path) == "folder" else path.parent
     what = f"read_adapter: {folder} is not loaded"
-    raise_all(what, _config_problems(config), AdapterError)
-    tensors, metadata = READERS[file.name](file)
+
+    def check(config: Mapping[str, Any]) -> None:
+        raise_all(what, _config_problems(config), AdapterError)
+
+    file, config, tensors, metadata = read_folder(path, check)
     pairs, full, problems = _sort(tensors)
     for option in _PATTERNS:
         longest = max(map(len, pairs), default=1)
@@ -229,7 +202,7 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
     for name, settings in adapter.modules.items():
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
-        facts = {fact: noted[fact] for fact in ("shape", "sample") if noted.get(fact) is not None}
+        facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind == "linear":
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)
@@ -298,14 +271,15 @@ def _adapter(
 ) -> Adapter:
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = (compiled(config.get(option) or {}) for option in _PATTERNS)
+    ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
     for name, pair in pairs.items():
-        missing = [part for part in PARAMETERS if part not in pair]
-        problems += [f"{name}: {part} is missing." for part in missing]
-        if not missing:
+        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
+        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
+        problems += wrong
+        if not wrong:
             try:
-                r = value_for(name, ranks, config.get("r", 8))
-                lora_alpha = value_for(name, alphas, config.get("lora_alpha", 8))
+                r = ranks.value([name], config.get("r", 8))
+                lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
                 modules[name] = _settings(config, r, lora_alpha, pair)
                 A = within_groups(pair["lora_A"], modules[name].base.groups)
                 tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
@@ -322,16 +296,17 @@ def _adapter(
             base = replace(modules[owner].base, shape=tuple(full[name].shape), sample=sample_of(full[name]))
             modules[owner] = replace(modules[owner], base=base)
     # With `bias="all"` PEFT saves the biases that modules_to_save had before as well; nothing computes with them.
-    before = [name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full]
+    before = {name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full}
     full = {name: tensor for name, tensor in full.items() if name not in before}
     saved = _owners(config.get("modules_to_save") or [], full)
     said = config.get("base_model_name_or_path")
     base_model = said if isinstance(said, str) else None
     biases_train = config.get("bias", "none") != "none"
+    whole = {*saved}
     kept = [
         name
         for name in full
-        if name.rpartition(".")[0] not in saved and not (biases_train and is_bias(name.rpartition(".")[2]))
+        if name.rpartition(".")[0] not in whole and not (biases_train and is_bias(name.rpartition(".")[2]))
     ]
     return Adapter(modules, {**tensors, **full}, list(full), saved, base_model, "peft", kept)
 
@@ -341,8 +316,8 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
 
     Whole components or not, as PEFT goes by them: "classifier" is for DistilBert's "pre_classifier" as well.
     """
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in full)
-    return [owner for owner in owners if any(f"{pattern}." in f"{owner}." for pattern in patterns)]
+    owners, words = dict.fromkeys(name.rpartition(".")[0] for name in full), Words(patterns)
+    return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
 def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
@@ -400,26 +375,16 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
 # ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
 
 
-def compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Any]]:
-    """Patterns, each for a whole name or the end of one after a dot, and their values."""
-    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
-
-
-def value_for(name: str, patterns: Iterable[tuple[re.Pattern[str], Any]], default: Any) -> Any:
-    """The value of the first pattern that a name matches."""
-    return next((value for pattern, value in patterns if pattern.match(name)), default)
-
-
 def pattern_problem(pattern: str, length: int = 1) -> str | None:
     """Why a regular expression is not matched with names of up to this length; None if it is."""
     bare = _bare(pattern)
     if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
         long = " with a name so long" if length > 1 else ""
-        return f"{pattern[:80]!r} is too intricate to be matched safely{long}."
+        return f"{short(pattern)} is too intricate to be matched safely{long}."
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern[:80]!r} is no regular expression: {error}."
+        return f"{short(pattern)} is no regular expression: {error}."
     return None
 
 

@@ -40,10 +40,11 @@ def portable(adapter: Adapter) -> Adapter:
     dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
     # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.
-    beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & {*adapter.kept}
+    kept = {*adapter.kept}
+    beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & kept
     full = [name for name in adapter.trained_in_full if name not in beside]
     base_part = "is a part of the base model, and has no place there"
-    problems += [f"{name} {base_part if name in adapter.kept else 'trains in full'}." for name in full]
+    problems += [f"{name} {base_part if name in kept else 'trains in full'}." for name in full]
     raise_all(what, problems, AdapterError)
     forms = singles(adapter, what)
     groups = math.lcm(*(settings.base.groups for settings, _, _ in forms.values()))

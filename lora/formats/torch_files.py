@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.files import DTYPES, MOST_DIMENSIONS, name_problem, open_file, reading, refuse, short
+from lora.adapters.files import DTYPES, MOST_DIMENSIONS, class_or_value, name_problem, refuse
+from lora.adapters.paths import open_file, reading
+from lora.errors import short
 
 _LONGEST_PICKLE = 16 * 2**20
 _LONGEST_DIRECTORY = 16 * 2**20
@@ -111,10 +113,10 @@ class _Refusal(ValueError):
 
 def _problem(name: Any, value: Any) -> str | None:
     if not isinstance(name, str):
-        return f"its names must be strings, got {short(name)}"
+        return f"its names must be strings, got {class_or_value(name)}"
     if problem := name_problem(name):
         return f"the name {problem}"
-    return None if isinstance(value, Tensor) else f"{short(name)} must be a tensor, got {short(value)}"
+    return None if isinstance(value, Tensor) else f"{short(name)} must be a tensor, got {class_or_value(value)}"
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Lookup, lora_embedding
+from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.registry import register
 from lora.layers.starts import Init
@@ -23,6 +24,7 @@ class EmbeddingLoRA(WithVocabulary):
 
     lora_starts_at_zero = "lora_A"
     lora_counted = "num_embeddings", "lora_A", 1
+    lora_taught: ClassVar[Mapping[Any, str]] = {F.embedding: "lora_taught_embedding"}
 
     padding_idx: int | None
     max_norm: float | None
@@ -49,6 +51,26 @@ class EmbeddingLoRA(WithVocabulary):
         how = Lookup(self.padding_idx, self.scale_grad_by_freq, self.sparse)
         return lora_embedding(input, self.lora_base_forward(input), self.lora_A, self.lora_B, self.lora_scaling, how)
 
+    def lora_taught_embedding(
+        self,
+        W: LowRankWeight,
+        input: Tensor,
+        weight: Any,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        """W[ids], in the base class's own forward."""
+        if weight is not W or W.transposed or max_norm is not None:
+            return NotImplemented
+        y = F.embedding(input, W.base, padding_idx, None, norm_type, scale_grad_by_freq, sparse)  # (..., embedding_dim)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += self.num_embeddings
+        y = lora_embedding(input, y, W.A, W.B, W.scaling, Lookup(padding_idx, scale_grad_by_freq, sparse))
+        return self.lora_magnified_beside(None, y) if W.gain else y
+
     def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # (...) -> (..., r)
 
@@ -62,7 +84,7 @@ class EmbeddingLoRA(WithVocabulary):
         if self.r == 0 or self.max_norm is None:
             return super().lora_base_forward(input, *args, **kwargs)
         # torch's max_norm writes the rows that it looks up; a frozen base is renormalised on the way out.
-        return self._renormed(self.lora_forward_with(input, self.weight))
+        return renormed(self, self.lora_forward_with(input, self.weight))
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         options = self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
@@ -70,7 +92,7 @@ class EmbeddingLoRA(WithVocabulary):
 
     def lora_base_weight(self) -> Tensor:
         weight = super().lora_base_weight()
-        return weight if self.max_norm is None else self._renormed(weight)
+        return weight if self.max_norm is None else renormed(self, weight)
 
     @classmethod
     def lora_magnitudes(cls, base: Any, shape_B: Shape) -> int:
@@ -96,11 +118,12 @@ class EmbeddingLoRA(WithVocabulary):
     def lora_not_in_weight(self) -> str | None:
         return None if self.max_norm is None else "`max_norm` does not bound the update"
 
-    def _renormed(self, rows: Tensor) -> Tensor:
-        assert self.max_norm is not None
-        norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
-        scale: Tensor = (self.max_norm / (norms + 1e-7)).clamp(max=1)  # torch's own guard against 0 / 0
-        return rows * scale
+
+def renormed(embedding: Any, rows: Tensor) -> Tensor:
+    """Rows within an embedding's `max_norm`, as torch would write them back when they are looked up."""
+    norms = rows.norm(p=embedding.norm_type, dim=-1, keepdim=True)
+    scale: Tensor = (embedding.max_norm / (norms + 1e-7)).clamp(max=1)  # torch's own guard against 0 / 0
+    return rows * scale
 
 
 class Embedding(EmbeddingLoRA, nn.Embedding):

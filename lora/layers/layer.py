@@ -18,20 +18,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import is_count, is_number
+from lora.errors import is_count, is_number, short
 from lora.functional.fused import exact_dtype, is_plain, without_autocast
-from lora.layers import starts, weights
+from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
+from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
 from lora.layers.weights import same_values, sparing
 
 #: What the parameters of an adapter are called in its layer.
 PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+_LARGEST_SCALING = torch.finfo(torch.float32).max
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
-    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked"),
+    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked", "_in_place"),
 )
 
 
@@ -48,15 +50,26 @@ def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
     return lora_alpha
 
 
-def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any) -> list[str]:
+def scaling_problem(scaling: Any) -> str | None:
+    """What is wrong with a scaling, if anything: what float32 does not hold, torch multiplies no tensor by."""
+    if is_number(scaling) and abs(scaling) <= _LARGEST_SCALING:
+        return None
+    at_most = f" of at most {_LARGEST_SCALING:.2g}" if is_number(scaling) else ""
+    return f"`scaling` must be a finite number{at_most}, got {short(scaling)}."
+
+
+def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any, use_rslora: Any = False) -> list[str]:
     """What is wrong with settings that no layer can take; nothing if they are fine."""
     problems = []
     if not is_count(r):
-        problems.append(f"`r` must be an integer of at least 0, got {r!r}.")
+        problems.append(f"`r` must be an integer of at least 0, got {short(r)}.")
     if not is_number(lora_alpha):
-        problems.append(f"`lora_alpha` must be a finite number, got {lora_alpha!r}.")
+        problems.append(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
     if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {lora_dropout!r}.")
+        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {short(lora_dropout)}.")
+    if not problems and r > 0 and scaling_problem(scaling_of(lora_alpha, r, bool(use_rslora))):
+        said = f"{short(lora_alpha)} at `r` = {r}"
+        problems.append(f"`lora_alpha` must make a scaling of at most {_LARGEST_SCALING:.2g}, got {said}.")
     return problems
 
 
@@ -103,14 +116,21 @@ class LoRALayer(Magnitudes):
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `forward` computes; classes in front change this, and not `forward`."""
         # A user's class may have a `forward` around ours, and hooks hold that of the class which the layer had before.
-        if self.r == 0 or self.lora_disabled:
+        if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
-            return self.lora_forward_with(input, self.lora_merged_weight(), *args, **kwargs)
+            return self.lora_computed_with(self.lora_merged_weight(), input, *args, **kwargs)
         for check in self.lora_checks:
             check(self, input)
+        if self.lora_is_in_place():
+            return self.lora_computed_with(self.lora_weight(), input, *args, **kwargs)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y
+
+    def lora_is_off(self) -> bool:
+        """Whether LoRA is disabled in the layer for the caller; in a compiled model, for anyone."""
+        disabled = self.lora_disabled  # asked once: another thread may leave its block
+        return disabled is not None and (torch.compiler.is_compiling() or disabled.is_off(self.weight.device))
 
     def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b: the base layer's own output."""
@@ -137,17 +157,42 @@ class LoRALayer(Magnitudes):
 
     def lora_pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
+        start = self.lora_start
+        if start is None:
+            return self.lora_base_forward(input, *args, **kwargs)
+        A, B, scaling = start
+        if self.lora_is_in_place():
+            weight = LowRankWeight(self, A.to(self.weight.device), B.to(self.weight.device), scaling)
+            return self.lora_computed_with(weight, input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
-        if self.lora_start is None:
-            return y
-        A, B, scaling = self.lora_start
         dtype = y.dtype if y.is_floating_point() else A.dtype
         return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+
+    # ---- where the base class has a forward of its own -------------------------------------------------------
+
+    def lora_is_in_place(self) -> bool:
+        """Whether the base class has a forward of its own, and a weight that W can take the place of."""
+        return self._in_place and not self._subclassed
+
+    def lora_weight(self) -> LowRankWeight:
+        """W, in the place of the weight that the base class's own forward reads."""
+        dropout = self.lora_dropout if self.training else 0.0
+        return LowRankWeight(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
+
+    def lora_computed_with(self, weight: Tensor | LowRankWeight, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with another weight in the place of its own."""
+        if self.lora_dense:
+            assert isinstance(weight, Tensor)
+            return self.lora_forward_with(input, weight, *args, **kwargs)
+        output: Tensor = with_weight(self, weight, input, *args, **kwargs)
+        return output
 
     # ---- the merged weight -----------------------------------------------------------------------------------
 
     def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or not self.lora_dense or self._subclassed:
+        if self.training or not self.merge_weights or self._subclassed:
+            return False
+        if not self.lora_dense and not self._in_place:
             return False
         tensors = self._sources()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -197,7 +242,10 @@ class LoRALayer(Magnitudes):
         **kind_settings: Any,
     ) -> None:
         """Give a bare base layer its adapter: settings, its parameters (uninitialised), a frozen weight."""
-        problems = [*settings_problems(r, lora_alpha, lora_dropout), starts.constructor_problem(init_lora_weights)]
+        problems = [
+            *settings_problems(r, lora_alpha, lora_dropout, use_rslora),
+            starts.constructor_problem(init_lora_weights),
+        ]
         if any(problems):
             raise ValueError(" ".join(filter(None, problems)))
         shape_A, shape_B = self.lora_shapes(self, r, **kind_settings)
@@ -221,6 +269,7 @@ class LoRALayer(Magnitudes):
             exact = exact_dtype(dtype)  # it moves in small steps, and is small
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
+        self._in_place = not self.lora_dense and not weights.is_packed(self)
 
     def lora_remove(self, restore_layout: bool = True) -> None:
         """Undo `lora_add`: the layer is a bare base layer again, with its weight in the base class's layout.
@@ -343,6 +392,13 @@ class LoRALayer(Magnitudes):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""
+        off = self.lora_disabled is not None and self.lora_is_off()
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        vars(replica)["lora_disabled"] = switch.OFF if off else None
+        return replica
+
     # ---- printing and pickling ---------------------------------------------------------------------
 
     def extra_repr(self) -> str:
@@ -368,4 +424,6 @@ class LoRALayer(Magnitudes):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        switch.copied(self)
+        self.lora_refresh()
         weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

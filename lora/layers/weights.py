@@ -132,7 +132,9 @@ def _row(table: dict[type | str, T | str], *classes: type) -> T | None:
             if key in table:
                 row = table[key]
                 if isinstance(row, str):
-                    row = table[key] = pkgutil.resolve_name(row)
+                    name, row = row, pkgutil.resolve_name(row)
+                    if table[key] == name:  # nobody has taught another one meanwhile
+                        table[key] = row
                 return cast(T, row)
     return None
 

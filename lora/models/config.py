@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, did_you_mean
+from lora.errors import Problems, did_you_mean, last_parts, short
 from lora.layers.layer import settings_problems
 from lora.layers.linear import LinearLoRA
 from lora.layers.registry import kind_for
 from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
+from lora.models.patterns import Patterns, at_end, ends_of, is_plain
 from lora.models.training import BIAS_CHOICES
-
-T = TypeVar("T")
 
 #: PEFT's task types, each with the ends of the names of the heads that it trains in full, as PEFT finds them.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -37,6 +36,8 @@ _BY_PATTERN = {
     "splits": "{'qkv_proj': (64, 16, 16)}",
     "enable_lora": "{'qkv_proj': (True, False, True)}",
 }
+
+_MOST_HINTS = 10  # for one field
 
 
 @dataclass(kw_only=True)
@@ -123,33 +124,34 @@ class LoraConfig:
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
             if not (value is None or isinstance(value, str) or _are_names(value)):
-                yield f"`{option}` must be a list of names, got {value!r}."
+                yield f"`{option}` must be a list of names, got {short(value)}."
         if isinstance(self.modules_to_save, str):
-            yield f"`modules_to_save` must be a list of names, got the string {self.modules_to_save!r}."
+            yield f"`modules_to_save` must be a list of names, got the string {short(self.modules_to_save)}."
         for option in _BY_PATTERN:
             value = getattr(self, option)
             if not isinstance(value, Mapping) or not _are_names(list(value)):
-                yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {value!r}."
+                yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {short(value)}."
         yield from filter(None, [init_problem(self.init_lora_weights)])
         for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
             if not isinstance(getattr(self, option), bool):
-                yield f"`{option}` must be True or False, got {getattr(self, option)!r}."
+                yield f"`{option}` must be True or False, got {short(getattr(self, option))}."
         if self.task_type is not None and self.task_type not in (*HEADS,):
-            yield f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {self.task_type!r}."
+            yield f"`task_type` must be one of {', '.join(map(repr, HEADS))}, got {short(self.task_type)}."
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            yield f"`adapter_dtype` must be a floating-point torch.dtype, got {dtype!r}."
+            yield f"`adapter_dtype` must be a floating-point torch.dtype, got {short(dtype)}."
 
     def _value_problems(self) -> Iterator[str]:
         for r in (self.r, *self.rank_pattern.values()):
-            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-                yield from settings_problems(r, alpha, self.lora_dropout)
+            yield from settings_problems(r, self.lora_alpha, self.lora_dropout, self.use_rslora)
+        for alpha in self.alpha_pattern.values():
+            yield from settings_problems(self.r, alpha, self.lora_dropout, self.use_rslora)
         if self.r == 0 or 0 in self.rank_pattern.values():
             yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
         if not self.target_modules:
             yield "`target_modules` must name the modules to adapt, or be 'all-linear'."
         if self.bias not in BIAS_CHOICES:
-            yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {self.bias!r}."
+            yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {short(self.bias)}."
         for given, used in self._expressions():
             try:
                 re.compile(used)
@@ -157,10 +159,10 @@ class LoraConfig:
                 yield f"{given!r} must be a name or a regular expression: {error}."
 
     def _expressions(self) -> Iterator[tuple[str, str]]:
-        """Every regular expression in the config, as it was given and as it is used."""
+        """Every regular expression in the config that may be none, as it was given and as it is used."""
         yield from ((p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str))
         for option in _BY_PATTERN:
-            yield from ((pattern, _at_end(pattern)) for pattern in getattr(self, option))
+            yield from ((pattern, at_end(pattern)) for pattern in getattr(self, option) if not is_plain(pattern))
 
 
 class Settings(TypedDict, total=False):
@@ -187,27 +189,9 @@ class Settings(TypedDict, total=False):
     adapter_dtype: torch.dtype | None
 
 
-# ---- names and patterns ------------------------------------------------------------------------------------------
-
-
-def name_matches(name: str, target: str) -> bool:
-    """Whether a module's full name is `target` or ends with it, whole components compared."""
-    return name == target or name.endswith(f".{target}")
-
-
-def pattern_matches(name: str, pattern: str) -> bool:
-    """Whether a module's full name, or its last components, match a regular expression entirely."""
-    return re.fullmatch(_at_end(pattern), name) is not None
-
-
-def for_module(patterns: Mapping[str, T], names: Iterable[str], default: T) -> T:
-    """The value of the first pattern that matches one of the module's names."""
-    matching = (value for pattern, value in patterns.items() if any(pattern_matches(name, pattern) for name in names))
-    return next(matching, default)
-
-
-def _at_end(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})"
+def patterns_of(config: LoraConfig) -> dict[str, Patterns[Any]]:
+    """The values that a config gives by pattern, by the names of its fields."""
+    return {option: Patterns(getattr(config, option)) for option in _BY_PATTERN}
 
 
 def _are_names(value: object) -> bool:
@@ -239,9 +223,7 @@ def find_targets(
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted = {module: names[module] for module in targets}
     for option in _BY_PATTERN:
-        patterns: Mapping[str, object] = getattr(config, option)
-        _select(option, patterns, adapted, problems, pattern_matches, "adapted module")
-        problems.add(*_shadowed(option, patterns, adapted))
+        problems.add(*_unused(option, getattr(config, option), adapted))
     return targets
 
 
@@ -264,6 +246,7 @@ def check_saved(
     to_adapt = set(targets)
     known = {module: names[module] for module in targets if not is_lazy(module)}
     adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
+    order, asked = {module: number for number, module in enumerate(names)}, {*(config.modules_to_save or ())}
     for module in saved:
         name = names[module][0]
         if is_lazy(module):
@@ -274,9 +257,8 @@ def check_saved(
         wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
         for hold, found in wrong.items():
             if found:
-                listed = ", ".join(names[part][0] for part in names if part in found)
-                known_as, asked = names[module], config.modules_to_save or ()
-                is_asked = any(name_matches(known, target) for known in known_as for target in asked)
+                listed = ", ".join(names[part][0] for part in sorted(found, key=order.__getitem__))
+                is_asked = any(end in asked for known_as in names[module] for end in ends_of(known_as))
                 whose = "a module of `modules_to_save`" if is_asked else f"the head of `task_type` {config.task_type!r}"
                 problems.add(f"{name}: {whose} trains in full and cannot {hold}: {listed}.")
 
@@ -292,32 +274,38 @@ def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:
     )
 
 
-def _select(
-    option: str,
-    targets: str | Iterable[str],
-    names: Names,
-    problems: Problems,
-    matches: Callable[[str, str], bool] = name_matches,
-    what: str = "module",
-) -> list[nn.Module]:
+def _select(option: str, targets: str | Iterable[str], names: Names, problems: Problems) -> list[nn.Module]:
     """The modules that any of `targets` matches by any of their names; a target that matches none is a problem."""
     if isinstance(targets, str):
-        targets, matches = [targets], lambda name, pattern: re.fullmatch(pattern, name) is not None
-    found: set[nn.Module] = set()
-    for target in targets:
-        matching = {module for module, known in names.items() if any(matches(name, target) for name in known)}
-        found |= matching
-        if not matching:
-            hint = did_you_mean(target, (name for known in names.values() for name in known))
-            problems.add(f"`{option}` {target!r} matches no {what}{hint}.")
+        pattern = re.compile(targets)
+        found = {module for module, known in names.items() if any(map(pattern.fullmatch, known))}
+        unmatched = [] if found else [targets]
+    else:
+        ends = {module: {end for name in known for end in ends_of(name)} for module, known in names.items()}
+        wanted, there = dict.fromkeys(targets), set[str]().union(*ends.values())
+        found = {module for module, its in ends.items() if not its.isdisjoint(wanted)}
+        unmatched = [target for target in wanted if target not in there]
+    problems.add(*_matching_nothing(option, unmatched, names, "module"))
     return [module for module in names if module in found]
 
 
-def _shadowed(option: str, patterns: Iterable[str], adapted: Names) -> Iterator[str]:
-    """A complaint for each pattern that matches, and is never the first to."""
-    left = adapted
-    for pattern in patterns:
-        matching = {module for module, known in adapted.items() if any(pattern_matches(n, pattern) for n in known)}
-        if matching and not matching & left.keys():
-            yield f"`{option}` {pattern!r} is never used: patterns before it match all its modules."
-        left = {module: known for module, known in left.items() if module not in matching}
+def _unused(option: str, patterns: Mapping[str, object], adapted: Names) -> Iterator[str]:
+    """A complaint for each pattern that matches no adapted module, or is never the first to."""
+    if not patterns:
+        return
+    lookup = Patterns(patterns)
+    matching = [lookup.matching(known) for known in adapted.values()]
+    first, any_at_all = {numbers[0] for numbers in matching if numbers}, set[int]().union(*matching)
+    given = [*patterns]
+    unmatched = [pattern for number, pattern in enumerate(given) if number not in any_at_all]
+    yield from _matching_nothing(option, unmatched, adapted, "adapted module")
+    for number in sorted(any_at_all - first):
+        yield f"`{option}` {given[number]!r} is never used: patterns before it match all its modules."
+
+
+def _matching_nothing(option: str, targets: Sequence[str], names: Names, what: str) -> Iterator[str]:
+    """A complaint for each of these, the first with hints: of very many mistakes the first say what kind they are."""
+    known = last_parts(name for its in names.values() for name in its) if targets else []
+    for number, target in enumerate(targets):
+        hint = did_you_mean(target, known) if number < _MOST_HINTS else ""
+        yield f"`{option}` {target!r} matches no {what}{hint}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
 from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
-from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, for_module
+from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, patterns_of
 from lora.models.model import (
     Memory,
     Names,
@@ -33,6 +33,7 @@ from lora.models.model import (
     remember_values,
     sharded_problems,
 )
+from lora.models.patterns import Patterns
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -150,9 +151,10 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         saved = find_saved(model, names, config, problems)
         targets = find_targets(model, names, config, saved, problems)
         check_saved(names, config, saved, targets, problems)
+        patterns = patterns_of(config)
         for module in targets:
             with problems.at(names[module][0]):
-                plans.append(_plan(model, names[module], module, config))
+                plans.append(_plan(model, names[module], module, config, patterns))
         problems.add(*obstacles(names))
         for module, known in names.items():  # adapted or not: gradients have to come through all of them
             if "weight" in module._parameters and (reason := weights.why_not_train(module)):
@@ -242,7 +244,8 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
     if isinstance(module, LoRALayer) and module.r > 0:
         return "has LoRA already; eject or merge it first."
-    if kind_for(type(module)) is None:
+    kind = kind_for(type(module))
+    if kind is None:
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
@@ -257,6 +260,8 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
             "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
             "remove the hook first."
         )
+    if getattr(module, "max_norm", None) is not None and not adapted_class(kind, module).lora_dense:
+        return "has a forward of its own, and nobody knows what its `max_norm` bounds there; set that to None first."
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
@@ -308,7 +313,13 @@ def bypass_of(parent: nn.Module, child: str) -> str | None:
 # ---- one module's adapter, and the report ----------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: LoraConfig) -> Plan:
+def _plan(
+    model: nn.Module,
+    names: Sequence[str],
+    module: nn.Module,
+    config: LoraConfig,
+    patterns: Mapping[str, Patterns[Any]],
+) -> Plan:
     """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
     reason = refusal(model, names, module)
     if reason:
@@ -317,13 +328,13 @@ def _plan(model: nn.Module, names: Sequence[str], module: nn.Module, config: Lor
     assert kind is not None, "refusal() has looked"
     kind, own = kind.lora_configure(
         module,
-        splits=for_module(config.splits, names, None),
-        enable_lora=for_module(config.enable_lora, names, None),
+        splits=patterns["splits"].value(names, None),
+        enable_lora=patterns["enable_lora"].value(names, None),
         factored=config.factored,
     )
     settings: dict[str, Any] = {
-        "r": for_module(config.rank_pattern, names, config.r),
-        "lora_alpha": for_module(config.alpha_pattern, names, config.lora_alpha),
+        "r": patterns["rank_pattern"].value(names, config.r),
+        "lora_alpha": patterns["alpha_pattern"].value(names, config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "merge_weights": config.merge_weights,
         "use_rslora": config.use_rslora,
@@ -349,7 +360,8 @@ def report_of(
     memory = Memory(owned_tensors(names))
     rows = []
     for layer in layers:
-        tied = [name for one in memory.sharing(layer.weight) for name in one.names]
+        tied = (name for one in memory.sharing(layer.weight) for name in one.names)
+        own = {join(known, "weight") for known in names[layer]}
         rows.append(
             AdaptedModule(
                 names=names[layer],
@@ -358,7 +370,7 @@ def report_of(
                 r=layer.r,
                 scaling=layer.lora_scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in tied if name not in [join(known, "weight") for known in names[layer]]),
+                tied_to=tuple(name for name in tied if name not in own),
             )
         )
     parameters = initialized_parameters(model)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate, islice, takewhile
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
+from lora.models.exchange import exchanged
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -23,10 +27,10 @@ Names = dict[nn.Module, tuple[str, ...]]
 
 def names_of(model: nn.Module) -> Names:
     """Every module with all the names by which it is reached, in the model's order."""
-    names: Names = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
+        names.setdefault(module, []).append(name)
+    return {module: tuple(known) for module, known in names.items()}
 
 
 # What torch's wrappers put into names: activation checkpointing and torch.compile.
@@ -95,15 +99,21 @@ class Memory:
     """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
 
     def __init__(self, tensors: Iterable[Owned]) -> None:
-        self._spans: dict[int, list[tuple[int, int, Owned]]] = {}
-        for one in tensors:
+        spans: dict[int, list[tuple[int, int, int, Owned]]] = {}
+        for number, one in enumerate(tensors):
             storage, start, stop = _span(one.tensor)
-            self._spans.setdefault(storage, []).append((start, stop, one))
+            spans.setdefault(storage, []).append((start, stop, number, one))
+        # By where they begin; and for each how far it and those before it reach, where one storage holds many.
+        self._spans = {storage: sorted(those, key=itemgetter(0)) for storage, those in spans.items()}
+        self._reach = {storage: [*accumulate((s[1] for s in those), max)] for storage, those in self._spans.items()}
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
         storage, start, stop = _span(tensor)
-        return [one for i, j, one in self._spans.get(storage, []) if i < stop and start < j]
+        spans = self._spans.get(storage, [])
+        first = bisect_right(self._reach.get(storage, []), start)
+        begun = takewhile(lambda span: span[0] < stop, islice(spans, first, None))
+        return [one for _, _, _, one in sorted((s for s in begun if start < s[1]), key=itemgetter(2))]
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
@@ -135,12 +145,18 @@ def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_layers(
-    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+    model: nn.Module,
+    what: str,
+    *,
+    none: bool = False,
+    inside_disabled: bool = False,
+    replaced: bool = False,
+    reads: bool = False,
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed.
+    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
     """
     reshard(model)
     _adopt(model)
@@ -149,14 +165,26 @@ def lora_layers(
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    if not inside_disabled:
+        check_not_disabled(model, what, reads)
     computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
         raise ValueError(
             f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
         )
     return layers
+
+
+def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
+    """ValueError if the model is within a block of `lora.disabled`; or, for what `reads`, if tensors are exchanged."""
+    modules = [*model.modules()]
+    if any(map(exchanged, modules)):
+        raise ValueError(
+            f"{what}: LoRA is disabled in this {type(model).__name__}, in which the base's values stand where others "
+            "trained; leave `lora.disabled` first."
+        )
+    if not reads and any(isinstance(module, LoRALayer) and module.lora_disabled is not None for module in modules):
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -166,8 +194,49 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is not None and theirs != (type(module).forward, module)
 
 
+# Whose adapters a model may hold, by how the full names of their classes begin, so that no package need be installed;
+# and how such an adapter is taken out, where there is a word for it.
+_FOREIGN = {
+    "peft.": ("PEFT", "`model.merge_and_unload()` or `model.unload()`"),
+    "loralib.": ("loralib", ""),
+    "torchtune.modules.peft.": ("torchtune", ""),
+    "adapters.methods.": ("adapters", ""),
+    "litgpt.lora.": ("LitGPT", ""),
+    "litgpt.adapter": ("LitGPT", ""),
+    "minlora.": ("minLoRA", "`minlora.merge_lora(model)` or `minlora.remove_lora(model)`"),
+    "lycoris.": ("LyCORIS", ""),
+    "swift.tuners.": ("SWIFT", ""),
+    "diffusers.models.lora.LoRALinearLayer": ("diffusers", ""),
+    "diffusers.models.lora.LoRAConv2dLayer": ("diffusers", ""),
+}
+
+
+def foreign_adapters(names: Names) -> Iterator[str]:
+    """A complaint for each other library whose adapters are in a model: they would be frozen, or adapted themselves."""
+    found: dict[tuple[str, str], list[str]] = {}
+    libraries = {cls: _library_of(cls) for cls in {*map(type, names)}}
+    for module, known in names.items():
+        whose = libraries[type(module)]
+        if whose is not None:
+            found.setdefault(whose, []).append(known[0])
+    for (library, way_out), modules in found.items():
+        # Not the wrappers around what is named anyway.
+        around = {name[:end] for name in modules for end, letter in enumerate(name) if letter == "."} | {""}
+        inner = [name for name in modules if name not in around] or ["the model"]
+        yield (
+            f"{', '.join(inner)}: hold{'s' * (len(inner) == 1)} an adapter of {library}'s, which would be frozen, or "
+            f"adapted itself; take it out first{f', by {way_out}' * bool(way_out)}, or begin with the plain base model."
+        )
+
+
+def _library_of(cls: type) -> tuple[str, str] | None:
+    """The library that the class of an adapter's module comes from, by itself or by one that it derives from."""
+    full_names = [f"{owner.__module__}.{owner.__qualname__}" for owner in cls.__mro__]
+    return next((row for start, row in _FOREIGN.items() if any(name.startswith(start) for name in full_names)), None)
+
+
 #: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
-OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = [foreign_adapters]
 #: The same of what keeps a model's parameters in a form that cannot be read, or written.
 UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
 

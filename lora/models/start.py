@@ -22,6 +22,8 @@ from lora.models import spectral
 from lora.models.blocks import Pair, factor_blocks, tensors_of
 from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems
 
+_GIVEN_BACK = "lora_given_back"
+
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
     """Start the adapters of a model again, in a way of your choice.
@@ -186,9 +188,16 @@ def is_kept_apart(layer: LoRALayer) -> bool:
 @torch.no_grad()
 def give_back(layer: LoRALayer) -> None:
     """Write the pretrained weight into the base again."""
+    if layer.lora_start is not None:
+        setattr(layer.weight, _GIVEN_BACK, True)  # outlives the adapter, of which the layer keeps nothing
     if is_kept_apart(layer):
         layer.lora_write_base(pretrained_weight(layer))
     layer.lora_start = None
+
+
+def is_given_back(weight: object) -> bool:
+    """Whether this weight is a pretrained one only to rounding, since an adapter once started from a part of it."""
+    return hasattr(weight, _GIVEN_BACK)
 
 
 def keep_start(undo: undo_on_error, layer: LoRALayer, writes_base: bool) -> None:

@@ -324,10 +324,12 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
     """
     words: Mapping[str, str] = getattr(model, "tp_plan", None) or {} if plan is None else plan
     modules, styles = dict(model.named_modules()), dict[str, ParallelStyle]()
+    known: dict[str, list[str]] = {}
+    for name in modules:
+        known.setdefault(without_wrappers(name), []).append(name)
     problems = [] if words else [f"there is no plan for this {type(model).__name__}; give one as `plan`."]
     for pattern, word in words.items():
-        expression = re.escape(pattern).replace(r"\*", "[^.]+")
-        names = [name for name in modules if re.fullmatch(expression, without_wrappers(name))]
+        names = known.get(pattern, []) if "*" not in pattern else _matching(pattern, known)
         trained = [name for name in names for p in modules[name].parameters() if p.requires_grad]
         if not names:
             problems.append(f"{pattern}: matches no module.")
@@ -339,6 +341,12 @@ def plan_of(model: nn.Module, plan: Mapping[str, str] | None = None) -> dict[str
             styles |= {name: _style_for(modules[name], word) for name in names}
     raise_all("plan_of: no plan was made", [*problems, *_coming_apart(model, styles)])
     return styles
+
+
+def _matching(pattern: str, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """The modules whose names match a pattern, in which `*` stands for any layer's number."""
+    expression = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+    return [name for bare, names in known.items() if expression.fullmatch(bare) for name in names]
 
 
 def _coming_apart(model: nn.Module, styles: Mapping[str, ParallelStyle]) -> Iterator[str]:

@@ -15,7 +15,8 @@ from torch import nn
 from toy_model import snapshot
 
 import lora
-from lora.formats.peft import compiled, pattern_problem, value_for
+from lora.formats.peft import pattern_problem
+from lora.models.patterns import Patterns
 
 # ---- what is wrong with a folder of PEFT's ---------------------------------------------------------------------
 
@@ -203,12 +204,12 @@ USUAL = {
 def test_usual_patterns_match_as_pefts(pattern):
     name = "model.layers.5.self_attn.q_proj"
     assert pattern_problem(pattern) is None
-    assert value_for(name, compiled({pattern: 4}), 8) == (4 if USUAL[pattern] else 8)
+    assert Patterns({pattern: 4}).value([name], 8) == (4 if USUAL[pattern] else 8)
 
 
 def test_the_first_pattern_counts():
-    patterns = compiled({"b": 1, r"a\.b": 2, "a": 3})
-    assert [value_for(name, patterns, 0) for name in ("a.b", "a", "b", "c", "ab")] == [1, 3, 1, 0, 0]
+    patterns = Patterns({"b": 1, r"a\.b": 2, "a": 3})
+    assert [patterns.value([name], 0) for name in ("a.b", "a", "b", "c", "ab")] == [1, 3, 1, 0, 0]
 
 
 # ---- loralib's files, as far as they need no loralib -----------------------------------------------------------

@@ -1,5 +1,8 @@
-"""What can be counted of a computation: bytes kept for backward, storage made, operations done."""
+"""What can be counted of a computation: bytes kept for backward, storage made, operations done, calls made."""
 
+import cProfile
+import gc
+import re
 from collections.abc import Callable
 
 import torch
@@ -74,3 +77,57 @@ def operations(layer: nn.Module, *leading: int, dtype=torch.float32, backward=Fa
         if backward:
             y.sum().backward()
     return counted
+
+
+class Name(str):
+    """A string of which every comparison is a call, as one in a list is made, and none in a dict."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return str.__ne__(self, other)
+
+    # Names that are made of names stay such.
+
+    def __add__(self, other: str) -> "Name":
+        return Name(str.__add__(self, other))
+
+    def __radd__(self, other: str) -> "Name":
+        return Name(str.__add__(other, self))
+
+    def partition(self, *args):
+        return tuple(map(Name, super().partition(*args)))
+
+    def rpartition(self, *args):
+        return tuple(map(Name, super().rpartition(*args)))
+
+    def removeprefix(self, *args):
+        return Name(super().removeprefix(*args))
+
+
+def calls(function: Callable[[], object]) -> int:
+    """How many calls `function` makes, of Python's functions and of C's; a generator counts each time it goes on."""
+    profile = cProfile.Profile()
+    re.purge()  # what other cases have compiled
+    gc.disable()  # callbacks of objects that are gone
+    profile.enable()
+    try:
+        function()
+    finally:
+        profile.disable()
+        gc.enable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def bend(make: Callable[[int], Callable[[], object]], n: int) -> int:
+    """How many calls a third n adds beyond what the second n adds: 0 where work grows as n does.
+
+    Where each of n looks at a k-th of all others once, it is 2 n² / k.
+    """
+    make(2)()  # imports, and what is made once
+    one, two, three = (calls(make(times * n)) for times in (1, 2, 3))
+    return (three - two) - (two - one)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import lora
 from lora.errors import did_you_mean
-from lora.models.config import Settings, name_matches, pattern_matches
+from lora.models.config import Settings
+from lora.models.patterns import name_matches, pattern_matches
 
 CHOICES = "one of 'none', 'all', 'lora_only'"
 

@@ -309,12 +309,12 @@ def test_a_forward_that_hooks_have_kept_reads_the_scaling_from_a_tensor():
     assert len(graphs) == 1
 
 
-def test_a_scaling_that_no_lora_alpha_gives_at_the_layers_rank_is_named_with_the_layer():
+def test_a_scaling_that_nothing_can_be_multiplied_by_is_named_with_the_layer():
     model, other = (nn.Sequential(*(lora.Linear(6, 4, r=1) for _ in range(2))) for _ in range(2))
     lora.prepare_for_swap(model, 64)
     other[0].scaling, other[1].scaling = 3.0, 1e308
     with pytest.raises(
-        lora.AdapterError, match=r"1: a scaling of 1e\+308 at rank 64 takes a `lora_alpha` beyond floats"
+        lora.AdapterError, match=r"1: `scaling` must be a finite number of at most 3.4e\+38, got 1e\+308"
     ):
         lora.load_adapter(model, lora.adapter_of(other), check_base=False)
     assert model[0].scaling == 1
