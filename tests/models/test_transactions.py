@@ -48,6 +48,7 @@ def plain():
             "qkv": nn.Linear(6, 9),
             "embed": nn.Embedding(7, 5),
             "conv": nn.Conv2d(4, 6, 3, groups=2),
+            "sequence": nn.Conv1d(4, 6, 3),
             "packed": Rounded(6, 5),
             "norm": nn.BatchNorm1d(5),
             "head": nn.Linear(5, 7),
@@ -116,6 +117,10 @@ def resized():
 CHANGES = {
     "merge": (injected, lora.merge),
     "merge DoRA": (lambda: injected(DENSE, use_dora=True, **IN_FULL), lora.merge),
+    "merge factored": (
+        lambda: injected(("conv", "sequence"), factored=True, init_lora_weights="pissa", use_dora=True),
+        lora.merge,
+    ),
     "merge bfloat16": (lambda: injected(DENSE).bfloat16(), lora.merge),
     "merge transposed": (constructed, lora.merge),
     "eject": (lambda: injected(**IN_FULL), lora.eject),
