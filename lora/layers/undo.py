@@ -19,6 +19,8 @@ _CONTAINERS = (
     *(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))),
     *("lora_originals", "lora_kept", "lora_children", "lora_remembered"),
 )
+# What other threads may change meanwhile, which is theirs: the blocks of `lora.disabled` that are open.
+_OF_OTHERS = "lora_disabled"
 
 
 class _Module(NamedTuple):
@@ -32,7 +34,7 @@ class _Module(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        attributes = vars(module).copy()
+        attributes = {name: value for name, value in vars(module).copy().items() if name != _OF_OTHERS}
         place: Place | None = attributes.get("lora_place")
         contents = {name: held.copy() for name in _CONTAINERS if (held := attributes.get(name))}
         return cls(module, type(module), attributes, contents, place is not None and place.adapted)
@@ -40,7 +42,12 @@ class _Module(NamedTuple):
     def put_back(self) -> None:
         if type(self.module) is not self.cls:
             self.module.__class__ = self.cls
-        _refill(vars(self.module), self.attributes)
+        own = vars(self.module)
+        names = [name for name in own if name != _OF_OTHERS]
+        if names != list(self.attributes):
+            for name in names:
+                del own[name]
+        own.update(self.attributes)
         for name in _CONTAINERS:
             if name in self.attributes:
                 _refill(self.attributes[name], self.contents.get(name, ()))
