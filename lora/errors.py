@@ -188,6 +188,15 @@ def is_count(value: object, least: int = 0) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
+def with_article(word: str) -> str:
+    """A word, such as the name of a class, after "a" or "an".
+
+    >>> with_article("Linear"), with_article("EmbeddingBag")
+    ('a Linear', 'an EmbeddingBag')
+    """
+    return f"{'an' if word[:1].lower() in set('aeio') else 'a'} {word}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as they need to be; numbers to the right."""
     written = ([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)

@@ -151,3 +151,10 @@ def test_losses_do_not_depend_on_the_library():
         assert first[1] < first[0]
         for losses in others:
             assert losses == pytest.approx(first, rel=1e-5)
+
+
+def test_large_adapters_are_measured_at_three_sizes(capsys):
+    importlib.import_module("large_adapters").main("--quick")
+    said = capsys.readouterr().out
+    assert "| 6 | 12 | 24 |" in said
+    assert said.count("\n| ") == 15

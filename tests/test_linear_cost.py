@@ -211,6 +211,18 @@ def layers_that_have_LoRA(n):
 
 
 @case("inject")
+def an_error_at_the_last_layer(n):
+    model, left = Model(n), iter(range(n - 1))
+
+    def start(layer):
+        if next(left, None) is None:
+            raise ValueError("undo")
+        layer.reset_lora_parameters()
+
+    return refused(lambda: lora.inject(model, target_modules=ups(n), r=1, init_lora_weights=start))
+
+
+@case("inject")
 def one_module_of_many_names(n):
     model = nn.ModuleList([nn.Linear(2, 2)] * n)
     return lambda: str(lora.inject(model, target_modules=["0"], r=1))

@@ -44,8 +44,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     Holds each adapter, every other parameter that trains (biases, `modules_to_save`), and what of the base model nobody
     else has: embeddings that were resized since `from_pretrained`, and buffers that training moved, such as running
     statistics. Of all other parameters and buffers it holds a sample, so that loading into another model says
-    where it differs. Written beside `path` and then renamed: killed at any moment, the old file or the new one is
-    there, never half of one.
+    where it differs. Written beside `path` and then renamed: whatever fails, and killed at any moment, the old adapter
+    or the new one is there, never half of one, nor a folder with files of both.
 
     Of a sharded model (FSDP2, tensor parallel) every rank has to call this. The first alone writes the file, the one
     that a single process would write; the others return when it is there, or raise what the first does. Of replicas
@@ -80,7 +80,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     def write() -> None:
         raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
         known = [without_wrappers(name) for group in names.values() for name in group]
-        write_adapter(adapter, path, format, module_names=known)
+        try:
+            write_adapter(adapter, path, format, module_names=known)
+        except AdapterError as error:  # under the name of the function that was called
+            raise AdapterError(str(error).replace("write_adapter:", "save_adapter:", 1)) from None
 
     ranks.on_first(write)
 

@@ -98,7 +98,7 @@ def _written(path: Path, content: bytes) -> Iterator[_New]:
     real = Path(os.path.realpath(path))  # a link stays one
     beside, old = _hidden(real), _hidden(real)
     with writing(path):
-        _remove_left_over(real)
+        remove_left_over(real)
         before = _permissions(real)
         mode = 0o666 if before is None else before.st_mode & 0o777  # not even for a moment may more people read it
         try:
@@ -173,7 +173,7 @@ def _write(file: BinaryIO, content: bytes) -> None:
 # ---- what killed writers have left -----------------------------------------------------------------------------------
 
 
-def _remove_left_over(real: Path) -> None:
+def remove_left_over(real: Path) -> None:
     """Remove what writers of a file have left beside it when they were killed, and nothing of one that is at work."""
     ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.tmp")
     with suppress(OSError):

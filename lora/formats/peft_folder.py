@@ -19,7 +19,7 @@ from torch import Tensor
 from lora.adapters.files import object_from, packed, read_bytes, read_header, read_tensors
 from lora.adapters.formats import FILE, object_in
 from lora.adapters.paths import check_place, kind, writing
-from lora.adapters.saving import alone_in, replace_files
+from lora.adapters.saving import alone_in, remove_left_over, replace_files
 from lora.errors import AdapterError, raise_all, short
 from lora.formats.torch_files import read_torch
 
@@ -71,12 +71,13 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     before = _before(path)
     weights = content(before)
     made = not kind(path)
-    with writing(path):
-        path.mkdir(exist_ok=True)
     try:
+        with writing(path):
+            path.mkdir(exist_ok=True)
         with alone_in(path):
             if before != (now := _before(path)):  # another writer was here
                 before, weights = now, content(now)
+            remove_left_over(path / CONFIG)  # though it may not be written now
             replace_files({path / WEIGHTS: weights} | ({} if before == text else {path / CONFIG: text}))
             with writing(path / "adapter_model.bin"):
                 (path / "adapter_model.bin").unlink(missing_ok=True)  # nobody reads it beside the other
@@ -130,8 +131,9 @@ def read_folder(path: Path, check: Callable[[Config], None]) -> tuple[Path, Conf
             if last or not seen.has_changed():
                 raise
         else:
-            return seen.file, seen.config, tensors, metadata
-    raise AssertionError("the last returns or raises")
+            if not (seen.edited and seen.has_changed()):
+                return seen.file, seen.config, tensors, metadata
+    raise AdapterError(f"{path} has changed while it was read.")
 
 
 class _Seen:
@@ -144,6 +146,7 @@ class _Seen:
         self.file = self._chosen()
         self.metadata: Mapping[str, str] | None = None
         self.config: Config = {}
+        self.edited = False  # and the edit counts
 
     def _chosen(self) -> Path:
         names = [self.path.name] if self.path.name in READERS and not self.whole else [*READERS]
@@ -171,10 +174,10 @@ class _Seen:
                 f"there is no {CONFIG} in {self.folder}, without which PEFT's tensors mean nothing."
             )
         config = object_from(self.folder / CONFIG, self.text)
-        if written is not None and (self.whole or self.path.name != CONFIG):
-            problems = [*_differences(config, written)]
-            problems += [self._advice()] if problems else []
-            raise_all(f"read_adapter: {self.folder} is not loaded", problems, AdapterError)
+        problems = [] if written is None else [*_differences(config, written)]
+        self.edited = bool(problems) and self.path.name == CONFIG and not self.whole
+        if problems and not self.edited:
+            raise_all(f"read_adapter: {self.folder} is not loaded", [*problems, self._advice()], AdapterError)
         return config
 
     def _advice(self) -> str:
@@ -206,8 +209,8 @@ def _digest(text: bytes) -> str:
 def _differences(config: Config, written: Config) -> Iterator[str]:
     """What a configuration says otherwise than the one with which the weights were written."""
     for name in _BOUND:
-        now, then = (_meant(about.get(name)) for about in (config, written))
-        if now != then:
+        now, then = config.get(name), written.get(name)
+        if _meant(now) != _meant(then):
             said = f"is {short(now)}, and was {short(then)}" if _is_short(now, then) else "is not what it was"
             yield f"`{name}` {said} when {WEIGHTS} was written."
 

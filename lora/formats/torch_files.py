@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora.adapters.files import DTYPES, MOST_DIMENSIONS, class_or_value, name_problem, refuse
-from lora.adapters.paths import open_file, reading
+from lora.adapters.paths import read_steadily
 from lora.errors import short
 
 _LONGEST_PICKLE = 16 * 2**20
@@ -86,25 +86,29 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not of that kind, is damaged, or holds anything but dense tensors.
     """
-    with reading(path), open_file(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if file.read(4) != b"PK\3\4":
-            refuse(path, "torch", [f"it is no zip file; if torch before 1.6 wrote it, {_RESAVE}."])
-        try:
-            _check_directory(file, size)
-            with zipfile.ZipFile(file) as zipped:
-                said = torch.load(_checked(zipped, size), map_location="cpu", weights_only=True)
-        except _Refusal as error:
-            refuse(path, "torch", [f"{error}."])
-        except Exception as error:  # there is no list of what a wrong pickle makes torch raise
-            refuse(path, "torch", [f"it is damaged: {type(error).__name__} {short(str(error))}."])
+    said = read_steadily(path, lambda file: _loaded(file, path))
     inner = next((said[wrapper] for wrapper in _WRAPPERS if wrapper in said), None)
     state = inner if isinstance(inner, dict) and len(said) == 1 else said
     refuse(path, "torch", (f"{problem}." for name, value in state.items() if (problem := _problem(name, value))))
     parts = {_place(tensor): tensor for tensor in state.values()}
     plain = {place: _plain(tensor) for place, tensor in parts.items()}
     return {name: plain[_place(tensor)] for name, tensor in state.items()}
+
+
+def _loaded(file: io.BufferedReader, path: Path) -> Any:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(4) != b"PK\3\4":
+        refuse(path, "torch", [f"it is no zip file; if torch before 1.6 wrote it, {_RESAVE}."])
+    try:
+        _check_directory(file, size)
+        with zipfile.ZipFile(file) as zipped:
+            return torch.load(_checked(zipped, size), map_location="cpu", weights_only=True)
+    except _Refusal as error:
+        refuse(path, "torch", [f"{error}."])
+    except Exception as error:  # there is no list of what a wrong pickle makes torch raise
+        refuse(path, "torch", [f"it is damaged: {type(error).__name__} {short(str(error))}."])
+    raise AssertionError("a refusal is raised")
 
 
 class _Refusal(ValueError):

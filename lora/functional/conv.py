@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.fused import Fused, FusedFunction, Noise, cast, choose, drop
+from lora.functional.fused import Fused, FusedFunction, Noise, cast, choose, drop, spread
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -82,7 +82,8 @@ def plain_lora_conv(
     convolve = CONVOLUTIONS[weight.dim() - 2]
     y: Tensor = convolve(x, weight, bias, *geometry)  # (N, out_channels, *out_size)
     h = convolve(drop(x, dropout), A.to(x.dtype), None, *geometry)  # (N, r, *out_size)
-    return y + (convolve(h, B.to(x.dtype)) * scaling).to(y.dtype)
+    B, left = spread(B, scaling, x.dtype)
+    return y + (convolve(h, B) * left).to(y.dtype)
 
 
 class _LoRAConv(FusedFunction):
@@ -91,6 +92,8 @@ class _LoRAConv(FusedFunction):
     h = c · A ∗ (D ⊙ x)        y  = W ∗ x + b,   y += B h
     dh = c · Bᵀ dy             dx = Wᵀ ∗ dy + D ⊙ (Aᵀ ∗ dh)
     dB = Σ dy hᵀ               dA = dh ∗ (D ⊙ x)
+
+    (In float16 B has the factor c, and dB, in the place of h and dh.)
     """
 
     inputs = 5
@@ -99,11 +102,11 @@ class _LoRAConv(FusedFunction):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused, geometry: Geometry
     ) -> Tensor:
-        x_, weight_, A_, B_ = (cast(t, fused.dtype) for t in (x, weight, A, B))
+        x_, weight_, A_ = (cast(t, fused.dtype) for t in (x, weight, A))
         convolve = CONVOLUTIONS[weight.dim() - 2]
         y: Tensor = convolve(x_, weight_, cast(bias, fused.dtype), *geometry)
-        h = convolve(_dropped(x_, fused.noise), A_, None, *geometry).flatten(2).mul_(fused.c)  # (N, r, L)
-        y.flatten(2).baddbmm_(B_.flatten(1).expand(len(y), -1, -1), h)
+        h = fused.scaled_(convolve(_dropped(x_, fused.noise), A_, None, *geometry).flatten(2))  # (N, r, L)
+        y.flatten(2).baddbmm_(fused.up(B).flatten(1).expand(len(y), -1, -1), h)
         ctx.fused, ctx.geometry = fused, geometry
         ctx.save_for_backward(x, weight, bias, A, B, h if ctx.needs_input_grad[4] else None)
         return y
@@ -118,9 +121,9 @@ class _LoRAConv(FusedFunction):
         if needs_x or needs_bias:
             dx, _, dbias = _gradients(dy, x_, cast(weight, fused.dtype), geometry, (needs_x, False, needs_bias))
         if needs_B:
-            dB = torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape)
+            dB = fused.of_B(torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape), B)
         if needs_x or needs_A:
-            dh = torch.matmul(cast(B, fused.dtype).flatten(1).T, rows).mul_(fused.c)  # (N, r, L)
+            dh = fused.scaled_(torch.matmul(fused.up(B).flatten(1).T, rows))  # (N, r, L)
             dh = dh.view(len(dy), len(A), *dy.shape[2:])
             needs = (needs_x, needs_A, False)
             update, dA, _ = _gradients(dh, _dropped(x_, fused.noise), cast(A, fused.dtype), geometry, needs)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.fused import FusedFunction, is_plain, refuse_storage, without_autocast
+from lora.functional.fused import Fused, FusedFunction, is_plain, refuse_storage, spread, without_autocast
 
 
 class Lookup(NamedTuple):
@@ -56,7 +56,8 @@ def plain_lora_embedding(ids: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: 
     dtype = torch.promote_types(y.dtype, A.dtype)
     h = F.embedding(ids, A.T.to(dtype), how.padding_idx, scale_grad_by_freq=how.scale_grad_by_freq)  # (..., r)
     with without_autocast(y.device):
-        return y + (F.linear(h, B.to(dtype)) * scaling).to(y.dtype)
+        B, left = spread(B, scaling, dtype)
+        return y + (F.linear(h, B) * left).to(y.dtype)
 
 
 class _LoRAEmbedding(FusedFunction):
@@ -78,12 +79,13 @@ class _LoRAEmbedding(FusedFunction):
         _, A, B, ids, h = ctx.saved_tensors
         _, needs_A, needs_B, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])  # (N, embedding_dim)
+        fused = Fused(ctx.scaling, None, rows.dtype, ())
         dA = dB = None
         if needs_A:
-            dh = torch.mm(rows, B.to(rows.dtype)).mul_(ctx.scaling)  # (N, r)
+            dh = fused.scaled_(torch.mm(rows, fused.up(B)))  # (N, r)
             dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
         if needs_B:
-            dB = torch.mm(h, rows).mul_(ctx.scaling).T
+            dB = fused.of_B(fused.scaled_(torch.mm(h, rows)).T, B)
         return None, dA, dB, None
 
     @staticmethod

@@ -85,6 +85,25 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
+# ---- scaling where nothing overflows ---------------------------------------------------------------------------------
+#
+# float16 ends at 65,504, which s · A x and s · dy reach where s · B A x and s · Bᵀ dy do not: B starts at zero. There
+# B, which is small, has the scaling, and its gradient gets it in B's own dtype. In other dtypes what is between A and B
+# has it.
+
+
+def computes_in_float16(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of tensors of this dtype are float16's, be it by autocast."""
+    return (torch.get_autocast_dtype(device.type) if autocasts(device) else dtype) == torch.float16
+
+
+def spread(B: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+    """B in this dtype, and by what its product with h is to be scaled: 1 in float16, where B has the scaling."""
+    if not computes_in_float16(dtype, B.device):
+        return B.to(dtype), scaling
+    return (B.to(exact_dtype(B.dtype)) * scaling).to(dtype), 1.0
+
+
 # ---- dropout that is drawn again in the backward pass instead of being remembered ------------------------------------
 
 
@@ -167,6 +186,18 @@ class Fused(NamedTuple):
     def c(self) -> float:
         """The scaling, times the rescaling of dropout."""
         return self.scaling if self.noise is None else self.scaling * self.noise.rescale
+
+    def scaled_(self, h: Tensor) -> Tensor:
+        """c · h, in place, or dh; in float16 as it is, since B has the scaling."""
+        return h if self.dtype == torch.float16 else h.mul_(self.c)
+
+    def up(self, B: Tensor) -> Tensor:
+        """B to multiply h and dy by, in the dtype to compute in."""
+        return spread(B, self.c, self.dtype)[0] if self.dtype == torch.float16 else cast(B, self.dtype)
+
+    def of_B(self, dB: Tensor, B: Tensor) -> Tensor:
+        """The gradient of B, from its products with `scaled_` values."""
+        return cast(dB, B.dtype).mul_(self.c) if self.dtype == torch.float16 else dB
 
     def dropout(self, x: Tensor, rows: Tensor) -> float | Tensor:
         """The `dropout` that makes a plain function drop the same values of x; `rows` is x as (N, features)."""

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.fused import Fused, FusedFunction, Noise, Slices, cast, choose, drop, exact_dtype, without_autocast
+from lora.functional.fused import (
+    Fused,
+    FusedFunction,
+    Noise,
+    Slices,
+    cast,
+    choose,
+    drop,
+    exact_dtype,
+    spread,
+    without_autocast,
+)
 
 
 def lora_linear(
@@ -79,8 +90,9 @@ def plain_lora_linear(
     """The equation of `lora_linear` in operations that autograd knows; `dropout` may be what to multiply x by."""
     y = F.linear(x, weight, bias)  # (..., out_features)
     h = F.linear(drop(x, dropout), A.to(x.dtype))  # (..., G·r)
-    update = up_slices(h, B.to(x.dtype), slices or ((0, weight.shape[0]),), weight.shape[0])
-    return y + (update * scaling).to(y.dtype)
+    B, left = spread(B, scaling, x.dtype)
+    update = up_slices(h, B, slices or ((0, weight.shape[0]),), weight.shape[0])
+    return y + (update * left).to(y.dtype)
 
 
 # ---- slices ----------------------------------------------------------------------------------------------------------
@@ -135,6 +147,8 @@ class _LoRALinear(FusedFunction):
         h = c · (D ⊙ x) Aᵀ          y  = x Wᵀ + b,   y_g += h_g B_gᵀ
         dh = c · dy_g B_g           dx = dy W + D ⊙ (dh A)
         dB_g = dy_gᵀ h_g            dA = dhᵀ (D ⊙ x)
+
+    (In float16 B has the factor c, and dB_g, in the place of h and dh.)
     """
 
     inputs = 5
@@ -160,8 +174,9 @@ class _LoRALinear(FusedFunction):
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         if needs_B and not needs_A:
             raise RuntimeError(
-                "differentiating twice needs the layer's input, which is not kept while lora_B trains and lora_A does "
-                "not; let lora_A train, or compute with `lora.functional.plain_lora_linear`."
+                "differentiating twice, or for many output gradients at once, needs the layer's input, which is not "
+                "kept while lora_B trains and lora_A does not; let lora_A train, or compute with "
+                "`lora.functional.plain_lora_linear`."
             )
         fused: Fused = ctx.fused
         x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
@@ -172,15 +187,15 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """y (..., out_features) and h (N, G·r), with nothing else of the size of x or y made on the way."""
-    x_, weight_, A_, B_ = (cast(t, fused.dtype) for t in (_rows(x), weight, A, B))
+    x_, weight_, A_ = (cast(t, fused.dtype) for t in (_rows(x), weight, A))
     y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
     y_ = _rows(y)  # (N, out_features)
     if bias is None:
         torch.mm(x_, weight_.T, out=y_)
     else:
         torch.addmm(cast(bias, fused.dtype), x_, weight_.T, out=y_)
-    h = _down(x_, A_, fused.noise).mul_(fused.c)  # (N, G·r)
-    add_slices_(y_, h, B_, fused.slices)
+    h = fused.scaled_(_down(x_, A_, fused.noise))  # (N, G·r)
+    add_slices_(y_, h, fused.up(B), fused.slices)
     return y, h
 
 
@@ -189,8 +204,8 @@ def _forward_alone(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
     dtype = fused.dtype
     x = cast(x, dtype)
     y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
-    h = _down(_rows(x), cast(A, dtype), fused.noise).mul_(fused.c)  # (N, G·r); as with a backward, to the last bit
-    add_slices_(_rows(y), h, cast(B, dtype), fused.slices)
+    h = fused.scaled_(_down(_rows(x), cast(A, dtype), fused.noise))  # (N, G·r); as with a backward, to the last bit
+    add_slices_(_rows(y), h, fused.up(B), fused.slices)
     return y
 
 
@@ -200,9 +215,9 @@ def _backward(
     """dx, where it is needed; dA, where there is an x; dB, where there is an h."""
     dy_ = _rows(dy)  # (N, out_features)
     dx = torch.mm(dy_, cast(weight, fused.dtype)) if needs_x else None  # (N, in_features)
-    dA, dB = None, None if h is None else _outer(dy_, h, fused.slices)
+    dA, dB = None, None if h is None else fused.of_B(_outer(dy_, h, fused.slices), B)
     if needs_x or x is not None:
-        dh = _to_rank(dy_, cast(B, fused.dtype), fused.slices).mul_(fused.c)  # (N, G·r)
+        dh = fused.scaled_(_to_rank(dy_, fused.up(B), fused.slices))  # (N, G·r)
         x_ = None if x is None else cast(_rows(x), fused.dtype)  # (N, in_features)
         dA = _through_down(dh, cast(A, fused.dtype), x_, dx, fused.noise)
     if dx is not None and dy.dim() != 2:

@@ -13,75 +13,98 @@ from lora.functional.fused import FusedFunction, cast, exact_dtype, is_plain
 _CACHED = 2**18  # values of a product that stay in a processor's cache until they are summed
 
 
-def magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Scale each output of a layer, but not its bias, by 1 + `excess`.
+def magnify(y: Tensor, gain: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Scale each output of a layer, but not its bias, by a gain.
 
-        z = y + e ⊙ (y − b)        that is, (1 + e) ⊙ (y − b) + b; with e = 0, y to the bit
+        z = g ⊙ y + (1 − g) ⊙ b        that is, g ⊙ (y − b) + b; with g = 1 exactly y
 
-    Keeps y for its backward, nothing else of that size. Where the fused function does not apply (`torch.compile`,
-    function transforms, tensor subclasses) this is `plain_magnify`; the two agree to rounding.
+    A gain may be of a higher precision than y, as DoRA's is, which moves in small steps and may be small: it counts as
+    a sum of two numbers in y's dtype. Keeps y for its backward, nothing else of that size. Where the fused function
+    does not apply (`torch.compile`, function transforms, tensor subclasses) this is `plain_magnify`; the two agree to
+    rounding.
 
     Args:
         y: the layer's output, with its bias.
-        excess: e, one for each output; g − 1 of DoRA, which is small and would lose its digits in a g of low precision.
+        gain: g, one for each output.
         bias: b, one for each output, or None.
         dim: the dimension of y that counts the outputs. Default: the last.
 
     Returns:
-        z, in the shape of y.
+        z, in the shape and dtype of y.
 
     From "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, section 4.1.
 
     >>> import torch, lora.functional
-    >>> lora.functional.magnify(torch.tensor([[3.0, 3.0]]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
+    >>> lora.functional.magnify(torch.tensor([[3.0, 3.0]]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
     tensor([[3., 5.]])
     """
-    if not is_plain(y, excess, bias) or not y.dtype == excess.dtype == (y if bias is None else bias).dtype:
-        return plain_magnify(y, excess, bias, dim)
-    return _Magnify.run(y, excess, bias, dim)
+    fits = gain.dtype == y.dtype or gain.dtype == exact_dtype(y.dtype)
+    if not (fits and is_plain(y, gain, bias)) or (bias is not None and bias.dtype != y.dtype):
+        return plain_magnify(y, gain, bias, dim)
+    return _Magnify.run(y, gain, bias, dim)
 
 
-def plain_magnify(y: Tensor, excess: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
+def plain_magnify(y: Tensor, gain: Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
     """The equation of `magnify` in operations that autograd knows."""
     shape = _along(y, dim)
-    scaled = y if bias is None else y - bias.view(shape).to(y.dtype)
-    return y + (excess.view(shape) * scaled).to(y.dtype)
+    high, low = _parts_of_gain(gain, y.dtype)
+    # The larger part last: then the sum is rounded once.
+    z = y * high.view(shape) if low is None else torch.addcmul(y * low.view(shape), y, high.view(shape))
+    return z if bias is None else z + _offset(gain, bias, y.dtype).view(shape)
 
 
 class _Magnify(FusedFunction):
-    """`plain_magnify`, fused:   dy = (1 + e) ⊙ dz,   de = Σ dz ⊙ (y − b),   db = −e ⊙ Σ dz."""
+    """`plain_magnify`, fused:   dy = g ⊙ dz,   dg = Σ dz ⊙ (y − b),   db = (1 − g) ⊙ Σ dz."""
 
     inputs = 3
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, excess: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-        shape = _along(y, dim)
-        e = excess.view(shape)
-        z = torch.addcmul(y, e, y)
-        if bias is not None:
-            z.sub_(e * bias.view(shape))
+    def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor:
         ctx.dim, ctx.shape = dim, y.shape
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, excess, bias)
-        return z
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
+        return _scaled(y, gain, dim, None if bias is None else _offset(gain, bias, y.dtype))
 
     @staticmethod
     def gradients(ctx: Any, dz: Tensor) -> Sequence[Tensor | None]:
-        (y, excess, bias), dim = ctx.saved_tensors, ctx.dim
-        needs_y, needs_excess, needs_bias, _ = ctx.needs_input_grad
-        dy = torch.addcmul(dz, excess.view(_along(dz, dim)), dz) if needs_y else None
-        de = db = None
-        if needs_bias or (needs_excess and bias is not None):
+        (y, gain, bias), dim = ctx.saved_tensors, ctx.dim
+        needs_y, needs_gain, needs_bias, _ = ctx.needs_input_grad
+        dy = _scaled(dz, gain, dim) if needs_y else None
+        dg = db = None
+        if needs_bias or (needs_gain and bias is not None):
             total = _by_output(dz, dim).sum((0, 2))  # (outputs)
-            db = -excess * total if needs_bias else None
-        if needs_excess:
-            de = _products(y, dz, dim).to(excess.dtype)
+            db = ((1 - gain) * total).to(total.dtype) if needs_bias else None
+        if needs_gain:
+            dg = _products(y, dz, dim)
             # Layerwise casting has put the bias in a dtype to store it in meanwhile.
-            de = de if bias is None else de - cast(bias, total.dtype) * total
-        return dy, de, db
+            dg = dg if bias is None else dg - cast(bias, dg.dtype) * total
+            dg = cast(dg, gain.dtype)
+        return dy, dg, db
 
     @staticmethod
-    def twin(ctx: Any, y: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
-        return plain_magnify(y, excess, bias, ctx.dim)
+    def twin(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        return plain_magnify(y, gain, bias, ctx.dim)
+
+
+def _parts_of_gain(gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Two numbers in this dtype whose sum a gain is, the second without a gradient; or one, where that is the gain."""
+    high = cast(gain, dtype)
+    if gain.dtype.itemsize <= dtype.itemsize:
+        return high, None
+    return high, (gain - high).detach().to(dtype)
+
+
+def _offset(gain: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1 − g) ⊙ b."""
+    return ((1 - gain) * bias).to(dtype)
+
+
+def _scaled(y: Tensor, gain: Tensor, dim: int, offset: Tensor | None = None) -> Tensor:
+    """g ⊙ y, and an offset of each output, in one new tensor."""
+    shape = _along(y, dim)
+    high, low = _parts_of_gain(gain, y.dtype)
+    first, last = (high, None) if low is None else (low, high)
+    z = y * first.view(shape) if offset is None else torch.addcmul(offset.view(shape), first.view(shape), y)
+    return z if last is None else z.addcmul_(last.view(shape), y)  # the larger part last: the sum is rounded once
 
 
 def _along(y: Tensor, dim: int) -> list[int]:

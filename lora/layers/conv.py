@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
-from lora.functional.fused import autocasts, exact_dtype, refuse_storage, without_autocast
+from lora.functional.fused import autocasts, computes_in_float16, exact_dtype, refuse_storage, spread, without_autocast
 from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
@@ -148,7 +148,9 @@ class ConvLoRA(LoRALayer):
         one_convolution = precise and not autocasts(input.device)
         if self.factored or not self.lora_dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input, *args, **kwargs)
-        return self.lora_forward_with(input, self.weight + self._delta_like(self.weight) * self.lora_scaling)
+        return self.lora_forward_with(
+            input, self.weight + self._delta_like(self.weight, self.lora_B) * self.lora_scaling
+        )
 
     def lora_taught_conv(
         self,
@@ -173,24 +175,29 @@ class ConvLoRA(LoRALayer):
             y = convolve(input, W.base, bias, *geometry, groups)  # (N, out_channels, *out_size)
             x = F.dropout(input, W.dropout)
             h = convolve(x, W.A.to(x.dtype), None, *geometry, groups)  # (N, r, *out_size)
-            y = y + (convolve(h, W.B.to(h.dtype), groups=groups) * W.scaling).to(y.dtype)
+            B, left = spread(W.B, W.scaling, h.dtype)
+            y = y + (convolve(h, B, groups=groups) * left).to(y.dtype)
         return self.lora_magnified_beside(bias, y) if W.gain else y
 
     def _fuses(self, input: Tensor) -> bool:
         plain_geometry = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         return self.factored and self.lora_dense and plain_geometry and input.dim() == self.weight.dim()
 
-    def lora_update(self, input: Tensor) -> Tensor:
+    def lora_update(self, input: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
         if self.factored:
-            return super().lora_update(input)
-        return self._convolve(self.lora_drop(input), self._delta_like(input))
+            return super().lora_update(input, scaling)
+        B: Tensor = self.lora_B
+        left = scaling
+        if computes_in_float16(input.dtype, input.device):
+            B, left = B.to(exact_dtype(B.dtype)) * scaling, 1.0
+        return self._convolve(self.lora_drop(input), self._delta_like(input, B)) * left
 
     def lora_product(self, input: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return super().lora_product(input, A, B) if self.factored else self._convolve(input, self.lora_delta(A, B))
 
-    def _delta_like(self, other: Tensor) -> Tensor:
+    def _delta_like(self, other: Tensor, B: Tensor) -> Tensor:
         dtype = self.lora_update_dtype(other)
-        return self.lora_delta(self.lora_A.to(dtype), self.lora_B.to(dtype)).to(other.dtype)
+        return self.lora_delta(self.lora_A.to(dtype), B.to(dtype)).to(other.dtype)
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(input, weight, self.bias)

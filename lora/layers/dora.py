@@ -33,16 +33,16 @@ class Magnitudes(LayerKind):
 
     def lora_magnified_beside(self, bias: Tensor | None, y: Tensor) -> Tensor:
         """The same for a bias that need not be the layer's."""
-        excess = self.lora_expand_to_outputs(self.lora_excess()).to(y.dtype)
+        gain = self.lora_expand_to_outputs(self.lora_gains(), 1.0).to(exact_dtype(y.dtype))
         _, dim = self.lora_output_dims()
-        return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)
+        return magnify(y, gain, None if bias is None else bias.to(y.dtype), dim)
 
-    def lora_excess(self) -> Tensor:
-        """g − 1, exactly 0 at the start, for each output that has a magnitude."""
+    def lora_gains(self) -> Tensor:
+        """g, exactly 1 at the start, for each output that has a magnitude."""
         norm = self._current_norms().to(self.lora_magnitude.device).detach()  # `no_grad` keeps forward-mode tangents
         # Outputs whose weights are all zero have no direction: g = 1, with which they can learn one.
         some = norm != 0
-        return torch.where(some, self.lora_magnitude - norm, 0) / torch.where(some, norm, 1)
+        return torch.where(some, self.lora_magnitude, 1) / torch.where(some, norm, 1)
 
     def _current_norms(self) -> Tensor:
         """The norms; remembered where no gradient is wanted, as when text is generated, token by token."""
@@ -89,7 +89,7 @@ class Magnitudes(LayerKind):
         """g, 1 where the layer has no magnitude, in the shape that multiplies the weight."""
         shape = [1] * len(self.lora_weight_shape())
         shape[self.lora_output_dims()[0]] = -1
-        return (1 + self.lora_expand_to_outputs(self.lora_excess())).to(dtype).view(shape)
+        return self.lora_expand_to_outputs(self.lora_gains(), 1.0).to(dtype).view(shape)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:

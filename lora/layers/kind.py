@@ -154,8 +154,8 @@ class LayerKind(nn.Module):
         """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""
         return torch.split(weight.flatten(1), self.lora_block_rows())
 
-    def lora_expand_to_outputs(self, adapted: Tensor) -> Tensor:
-        """Values for all outputs, from those for outputs that have a magnitude: 0 for others."""
+    def lora_expand_to_outputs(self, adapted: Tensor, other: float = 0.0) -> Tensor:
+        """Values for all outputs, from those for outputs that have a magnitude, and one for all others."""
         return adapted
 
     def lora_not_in_weight(self) -> str | None:

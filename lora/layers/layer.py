@@ -10,6 +10,7 @@ magnitudes in dora.py.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_count, is_number, short
-from lora.functional.fused import exact_dtype, is_plain, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
@@ -91,7 +92,7 @@ class LoRALayer(Magnitudes):
     Attributes:
         r: rank of the update; 0 means that the layer behaves exactly as its base class.
         lora_alpha: numerator of the scaling.
-        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time.
+        scaling: s in the equation; set from `lora_alpha` and `r`, may be changed at any time, to a number.
         lora_dropout: probability of dropping an input feature on the LoRA path, in training only.
         merge_weights: serve `eval()` without gradients from one merged weight, kept beside the base weight.
         use_dora: scale each output to a trainable magnitude.
@@ -140,12 +141,13 @@ class LoRALayer(Magnitudes):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + s · B A drop(x) + b, in plain, out-of-place operations: right for every base, quantised or sharded."""
         y = self.lora_base_forward(input, *args, **kwargs)
-        return y + (self.lora_update(input) * self.lora_scaling).to(y.dtype)
+        return y + self.lora_update(input, self.lora_scaling).to(y.dtype)
 
-    def lora_update(self, input: Tensor) -> Tensor:
-        """B A drop(x), without the scaling; A and B, which are small, are cast to x's dtype, never x."""
+    def lora_update(self, input: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+        """s · B A drop(x); A and B, which are small, are cast to x's dtype, never x."""
         dtype = input.dtype if input.is_floating_point() else self.lora_update_dtype(self.weight)
-        return self.lora_product(self.lora_drop(input), self.lora_A.to(dtype), self.lora_B.to(dtype))
+        B, left = spread(self.lora_B, scaling, dtype)
+        return self.lora_product(self.lora_drop(input), self.lora_A.to(dtype), B) * left
 
     def lora_update_dtype(self, other: Tensor) -> torch.dtype:
         """The wider of the adapter's dtype and that of `other`, if it has numbers like ours."""
@@ -166,7 +168,8 @@ class LoRALayer(Magnitudes):
             return self.lora_computed_with(weight, input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
         dtype = y.dtype if y.is_floating_point() else A.dtype
-        return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+        B, left = spread(B.to(y.device), scaling, dtype)
+        return y + (self.lora_product(input, A.to(y.device, dtype), B) * left).to(y.dtype)
 
     # ---- where the base class has a forward of its own -------------------------------------------------------
 
@@ -368,6 +371,8 @@ class LoRALayer(Magnitudes):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scaling" and type(self).scaling is LoRALayer.scaling and not LoRALayer.scaling.is_taken(self):
             return setattr(self, "lora_scaling", value)
+        if name == "lora_scaling" and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise TypeError(f"`scaling` must be a number, got {short(value)}.")
         super().__setattr__(name, value)
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.

@@ -231,13 +231,15 @@ class MergedLinearLoRA(LinearLoRA):
         stops = accumulate(self.splits)
         return [(stop - size, stop) for size, stop in compress(zip(self.splits, stops, strict=True), self.enable_lora)]
 
-    def lora_expand_to_outputs(self, adapted: Tensor) -> Tensor:
+    def lora_expand_to_outputs(self, adapted: Tensor, other: float = 0.0) -> Tensor:
         if all(self.enable_lora):
             return adapted
         parts = iter(torch.split(adapted, self.lora_block_rows()))
         every = zip(self.splits, self.enable_lora, strict=True)
         shape = adapted.shape[1:]
-        return torch.cat([next(parts) if enabled else adapted.new_zeros(size, *shape) for size, enabled in every])
+        return torch.cat(
+            [next(parts) if enabled else adapted.new_full((size, *shape), other) for size, enabled in every]
+        )
 
     def lora_single(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A stays, (G·r, in_features); B is block-diagonal, (out_features, G·r), and zero where nothing is enabled."""

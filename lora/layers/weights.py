@@ -74,6 +74,8 @@ class Plain:
     def values_at(self, places: Tensor) -> Tensor:
         """The values at these places, counted as if it were flat; nothing large is gathered or copied."""
         tensor = self.tensor.detach()
+        if tensor.is_contiguous():
+            return tensor.view(-1)[places]
         return tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None]
 
     @classmethod

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, raise_all, table
+from lora.errors import Problems, join, raise_all, table, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
@@ -246,7 +247,7 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
         return "has LoRA already; eject or merge it first."
     kind = kind_for(type(module))
     if kind is None:
-        return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
+        return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
     parts = names[0].split(".")
@@ -274,8 +275,20 @@ def clashing_names(module: nn.Module) -> list[str]:
     kind = kind_for(type(module))
     if kind is None or isinstance(module, LoRALayer):
         return []
-    theirs = {*dir(type(module)), *vars(module), *module._parameters, *module._buffers, *module._modules}
-    return sorted((set(dir(kind)) & theirs) - set(dir(nn.Module)) - {"reset_parameters", "scaling", "__annotations__"})
+    own = (vars(module), module._parameters, module._buffers, module._modules)
+    return [
+        name for name in _needed(kind.__mro__) if hasattr(type(module), name) or any(name in names for names in own)
+    ]
+
+
+@cache
+def _needed(classes: tuple[type, ...]) -> list[str]:
+    """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
+    return sorted(
+        {name for cls in classes for name in vars(cls)}
+        - set(dir(nn.Module))
+        - {"reset_parameters", "scaling", "__annotations__"}
+    )
 
 
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do

@@ -95,25 +95,37 @@ def by_tensor(tensors: Iterable[Owned]) -> list[list[Owned]]:
     return list(groups.values())
 
 
+_Span = tuple[int, int, int, Owned]  # where it begins and ends in its storage, and its place in the model's order
+_FEW = 8  # of which each is looked at
+
+
 class Memory:
     """Which tensors share memory, so that writing one writes the other: two Parameters may share one storage."""
 
     def __init__(self, tensors: Iterable[Owned]) -> None:
-        spans: dict[int, list[tuple[int, int, int, Owned]]] = {}
+        self._spans: dict[int, list[_Span]] = {}
         for number, one in enumerate(tensors):
             storage, start, stop = _span(one.tensor)
-            spans.setdefault(storage, []).append((start, stop, number, one))
-        # By where they begin; and for each how far it and those before it reach, where one storage holds many.
-        self._spans = {storage: sorted(those, key=itemgetter(0)) for storage, those in spans.items()}
-        self._reach = {storage: [*accumulate((s[1] for s in those), max)] for storage, those in self._spans.items()}
+            self._spans.setdefault(storage, []).append((start, stop, number, one))
+        self._sorted: dict[int, tuple[list[_Span], list[int]]] = {}  # of storages that hold many
 
     def sharing(self, tensor: Tensor) -> list[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
         storage, start, stop = _span(tensor)
         spans = self._spans.get(storage, [])
-        first = bisect_right(self._reach.get(storage, []), start)
-        begun = takewhile(lambda span: span[0] < stop, islice(spans, first, None))
-        return [one for _, _, _, one in sorted((s for s in begun if start < s[1]), key=itemgetter(2))]
+        if len(spans) > _FEW:
+            spans = self._near(storage, start, stop)
+        return [one for i, j, _, one in spans if i < stop and start < j]
+
+    def _near(self, storage: int, start: int, stop: int) -> list[_Span]:
+        """Those of a storage that may share memory with a part of it, in the model's order."""
+        if storage not in self._sorted:
+            spans = sorted(self._spans[storage], key=itemgetter(0))
+            reach = [*accumulate((end for _, end, _, _ in spans), max)]  # how far each and those before it reach
+            self._sorted[storage] = spans, reach
+        spans, reach = self._sorted[storage]
+        begun = islice(spans, bisect_right(reach, start), None)
+        return sorted(takewhile(lambda span: span[0] < stop, begun), key=itemgetter(2))
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
@@ -167,11 +179,11 @@ def lora_layers(
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if not inside_disabled:
         check_not_disabled(model, what, reads)
-    computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
+    computed = [layer for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
-        raise ValueError(
-            f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
-        )
+        names = names_of(model)
+        which = ", ".join(names[layer][0] or "the model" for layer in computed)
+        raise ValueError(f"{what}: a weight of {which} is computed by a parametrization; remove the parametrization.")
     return layers
 
 

@@ -188,10 +188,9 @@ def is_kept_apart(layer: LoRALayer) -> bool:
 @torch.no_grad()
 def give_back(layer: LoRALayer) -> None:
     """Write the pretrained weight into the base again."""
-    if layer.lora_start is not None:
-        setattr(layer.weight, _GIVEN_BACK, True)  # outlives the adapter, of which the layer keeps nothing
     if is_kept_apart(layer):
         layer.lora_write_base(pretrained_weight(layer))
+        setattr(layer.weight, _GIVEN_BACK, True)  # outlives the adapter, of which the layer keeps nothing
     layer.lora_start = None
 
 

@@ -49,19 +49,19 @@ class Swappable(LoRALayer):
         if not self._is_traced():
             return super().lora_layer_forward(input, *args, **kwargs)
         y = self.lora_base_forward(input, *args, **kwargs)
-        y = y + self._gated(self.lora_update(input) * self.lora_read_scaling()).to(y.dtype)
+        y = y + self._gated(self.lora_update(input, self.lora_read_scaling())).to(y.dtype)
         return self.lora_magnified(y) if self.use_dora else y
 
     def lora_read_scaling(self) -> float | Tensor:
         return self.lora_scale[0] if self._is_traced() else super().lora_read_scaling()
 
-    def lora_excess(self) -> Tensor:
-        excess = super().lora_excess()
-        return self._gated(excess) if self._is_traced() else excess
+    def lora_gains(self) -> Tensor:
+        gains = super().lora_gains()
+        return self._gated(gains, 1) if self._is_traced() else gains
 
-    def _gated(self, values: Tensor) -> Tensor:
-        """What LoRA adds; zeros where the layer is disabled, whatever the adapter holds."""
-        return torch.where(self.lora_scale[1] != 0, values, 0)
+    def _gated(self, values: Tensor, off: float = 0) -> Tensor:
+        """What LoRA adds, or scales by; what does nothing where the layer is disabled, whatever the adapter holds."""
+        return torch.where(self.lora_scale[1] != 0, values, off)
 
     def _is_traced(self) -> bool:
         """Whether a compiler looks on, and the layer is in no state that only the plain forward knows."""

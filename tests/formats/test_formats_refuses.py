@@ -274,3 +274,15 @@ def test_the_flat_file_of_one_layer_alone_is_loaded(tmp_path):
     lora.load_adapter(other, path, lora_alpha=3)
     assert torch.equal(other.lora_A, layer.lora_A)
     assert other.scaling == 1.5
+
+
+@pytest.mark.parametrize("format", ["lora", "peft", "portable"])
+def test_errors_bear_the_name_of_the_function_that_was_called(tmp_path, format):
+    layer = lora.Linear(4, 4, r=2, use_dora=format == "portable")
+    if format == "lora":
+        nn.init.constant_(layer.lora_A, float("nan"))
+    adapter = lora.adapter_of(layer)
+    for function, what in ((lora.save_adapter, layer), (lora.write_adapter, adapter)):
+        with pytest.raises(lora.AdapterError, match=rf"\A{function.__name__}: ") as caught:
+            function(what, tmp_path / "a", format=format)
+        assert str(caught.value).count("_adapter: ") == 1

@@ -165,7 +165,7 @@ def test_an_input_can_be_differentiated_twice_while_the_adapter_is_frozen():
 
 FROZEN = {
     "linear": lambda x, A, B: lora_linear(x, torch.eye(4), None, torch.ones(2, 4), torch.ones(4, 2), 0.5),
-    "magnify": lambda x, A, B: magnify(x, torch.tensor([0.0, 0.1, 0.2, 0.3])),
+    "magnify": lambda x, A, B: magnify(x, torch.tensor([1.0, 1.1, 1.2, 1.3])),
     "embedding": lambda x, A, B: lora_embedding(torch.tensor([2, 0]), torch.zeros(2, 4), A, B, 0.5),
 }
 

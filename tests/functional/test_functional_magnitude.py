@@ -32,13 +32,13 @@ SHAPES = {
 
 
 def problem(shape, dim, dtype=torch.float64, bias=True, needs=(True, True, True)):
-    """y, e, b, all random."""
-    y, e = torch.randn(shape, dtype=dtype), torch.randn(shape[dim], dtype=dtype)
+    """y, g, b, all random."""
+    y, g = torch.randn(shape, dtype=dtype), torch.randn(shape[dim], dtype=dtype)
     b = torch.randn(shape[dim], dtype=dtype) if bias else None
-    for tensor, needed in zip((y, e, b), needs, strict=True):
+    for tensor, needed in zip((y, g, b), needs, strict=True):
         if tensor is not None:
             tensor.requires_grad_(needed)
-    return y, e, b
+    return y, g, b
 
 
 def gradients(function, tensors, dim):
@@ -49,17 +49,17 @@ def gradients(function, tensors, dim):
     return z, *(torch.autograd.grad(z, wanted, dz) if wanted else ())
 
 
-def by_numpy(y, e, b, dim, dz):
-    """z, dy, de, db from the equation, in float64; all tensors as arrays."""
+def by_numpy(y, g, b, dim, dz):
+    """z, dy, dg, db from the equation, in float64; all tensors as arrays."""
     shape = [1] * y.ndim
     shape[dim] = -1
     others = tuple(i for i in range(y.ndim) if i != dim % y.ndim)
     centred = y - b.reshape(shape)
     return (
-        y + e.reshape(shape) * centred,
-        (1 + e.reshape(shape)) * dz,
+        g.reshape(shape) * centred + b.reshape(shape),
+        g.reshape(shape) * dz,
         (dz * centred).sum(others),
-        -e * dz.sum(others),
+        (1 - g) * dz.sum(others),
     )
 
 
@@ -75,19 +75,19 @@ def by_numpy(y, e, b, dim, dz):
 )
 def test_it_equals_its_plain_twin(shape, data, bias, needs, layout):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
-    y, e, b = problem(tuple(shape), dim, bias=bias)
+    y, g, b = problem(tuple(shape), dim, bias=bias)
     with torch.no_grad():
         if layout == "transposed":
             y = torch.randn(shape[::-1], dtype=y.dtype).permute(*reversed(range(len(shape))))
         elif layout == "strided":
             y = torch.randn(*shape[:-1], 2 * shape[-1], dtype=y.dtype)[..., ::2]
-            e = torch.randn(2 * len(e), dtype=e.dtype)[::2]
+            g = torch.randn(2 * len(g), dtype=g.dtype)[::2]
         elif layout == "expanded":
             y = torch.randn(1, *shape[1:], dtype=y.dtype).expand(shape)
-    for tensor, needed in zip((y, e, b), needs, strict=True):
+    for tensor, needed in zip((y, g, b), needs, strict=True):
         if tensor is not None:
             tensor.requires_grad_(needed)
-    ours, theirs = (gradients(function, (y, e, b), dim) for function in (magnify, plain_magnify))
+    ours, theirs = (gradients(function, (y, g, b), dim) for function in (magnify, plain_magnify))
     for got, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -99,27 +99,54 @@ def test_it_equals_its_plain_twin(shape, data, bias, needs, layout):
 )
 def test_it_is_the_equation(shape_and_dim, dtype, function):
     shape, dim = shape_and_dim
-    y, e, b = problem(shape, dim, dtype)
+    y, g, b = problem(shape, dim, dtype)
     dz = torch.randn(shape, dtype=dtype)
-    z = function(y, e, b, dim)
-    got = z, *torch.autograd.grad(z, (y, e, b), dz)
-    *arrays, d = (tensor.detach().double().numpy() for tensor in (y, e, b, dz))
+    z = function(y, g, b, dim)
+    got = z, *torch.autograd.grad(z, (y, g, b), dz)
+    *arrays, d = (tensor.detach().double().numpy() for tensor in (y, g, b, dz))
     terms, eps = max(1, y.numel() // shape[dim]), torch.finfo(dtype).eps
-    largest_of_all = by_numpy(*map(np.abs, arrays[:2]), -np.abs(arrays[2]), dim, np.abs(d))  # no two terms cancel
+    # No two terms cancel.
+    largest_of_all = by_numpy(np.abs(arrays[0]), -np.abs(arrays[1]), -np.abs(arrays[2]), dim, np.abs(d))
     for value, expected, largest in zip(got, by_numpy(*arrays, dim, d), largest_of_all, strict=True):
         assert value.dtype == dtype
         error = np.abs(value.detach().double().numpy() - expected)
         assert (error <= 4 * math.sqrt(terms) * eps * np.abs(largest)).all()
 
 
+@given(
+    exponents=st.lists(st.floats(-4, 4), min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    function=st.sampled_from([magnify, plain_magnify]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_gain_costs_a_few_roundings_of_the_output(exponents, dtype, function, bias, seed):
+    """Not of g − 1, which is as large as 1 where g is small."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.promote_types(dtype, torch.float32)
+    n, eps, tiny = len(exponents), torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    g = (10 ** torch.tensor(exponents, dtype=torch.float64)).to(exact).requires_grad_()
+    y, dz, b = (torch.rand(shape, generator=generator).sub(0.5).to(dtype) for shape in ((16, n), (16, n), n))
+    y.requires_grad_()
+    z = function(y, g, b if bias else None)
+    dy, dg = torch.autograd.grad(z, (y, g), dz)
+    assert (z.dtype, dy.dtype, dg.dtype) == (dtype, dtype, exact)
+    Y, G, B, D = (tensor.detach().double() for tensor in (y, g, b if bias else torch.zeros_like(b), dz))
+    # At most: of each product, of the sums, of the gain's lower part and of the offset.
+    assert ((z.double() - (G * (Y - B) + B)).abs() <= 3 * (eps * (G * Y.abs() + (1 - G).abs() * B.abs()) + tiny)).all()
+    assert ((dy.double() - G * D).abs() <= 2 * (eps * (G * D).abs() + tiny)).all()
+    terms = (D.abs() * (Y.abs() + B.abs())).sum(0)
+    assert ((dg.double() - (D * (Y - B)).sum(0)).abs() <= 2 * eps * terms + 16 * tiny).all()
+
+
 @pytest.mark.parametrize("function", [magnify, plain_magnify])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_without_an_excess_nothing_changes_not_a_bit(dtype, bias, function):
+def test_with_a_gain_of_one_nothing_changes_not_a_bit(dtype, bias, function):
     y, _, b = problem((64, 33), -1, dtype, bias)
     y = y * torch.logspace(-4, 4, 33, dtype=dtype)
-    zero = torch.zeros(33, dtype=dtype)
-    assert torch.equal(function(y, zero, b), y)
+    for one in (torch.ones(33, dtype=dtype), torch.ones(33)):
+        assert torch.equal(function(y, one, b), y)
 
 
 def test_it_writes_nothing_that_it_is_given():
@@ -132,9 +159,9 @@ def test_it_writes_nothing_that_it_is_given():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_long_sum_in_low_precision_is_taken_in_float32(dtype):
-    y, e, _ = problem((2**14, 3), -1, dtype, bias=False)
+    y, g, _ = problem((2**14, 3), -1, dtype, bias=False)
     y = (torch.rand(2**14, 3) + 0.5).to(dtype).requires_grad_()
-    (got,) = torch.autograd.grad(magnify(y, e), e, torch.ones_like(y))
+    (got,) = torch.autograd.grad(magnify(y, g), g, torch.ones_like(y))
     expected = y.detach().double().sum(0)
     assert ((got.double() - expected) / expected).abs().max() <= torch.finfo(dtype).eps
 
@@ -181,34 +208,34 @@ def test_it_compiles_without_a_graph_break():
 # release: in 2.13 a DeprecationWarning, in 2.14 a FutureWarning; so the words alone are named).
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_function_transforms():
-    y, e, b = problem((6, 3, 5), -1, needs=(False, False, False))
-    e, b = torch.randn(2, 6, 5, dtype=y.dtype)
-    got = torch.func.vmap(magnify)(y, e, b)
+    y, g, b = problem((6, 3, 5), -1, needs=(False, False, False))
+    g, b = torch.randn(2, 6, 5, dtype=y.dtype)
+    got = torch.func.vmap(magnify)(y, g, b)
     for i in range(6):
-        torch.testing.assert_close(got[i], plain_magnify(y[i], e[i], b[i]))
-    jacobian = torch.func.jacrev(lambda e: magnify(y[0], e, b[0]).sum(0))(e[0])
+        torch.testing.assert_close(got[i], plain_magnify(y[i], g[i], b[i]))
+    jacobian = torch.func.jacrev(lambda g: magnify(y[0], g, b[0]).sum(0))(g[0])
     torch.testing.assert_close(jacobian, torch.diag((y[0] - b[0]).sum(0)))
-    _, tangent = torch.func.jvp(lambda e: magnify(y[0], e, b[0]), (e[0],), (torch.ones_like(e[0]),))
+    _, tangent = torch.func.jvp(lambda g: magnify(y[0], g, b[0]), (g[0],), (torch.ones_like(g[0]),))
     torch.testing.assert_close(tangent, y[0] - b[0])
 
 
 def test_a_batch_of_gradients():
-    y, e, b = problem((3, 5), -1)
-    z = magnify(y, e, b)
+    y, g, b = problem((3, 5), -1)
+    z = magnify(y, g, b)
     many = torch.randn(4, 3, 5, dtype=z.dtype)
-    got = torch.autograd.grad(z, (y, e, b), many, is_grads_batched=True)
+    got = torch.autograd.grad(z, (y, g, b), many, is_grads_batched=True)
     for i, dz in enumerate(many):
-        expected = torch.autograd.grad(plain_magnify(y, e, b), (y, e, b), dz)
+        expected = torch.autograd.grad(plain_magnify(y, g, b), (y, g, b), dz)
         torch.testing.assert_close(tuple(gradient[i] for gradient in got), expected)
 
 
 def test_outputs_in_another_dtype_than_the_bias_stay_in_theirs():
-    y, e, _ = problem((3, 5), -1, torch.bfloat16)
+    y, g, _ = problem((3, 5), -1, torch.bfloat16)
     b = torch.randn(5, requires_grad=True)
-    z = magnify(y, e, b)
+    z = magnify(y, g, b)
     assert z.dtype == torch.bfloat16
     z.sum().backward()
-    assert (y.grad.dtype, e.grad.dtype, b.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (y.grad.dtype, g.grad.dtype, b.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 def test_under_autocast_it_computes_in_the_dtype_that_it_is_given():
@@ -224,18 +251,18 @@ def test_under_autocast_it_computes_in_the_dtype_that_it_is_given():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_keeps_its_input_and_nothing_else(bias):
-    y, e, b = problem((128, 32), -1, torch.float32, bias)
-    known = [tensor for tensor in (e, b) if tensor is not None]
+    y, g, b = problem((128, 32), -1, torch.float32, bias)
+    known = [tensor for tensor in (g, b) if tensor is not None]
     leaf = y.detach()  # so that it has storage of its own
-    assert kept_for_backward(lambda: magnify(y, e, b), *known) == leaf.numel() * 4
-    assert kept_for_backward(lambda: magnify(y, e.detach(), b), e, *known) == 0  # a frozen magnitude
+    assert kept_for_backward(lambda: magnify(y, g, b), *known) == leaf.numel() * 4
+    assert kept_for_backward(lambda: magnify(y, g.detach(), b), g, *known) == 0  # a frozen magnitude
 
 
 def test_a_step_makes_two_tensors_of_the_outputs_size():
-    y, e, b = problem((256, 64), -1, torch.float32)
+    y, g, b = problem((256, 64), -1, torch.float32)
     y, dz = y * 1, torch.randn(256, 64)
     with Operations() as counted:
-        torch.autograd.grad(magnify(y, e, b), (y, e, b), dz)
+        torch.autograd.grad(magnify(y, g, b), (y, g, b), dz)
     large = [size for size in counted.made if size >= y.numel() * 4]
     assert len(large) <= 3  # z, dy, and what the sum of a gradient's products is taken from
     assert counted.largest == y.numel()
@@ -243,11 +270,11 @@ def test_a_step_makes_two_tensors_of_the_outputs_size():
 
 
 def test_no_part_of_a_large_sum_is_larger_than_a_cache():
-    y, e, _ = problem((2**12, 256), -1, torch.float32, bias=False)
+    y, g, _ = problem((2**12, 256), -1, torch.float32, bias=False)
     y.detach_()
-    z = magnify(y, e)
+    z = magnify(y, g)
     with Operations() as counted:
-        torch.autograd.grad(z, e, torch.ones_like(z))
+        torch.autograd.grad(z, g, torch.ones_like(z))
     assert counted.largest <= 2**12 * 256  # the ones
     made: list[Tensor] = counted.made
     assert sum(size > 2**18 * 4 for size in made) == 1

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import KINDS, make
@@ -118,3 +119,14 @@ def test_it_may_be_set_before_torchs_constructor_has_run():
             super().__init__(*sizes)
 
     assert Early(6, 4).scaling == 2
+
+
+@pytest.mark.parametrize("value", [None, "2", True, 2j, torch.tensor(2.0), [2.0]], ids=repr)
+@pytest.mark.parametrize("name", ["scaling", "lora_scaling"])
+def test_a_scaling_is_a_number(name, value):
+    layer = lora.Linear(4, 3, r=2)
+    with pytest.raises(TypeError, match="`scaling` must be a number, got "):
+        setattr(layer, name, value)
+    assert layer.scaling == 0.5
+    setattr(layer, name, np.float32(2))
+    assert layer.scaling == 2

@@ -289,3 +289,10 @@ def test_a_model_that_was_refused_can_be_adapted():
     before = model(IDS)
     lora.inject(model, target_modules=["q_proj"])
     assert torch.equal(model(IDS), before)
+
+
+def test_a_class_has_the_article_of_its_name():
+    model = nn.Sequential(nn.EmbeddingBag(4, 4), nn.GroupNorm(1, 4))
+    with pytest.raises(ValueError, match="adapts an EmbeddingBag") as caught:
+        lora.inject(model, target_modules=["0", "1"], r=2)
+    assert "adapts a GroupNorm" in str(caught.value)

@@ -1,0 +1,107 @@
+"""Two adapters that no mixture of them resembles, and what a folder or a file holds of them."""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import lora
+
+FORMATS = ["lora", "peft", "portable"]
+HOUSE = os.path.dirname(lora.__file__)
+WRITING = tuple(os.path.join(HOUSE, *parts) for parts in (("adapters", "saving.py"), ("formats", "peft_folder.py")))
+
+
+def adapter(value, r=None):
+    """An adapter whose rank, scaling and values are all of this number."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 3, bias=False))
+    lora.inject(model, target_modules=["0", "1"], r=r or value, lora_alpha=7 * value, alpha_pattern={"1": value})
+    for layer in model:
+        torch.nn.init.constant_(layer.lora_A, value)
+        torch.nn.init.constant_(layer.lora_B, value)
+        torch.nn.init.constant_(layer.weight, 1)
+    return lora.adapter_of(model)
+
+
+def update(read):
+    """The function: what is added to each weight, and how it would train."""
+    about = {name: (settings.r, settings.lora_dropout, settings.use_dora) for name, settings in read.modules.items()}
+    return about, {name: read.update(name).tolist() for name in read.modules}, read.trained_in_full
+
+
+def held(path, known):
+    """Which of the known adapters, by their names, is read; an error if it is none of them."""
+    try:
+        read = lora.read_adapter(path)
+    except FileNotFoundError:
+        return "nothing"
+    return next(name for name, one in known.items() if update(one) == update(read))
+
+
+def held_for_peft(folder, known):
+    """The same by a reader that knows the two files, and nothing of what lora says in them."""
+    if not (folder / "adapter_config.json").exists():
+        return "nothing"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    ours = {name: one.modules["0"].r for name, one in known.items()}
+    (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
+    return next(name for name, r in ours.items() if r == rank == config["r"])
+
+
+def at_line(n, do, where=HOUSE):
+    """A function for sys.settrace that does something at the n-th line that runs of lora/.
+
+    Args:
+        where: the files whose lines count, by how their paths begin.
+    """
+    seen = [0]
+
+    def line(frame, event, _):
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == n:
+                do()
+        return line
+
+    def call(frame, event, _):
+        return line if frame.f_code.co_filename.startswith(where) else None
+
+    return call
+
+
+def interrupted(n, call, where=HOUSE):
+    """Interrupt a call at the n-th line of lora/ that it runs; whether it was.
+
+    In a thread of its own: where a generator is interrupted in this way, CPython 3.11 takes what it was handling for
+    what its thread is handling, for ever.
+    """
+    raised = []
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def run():
+        sys.settrace(at_line(n, interrupt, where))
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error.with_traceback(None))
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised and not isinstance(raised[0], KeyboardInterrupt):
+        raise raised[0]
+    return bool(raised)
+
+
+def hidden(folder):
+    """Files that writers have left."""
+    return [name for name in os.listdir(Path(folder)) if name.startswith(".")]
