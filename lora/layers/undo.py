@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from lora.layers.kind import Place
 from lora.layers.layer import LoRALayer
 
 # The dicts and sets that torch's modules, and ours, keep and change in place.
@@ -22,27 +24,41 @@ _OF_OTHERS = "lora_disabled"
 
 
 class _Module(NamedTuple):
-    """A module's class, its attributes, and what is in those of them that are changed in place."""
+    """A module's class, its attributes, and what is in those of them that are changed in place, if anything is."""
 
     module: nn.Module
     cls: type
     attributes: dict[str, Any]
-    contents: list[tuple[Any, Any]]
+    contents: dict[str, Any]
+    adapted: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        attributes = {name: value for name, value in dict(vars(module)).items() if name != _OF_OTHERS}
-        place = attributes.get("lora_place")
-        held = [attributes[name] for name in _CONTAINERS if name in attributes] + ([vars(place)] if place else [])
-        return cls(module, type(module), attributes, [(one, one.copy() if one else ()) for one in held])
+        attributes = {name: value for name, value in vars(module).copy().items() if name != _OF_OTHERS}
+        place: Place | None = attributes.get("lora_place")
+        contents = {name: held.copy() for name in _CONTAINERS if (held := attributes.get(name))}
+        return cls(module, type(module), attributes, contents, place is not None and place.adapted)
 
     def put_back(self) -> None:
         if type(self.module) is not self.cls:
             self.module.__class__ = self.cls
         own = vars(self.module)
-        _refill(own, {**self.attributes, **({_OF_OTHERS: own[_OF_OTHERS]} if _OF_OTHERS in own else {})})
-        for container, content in self.contents:
-            _refill(container, content)
+        names = [name for name in own if name != _OF_OTHERS]
+        if names != list(self.attributes):
+            for name in names:
+                del own[name]
+        own.update(self.attributes)
+        for name in _CONTAINERS:
+            if name in self.attributes:
+                _refill(self.attributes[name], self.contents.get(name, ()))
+        place: Place | None = self.attributes.get("lora_place")
+        if place is not None:
+            place.adapted = self.adapted
+
+    def refresh(self) -> None:
+        """Have a layer compute anew what it derives from its attributes, once all is back."""
+        if isinstance(self.module, LoRALayer):
+            self.module.lora_refresh()
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -68,15 +84,26 @@ class _Parameter(NamedTuple):
 
     def put_back(self) -> None:
         parameter = self.parameter
-        with torch.inference_mode(parameter.is_inference()):
+        with torch.inference_mode(not is_lazy(parameter) and parameter.is_inference()):
             if parameter.is_leaf:
                 parameter.grad = None  # it may have another shape
             parameter.data = self.data
             _refill(vars(parameter), self.attributes)
             if parameter.requires_grad != self.trains:
-                parameter.requires_grad_(self.trains)
+                parameter.requires_grad = self.trains
             if parameter.is_leaf:
                 parameter.grad = self.grad
+
+
+class _Value(NamedTuple):
+    """A tensor, and a copy of its values."""
+
+    tensor: Tensor
+    copy: Tensor
+
+    def put_back(self) -> None:
+        with torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+            self.tensor.copy_(self.copy)
 
 
 class undo_on_error:
@@ -86,8 +113,8 @@ class undo_on_error:
             undo.keep(layer.weight)  # before its values are written
             layer.weight.copy_(merged)
 
-    It is entered twice, since Ctrl-C may be pressed twice: what the inner exit was kept from, the outer one does again
-    from its start. The block's end, or its error, counts: nothing is undone of a block that came to its end.
+    Ctrl-C in the undo waits until all is back. It is entered twice for the moment in which the inner exit begins: who
+    is interrupted there is undone by the outer one. Nothing is undone of a block that came to its end.
 
     Args:
         modules: their classes, attributes (also the contents of torch's own dicts: parameters, buffers, hooks) and
@@ -100,7 +127,8 @@ class undo_on_error:
         self._modules = [_Module.of(module) for module in modules]
         own = {id(p): p for one in self._modules for p in one.attributes.get("_parameters", {}).values()}
         self._parameters = [_Parameter.of(p) for p in own.values() if p is not None]
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, _Value] = {}
+        self._undone = 0
         self._is_over = False
         self.keep(*written)
 
@@ -112,7 +140,7 @@ class undo_on_error:
                 # A model that fills a GPU has no room there for copies. What others' classes hold, they move their way.
                 stays = type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type in ("cpu", "meta")
                 value = tensor.detach()
-                self._kept[id(tensor)] = tensor, value.clone() if stays else value.to("cpu")
+                self._kept[id(tensor)] = _Value(tensor, value.clone() if stays else value.to("cpu"))
 
     def __enter__(self) -> undo_on_error:
         return self
@@ -124,14 +152,19 @@ class undo_on_error:
         self._kept.clear()  # an error's traceback holds this object
 
     def _put_back(self) -> None:
-        """Undo the block. It takes nothing from what the block has left, and can be begun again anywhere in it."""
-        for state in self._modules:
-            state.put_back()
-        for parameter in self._parameters:
-            parameter.put_back()
-        for tensor, value in reversed(self._kept.values()):  # tensors may share memory: the first copy counts
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(value)
-        for state in self._modules:
-            if isinstance(state.module, LoRALayer):
-                state.module.lora_refresh()
+        """Undo the block. An interrupted step is done again, one that fails is passed over; both raise at last."""
+        steps: list[Callable[[], None]] = [state.put_back for state in self._modules]
+        steps += [parameter.put_back for parameter in self._parameters]
+        steps += [value.put_back for value in reversed(self._kept.values())]  # the first copy of shared memory counts
+        steps += [state.refresh for state in self._modules]
+        raised: BaseException | None = None
+        while self._undone < len(steps):
+            try:
+                steps[self._undone]()
+                self._undone += 1
+            except Exception as error:
+                raised, self._undone = error, self._undone + 1
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised

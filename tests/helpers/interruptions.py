@@ -22,6 +22,7 @@ class Lines:
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.seen = at, []
+        self._finaliser: Any = None
 
     def __enter__(self) -> "Lines":
         self._before = sys.gettrace()
@@ -32,7 +33,17 @@ class Lines:
         sys.settrace(self._before)
 
     def _call(self, frame: Any, event: str, argument: object) -> Callable[..., Any] | None:
-        return self._line if frame.f_code.co_filename.startswith(_PACKAGE) else None
+        if not frame.f_code.co_filename.startswith(_PACKAGE) or self._finaliser is not None:
+            return None
+        if frame.f_code.co_name != "__del__":
+            return self._line
+        self._finaliser = frame  # what is raised in one Python ignores
+        return self._end
+
+    def _end(self, frame: Any, event: str, argument: object) -> Callable[..., Any]:
+        if event == "return":
+            self._finaliser = None
+        return self._end
 
     def _line(self, frame: Any, event: str, argument: object) -> Callable[..., Any]:
         if event == "line":

@@ -1,12 +1,12 @@
 """Whole or not at all: what changes a model does all of it, or nothing to the bit, wherever Ctrl-C comes."""
 
-import copy
-from functools import partial
+import pkgutil
+from functools import cache, partial
 
 import pytest
 import torch
 from conftest import randomised
-from interruptions import ends_of, is_interrupted, lines_of, whole
+from interruptions import ends_of, interrupted_undo, is_interrupted, lines_of, whole
 from torch import nn
 
 import lora
@@ -48,6 +48,7 @@ def plain():
             "qkv": nn.Linear(6, 9),
             "embed": nn.Embedding(7, 5),
             "conv": nn.Conv2d(4, 6, 3, groups=2),
+            "sequence": nn.Conv1d(4, 6, 3),
             "packed": Rounded(6, 5),
             "norm": nn.BatchNorm1d(5),
             "head": nn.Linear(5, 7),
@@ -101,8 +102,9 @@ def original(name):
     return torch.randn(5, 6)
 
 
-def file_of(**settings):
-    return lora.adapter_of(copy.deepcopy(injected(DENSE, **settings)))
+@cache
+def file_of(full):
+    return lora.adapter_of(injected(DENSE, **(IN_FULL if full else {})))
 
 
 def resized():
@@ -115,6 +117,10 @@ def resized():
 CHANGES = {
     "merge": (injected, lora.merge),
     "merge DoRA": (lambda: injected(DENSE, use_dora=True, **IN_FULL), lora.merge),
+    "merge factored": (
+        lambda: injected(("conv", "sequence"), factored=True, init_lora_weights="pissa", use_dora=True),
+        lora.merge,
+    ),
     "merge bfloat16": (lambda: injected(DENSE).bfloat16(), lora.merge),
     "merge transposed": (constructed, lora.merge),
     "eject": (lambda: injected(**IN_FULL), lora.eject),
@@ -135,8 +141,8 @@ CHANGES = {
     "calibrate lora_ga": (lambda: waiting("lora_ga"), calibrated),
     "calibrate corda": (lambda: waiting("corda"), calibrated),
     "loftq": (lambda: injected(("packed",)), lambda model: lora.loftq(model, original, 3)),
-    "load_adapter": (lambda: injected(DENSE), lambda model: lora.load_adapter(model, file_of(), check_base=False)),
-    "load_adapter into a plain model": (plain, lambda model: lora.load_adapter(model, file_of(**IN_FULL))),
+    "load_adapter": (lambda: injected(DENSE), lambda model: lora.load_adapter(model, file_of(False), check_base=False)),
+    "load_adapter into a plain model": (plain, lambda model: lora.load_adapter(model, file_of(True))),
     "resize": (resized, lambda model: setattr(model["embed"], "num_embeddings", 9)),
 }
 CHANGES |= {
@@ -155,7 +161,7 @@ def changed(change, model):
 
 def spread(points, most):
     """At most so many of them, evenly."""
-    return points[:: -(-len(points) // most)] if most else points
+    return points[:: max(1, -(-len(points) // most))] if most else points
 
 
 @pytest.mark.parametrize("most", [12, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "every"])
@@ -181,3 +187,98 @@ def test_ctrl_c_at_any_line_leaves_all_or_nothing(what, most):
     assert undone
     changed(change, model)
     assert whole(model, objects=False) == done
+
+
+@pytest.mark.parametrize("most", [2, pytest.param(12, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize("what", ["merge transposed", "eject transposed", "initialize pissa", "resize", "inject pissa"])
+def test_ctrl_c_in_the_undo_is_undone_too(what, most, monkeypatch):
+    build, change = CHANGES[what]
+    model = build()
+    seen = lines_of(partial(changed, change, model))
+    done = whole(model, objects=False)
+    model = build()
+    before = whole(model)
+    twice = 0
+    begins = [code.co_filename.endswith("undo.py") and code.co_name == "__enter__" for code, _ in seen].index(True)
+    for n in spread([n for n in ends_of(seen) if n > begins], most):
+        with monkeypatch.context() as patch:
+            undo = interrupted_undo(patch, None)
+            is_interrupted(partial(changed, change, model), n)
+        if whole(model) != before:  # it had come to its end
+            model = build()
+            before = whole(model)
+            continue
+        for m in spread(ends_of(undo.seen), 4 * most):
+            with monkeypatch.context() as patch:
+                interrupted_undo(patch, m)
+                assert is_interrupted(partial(changed, change, model), n)
+            if whole(model) == before:
+                twice += 1
+            else:  # it had come to its end, and neither exit to its beginning
+                assert whole(model, objects=False) == done, (seen[n], undo.seen[m])
+                model = build()
+                before = whole(model)
+    assert twice
+
+
+# What is called of torch while a model changes: of each, every call is made to fail.
+FAILING = {
+    "merge": ["Tensor.copy_", "Tensor.clone", "Tensor.add_", "Tensor.addmm_"],
+    "merge DoRA": ["Tensor.mul_", "linalg.vector_norm"],
+    "eject pissa": ["Tensor.copy_", "add", "Tensor.to"],
+    "inject pissa": ["Tensor.copy_", "zeros", "linalg.svd", "Tensor.clone"],
+    "initialize again": ["Tensor.copy_", "linalg.qr"],
+    "loftq": ["linalg.svd", "Tensor.norm", "Tensor.round"],
+    "calibrate corda": ["linalg.cholesky", "cholesky_solve", "Tensor.copy_"],
+    "prepare_for_swap": ["Tensor.fill_", "empty"],
+    "load_adapter": ["Tensor.copy_", "Tensor.clone"],
+}
+
+
+@pytest.mark.parametrize(("what", "name"), [(what, name) for what, names in FAILING.items() for name in names])
+def test_no_memory_left_in_any_call_of_torch_leaves_all_as_it_was(what, name, monkeypatch):
+    build, change = CHANGES[what]
+    function = pkgutil.resolve_name(f"torch:{name}")
+    calls = 0
+
+    def failing(at):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls - 1 == at:
+                raise MemoryError
+            return function(*args, **kwargs)
+
+        return call
+
+    def failed(at):
+        nonlocal calls
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(f"torch.{name}", failing(at))
+            try:
+                changed(change, model)
+            except MemoryError:
+                return True
+        return False
+
+    model = build()
+    before = whole(model)
+    k = 0
+    while failed(k):
+        assert whole(model) == before, k
+        k += 1
+    assert k, "it is never called"
+
+
+@pytest.mark.parametrize("reads", [lora.merged_state_dict, lora.lora_state_dict, lora.adapter_of, lora.param_groups])
+def test_what_reads_a_model_changes_nothing_wherever_it_ends(reads):
+    if reads is lora.param_groups:
+        reads = partial(lora.param_groups, lr=1.0)
+    model = injected(DENSE, use_dora=True, **IN_FULL)
+    reads(model)  # what is made once is there now
+    seen = lines_of(partial(reads, model))
+    before = whole(model)
+    for n in spread(ends_of(seen), 25):
+        assert is_interrupted(partial(reads, model), n)
+        assert whole(model) == before, seen[n]
