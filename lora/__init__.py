@@ -17,10 +17,11 @@ from lora.layers.linear import Linear, MergedLinear
 from lora.layers.registry import register
 from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
+from lora.models.disabling import disabled
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
 from lora.models.start import initialize
-from lora.models.training import disabled, lora_state_dict, mark_only_lora_as_trainable, param_groups
+from lora.models.training import lora_state_dict, mark_only_lora_as_trainable, param_groups
 from lora.parallel.ddp import enter as _enter_checks
 from lora.swapping import prepare_for_swap
 

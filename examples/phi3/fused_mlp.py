@@ -13,7 +13,7 @@ class FusedMLP(Phi3MLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layers = self.gate_up_proj, self.down_proj
-        plain = any(not isinstance(layer, lora.LoRALayer) or layer.lora_disabled for layer in layers)
+        plain = any(not isinstance(layer, lora.LoRALayer) or layer.lora_is_off() for layer in layers)
         if plain or not self.training:
             return super().forward(hidden_states)
         return lora_swiglu(hidden_states, *(layer.lora_adapted() for layer in layers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
@@ -20,12 +20,12 @@ from lora.errors import is_count, is_number, join, short
 from lora.functional.fused import is_plain, is_storage
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
-from lora.layers.embedding import EmbeddingLoRA
+from lora.layers.embedding import EmbeddingLoRA, renormed
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.registry import kind_for
 from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
-from lora.models.start import pretrained_weight
+from lora.models.start import is_given_back, pretrained_weight
 from lora.models.training import has_moved, originals
 
 SomeRecord = TypeVar("SomeRecord", bound="Record")
@@ -39,8 +39,12 @@ _KINDS: dict[type[LoRALayer], str] = {
     EmbeddingLoRA: "embedding",
     ConvLoRA: "conv",
 }
-# How many values of a base weight an adapter remembers, and by how much they may differ (half precision: 0.2 %).
+# How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
+# exact they are, as files of before do not.
 _SAMPLE, _TOLERANCE = 16, 0.01
+# By how much more samples may differ than by a cast: what float32 loses when a start is given back, whoever did it.
+_SLACK = 64 * torch.finfo(torch.float32).eps
+_BY_MERGING = 0.1  # a larger difference is rarely one that training has made
 _LARGEST = 2**50  # values of a weight that is believed to be one
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
@@ -108,6 +112,8 @@ class Base(Record):
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
         beyond_weight: what of the merged layer's function its weight alone cannot say, in words.
         sample: values from all over the weight; None where it has no plain, finite ones.
+        margin: by how much a value of the sample may be off: 0 where the weight was never written; None if it is not
+            known, as in files of before.
     """
 
     kind: str
@@ -118,6 +124,7 @@ class Base(Record):
     beyond_peft: str = ""
     beyond_weight: str | None = None
     sample: tuple[float, ...] | None = None
+    margin: float | None = None
 
     @classmethod
     def of(cls, layer: LoRALayer) -> Base:
@@ -132,7 +139,7 @@ class Base(Record):
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
-            sample=_sample(layer),
+            **_sampled(layer),
         )
 
     @cached_property
@@ -146,6 +153,8 @@ class Base(Record):
             entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}
         if self.beyond_weight:
             entries["beyond_weight"] = self.beyond_weight
+        if self.margin is not None:
+            entries["margin"] = self.margin
         return {**entries, **self.more, "sample": self.sample}
 
     def problems(self) -> Iterator[str]:
@@ -164,6 +173,8 @@ class Base(Record):
             yield f"`base` must have a shape and groups of positive integers, got {said}."
         if sample is not None and not (isinstance(sample, tuple) and all(map(is_number, sample))):
             yield f"`sample` must hold finite numbers, got {short(sample)}."
+        if self.margin is not None and not (is_number(self.margin) and self.margin >= 0):
+            yield f"`margin` must be a finite number of at least 0, got {short(self.margin)}."
 
     def check_kind(self, module: nn.Module) -> None:
         """ValueError if the module is of another kind than the one described, whose shapes may well be alike."""
@@ -180,14 +191,15 @@ class Base(Record):
         ours = _shape_of(module)
         if self.shape is not None and ours is not None and self.shape != ours:
             raise ValueError(f"{another} its shape is {ours}, and was {self.shape}.")
-        sample = _sample(module)
-        if self.sample is not None and sample is not None and len(self.sample) != len(sample):
-            raise ValueError(f"`sample` must hold {len(sample)} numbers, got {len(self.sample)}.")
-        difference = sample_difference(self.sample, sample)
+        now = replace(self, **_sampled(module))
+        if self.sample is not None and now.sample is not None and len(self.sample) != len(now.sample):
+            raise ValueError(f"`sample` must hold {len(now.sample)} numbers, got {len(self.sample)}.")
+        difference = sample_difference(self, now)
         if difference is not None:
+            merged = ", as they do where an adapter was merged into it" if difference <= _BY_MERGING else ""
             raise ValueError(
-                f"{another} sampled values differ by {100 * difference:.0f} %; `check_base=False` loads it all the "
-                "same."
+                f"{another} sampled values differ by {percent(difference)}{merged}; `check_base=False` loads it all "
+                "the same."
             )
 
 
@@ -198,23 +210,45 @@ def beyond_peft(module: nn.Module) -> str:
     return " and ".join(words for words, is_so in found.items() if is_so)
 
 
-def sample_difference(theirs: Sequence[float] | None, ours: Sequence[float] | None) -> float | None:
+def percent(share: float) -> str:
+    """A share in words: whole per cent, and of less than one the first digit."""
+    return f"{100 * share:.{'0f' if share >= 0.01 else '1g'}} %"
+
+
+def sample_difference(theirs: Base, ours: Base) -> float | None:
     """By how much two samples differ, in parts of the larger; None if they are one weight's, or one is not known."""
-    if theirs is None or ours is None:
+    a, b = theirs.sample, ours.sample
+    if a is None or b is None or a == b:
         return None
-    if len(theirs) != len(ours):
+    if len(a) != len(b):
         return math.inf
-    difference = math.dist(theirs, ours) / max(math.hypot(*theirs), math.hypot(*ours), 1e-30)
-    return None if difference <= _TOLERANCE else difference  # also if it is beyond floats
+    difference = math.dist(a, b) / max(math.hypot(*a), math.hypot(*b), 1e-30)
+    if theirs.margin is None or ours.margin is None:
+        return None if difference <= _TOLERANCE else difference  # also if it is beyond floats
+    slack = theirs.margin + ours.margin + _SLACK * max(map(abs, (*a, *b)))
+    return None if same_sample(a, b, slack) else difference
 
 
-def _sample(module: nn.Module) -> tuple[float, ...] | None:
-    """Values from all over the base weight as it was pretrained; None if it is packed: such are not compared."""
+def _sampled(module: nn.Module) -> dict[str, Any]:
+    """Values from all over the base weight as it was pretrained, and by how much they may be off.
+
+    Of one that is packed, or only stored in its dtype, none: such are not compared.
+    """
     weight: Any = module.weight
-    if not _has_values(weight):
-        return None
-    weight = pretrained_weight(module) if isinstance(module, LoRALayer) else weight
-    return values_of(module, "weight", weight, _SAMPLE)
+    if not _has_values(weight) or is_storage(weight.dtype):
+        return {"sample": None, "margin": None}
+    bounded = getattr(module, "max_norm", None) is not None  # torch writes such rows when it looks them up
+    if isinstance(module, LoRALayer):
+        weight = pretrained_weight(module)
+    elif bounded:
+        weight = renormed(module, weight.detach())
+    sample = values_of(module, "weight", weight, _SAMPLE)
+    if sample is None:
+        return {"sample": None, "margin": None}
+    # What is left when a start is taken out was rounded, and so is the sum that gives it back.
+    started = isinstance(module, LoRALayer) and module.lora_start is not None
+    rounded = started or bounded or is_given_back(module.weight)
+    return {"sample": sample, "margin": rounded * 2 * torch.finfo(weight.dtype).eps * max(map(abs, sample))}
 
 
 def _has_values(weight: Any) -> bool:
@@ -344,7 +378,7 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
     return "the values are not those that the adapter was trained with"
 
 
-def same_sample(theirs: list[float], ours: list[float]) -> bool:
+def same_sample(theirs: Sequence[float], ours: Sequence[float], slack: float = 0.0) -> bool:
     """Whether two samples are one tensor's: equal, or one of them rounded to another dtype than the other.
 
     Which dtype a value was rounded to shows in the value, and outlives a cast back to float32.
@@ -362,7 +396,7 @@ def same_sample(theirs: list[float], ours: list[float]) -> bool:
     tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
     # Half of float16's smallest step, by which it moves what is below its normal numbers.
     smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
-    return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest).all())
+    return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest + slack).all())
 
 
 def _precision(sample: Tensor) -> float:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
-from lora.adapters.files import as_path
 from lora.adapters.fitting import Fit, Target
 from lora.adapters.formats import read_adapter, write_adapter
+from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.undo import undo_on_error
 from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.model import (
     Names,
+    check_not_disabled,
     lora_layers,
     name_of,
     names_of,
@@ -27,13 +29,12 @@ from lora.models.model import (
     remember_layers,
     remember_values,
     resized_embeddings,
-    undo_on_error,
     unreadable,
     unwrapped,
     without_wrappers,
 )
 from lora.models.start import pretrained_weight, since_start
-from lora.models.training import is_kept, keep, mark_only_lora_as_trainable, remember, train_in_full, trains_in_full
+from lora.models.training import is_kept, keep, let_train, remember, train_in_full, trains_in_full
 
 
 @weights.outside_inference_mode
@@ -72,7 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
     >>> _ = lora.load_adapter(model, path)
     """
     model = unwrapped(model)
-    lora_layers(model, "save_adapter")
+    lora_layers(model, "save_adapter", reads=True)
     ranks, names, what = weights.ranks_of(model), names_of(model), f"save_adapter: {path} is not written"
     adapter = _adapter_of(model, names, what, keep=ranks.is_first)
 
@@ -146,25 +147,27 @@ def load_adapter(
     2
     """
     wrappers, model = [*obstacles(names_of(model))], unwrapped(model)
-    lora_layers(model, "load_adapter", none=True)
+    lora_layers(model, "load_adapter", none=True, reads=True)
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
     raise_all(what, _in_parts(names_of(model)), AdapterError)
+    if adapter.trained_in_full or adapter.modules_to_save:  # which blocks that are open would take for the base's
+        check_not_disabled(model, "load_adapter")
     fit = Fit(model, adapter, check_base, what)
     raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)
     saved = [fit.modules[name] for name in fit.adapter.modules_to_save]
-    with undo_on_error(model.modules()):
+    with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(fit.plans)
         remember_layers(fit.names, layers)
         if layers:
             for module in saved:
                 train_in_full(module)
-            mark_only_lora_as_trainable(model)
+            let_train(model)
         targets = _take_over(fit)
         remember_values(fit.names)
         adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
         report = report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
-        _write(targets)  # last, since it is undone on its own
+        _write(targets, undo)
     return report
 
 
@@ -197,7 +200,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         model: a model with LoRA layers.
 
     Raises:
-        ValueError: there is no LoRA layer in the model, or LoRA is disabled in it.
+        ValueError: there is no LoRA layer in the model, or `lora.disabled` has tensors exchanged in it.
         AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
 
     >>> import torch, lora
@@ -205,7 +208,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     torch.Size([4, 8])
     """
     model = unwrapped(model)
-    lora_layers(model, "adapter_of")
+    lora_layers(model, "adapter_of", reads=True)
     return _adapter_of(model, names_of(model), "adapter_of: no adapter was taken", keep=True)
 
 
@@ -318,8 +321,8 @@ def _take_over(fit: Fit) -> list[Target]:
     return targets + fit.as_before
 
 
-def _write(targets: Sequence[Target]) -> None:
-    """Write values into modules' tensors, all or none; the Parameter objects stay."""
-    with undo_on_error((), written=[getattr(module, own) for module, own, _ in targets]):
-        for module, own, value in targets:
-            weights.of(module, own).write(value)
+def _write(targets: Sequence[Target], undo: undo_on_error) -> None:
+    """Write values into modules' tensors; the Parameter objects stay."""
+    for module, own, value in targets:
+        undo.keep(getattr(module, own))
+        weights.of(module, own).write(value)

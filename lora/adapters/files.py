@@ -1,7 +1,4 @@
-"""Files that users name: paths and the system's errors in words, JSON of bounded length, and safetensors files.
-
-The class of a system's error stays what it is, and so does `errno`. Its text says which path is meant, as the user
-wrote it, what must hold, and what was found.
+"""What strangers put into files: JSON of bounded length, names, and safetensors files.
 
 A safetensors file is 8 bytes with the header's length, the header (JSON), and the tensors' bytes, without holes.
 `safetensors` checks the header; here stands what it lets through, and what it costs to find out.
@@ -9,190 +6,29 @@ A safetensors file is 8 bytes with the header's length, the header (JSON), and t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import math
 import os
-import secrets
-import stat
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.errors import AdapterError, raise_all, short, visible
-
-_KINDS = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "folder",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
-
-
-def as_path(given: object, name: str = "path", otherwise: str = "") -> Path:
-    """The path that an argument is.
-
-    Args:
-        given: what the user gave.
-        name: of the argument, for errors.
-        otherwise: what else the argument may be, for errors.
-
-    Raises:
-        TypeError: it is neither a string nor an os.PathLike of one.
-        ValueError: it is empty, has a NUL character, or characters that no name on this system can have.
-
-    >>> as_path("adapter.safetensors").name
-    'adapter.safetensors'
-    """
-    text = os.fspath(given) if isinstance(given, os.PathLike) else given
-    if not isinstance(text, str):
-        decoded = f"; os.fsdecode(`{name}`) makes one" if isinstance(text, bytes) else ""
-        raise TypeError(f"`{name}` must be a str or an os.PathLike{otherwise}, got {type(text).__name__}{decoded}.")
-    if not text:
-        raise ValueError(f"`{name}` must name a file or a folder, got ''.")
-    try:
-        fits = "\0" not in text and bool(os.fsencode(text))
-    except UnicodeEncodeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"`{name}` must have no NUL and no surrogate characters, got {text!a}.")
-    return Path(text)
-
-
-def kind(path: Path, to_write: bool = False) -> str | None:
-    """What there is: "file", "folder", "FIFO", "socket", "device", or None if there is nothing; links are followed."""
-    with writing(path) if to_write else reading(path):
-        try:
-            return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "thing of an unknown kind")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-def open_file(path: Path) -> io.BufferedReader:
-    """Open a file to read. What is no file is not opened: a FIFO would keep the reader waiting for ever."""
-    with reading(path):
-        what = kind(path)
-        if what == "folder":
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if what not in ("file", None):
-            raise OSError(f"{path} is not read: it is a {what}, and must be a file.")
-        return open(path, "rb")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file: the old content or the new one is there, whenever this is killed."""
-    check_place(path)
-    with writing(path):
-        real = Path(os.path.realpath(path))  # a link stays one
-        beside = real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.tmp")  # never longer than names may be
-        try:
-            with open(beside, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, real)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-def check_place(path: Path, wanted: str = "file") -> None:
-    """OSError if no file, or no folder, can be written: something else is there, or no folder around it.
-
-    What a rename replaces may be a device: as root, `/dev/null` would become a file.
-    """
-    with writing(path):
-        what = kind(path, to_write=True)
-        if what == "folder" != wanted:
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if what not in (wanted, None):
-            raise FileExistsError(f"{path} is not written: it is a {what}, and must be a {wanted} or nothing.")
-        os.stat(os.path.join(os.path.dirname(os.path.realpath(path)), "."))
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Let errors of the system's that are raised in reading `path` be sentences about it."""
-    with _in_words(path, "read"):
-        yield
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Let errors of the system's that are raised in writing `path`, or what is to take its place, be about `path`."""
-    with _in_words(path, "written"):
-        yield
-
-
-@contextmanager
-def _in_words(path: Path, done: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.strerror is None:  # it is a sentence already
-            raise
-        told = type(error)(visible(_sentence(path, error, done)))
-        told.errno = error.errno
-        raise told from None
-
-
-def _sentence(path: Path, error: OSError, done: str) -> str:
-    if error.errno == errno.ENOENT:
-        return _nothing(path) if done == "read" else _nowhere(path)
-    if error.errno == errno.EISDIR:
-        reason = "it is a folder, and must be a file"
-    elif error.errno == errno.ENOTDIR:
-        parent = next((str(parent) for parent in reversed(path.parents) if not os.path.isdir(parent)), "its parent")
-        reason = f"{parent} is a file, and must be a folder"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        reason = "there is no permission to " + ("read it" if done == "read" else "write in its folder")
-    elif error.errno == errno.ELOOP:
-        reason = "its links lead in a circle"
-    elif error.errno == errno.ENAMETOOLONG:
-        longest = max(len(os.fsencode(part)) for part in path.parts)
-        reason = f"it is too long, at {len(os.fsencode(path))} bytes, or one of its parts is, at {longest}"
-    else:
-        said = str(error.strerror)
-        reason = f"{said[:1].lower()}{said[1:]}"
-    return f"{path} is not {done}: {reason}."
-
-
-def _nothing(path: Path) -> str:
-    """That there is nothing to read, and where the way to it ends."""
-    missing = next((parent for parent in reversed(path.parents) if not os.path.lexists(parent)), None)
-    if path.is_symlink():
-        why = f": it is a link to {os.readlink(path)}, which is not there"
-    else:
-        why = f": there is no folder {missing}" if missing else ""
-    return f"there is no file {path}{why}.{_tilde(path)}"
-
-
-def _nowhere(path: Path) -> str:
-    """That there is no folder to write to."""
-    if path.is_symlink():
-        folder = os.path.dirname(os.path.realpath(path))
-        return f"there is no folder {folder} to write to, where the link {path} leads."
-    return f"there is no folder {path.parent} to write {path.name} to.{_tilde(path)}"
-
-
-def _tilde(path: Path) -> str:
-    return " Python does not expand `~`; os.path.expanduser does." if str(path).startswith("~") else ""
-
-
-# ---- what a stranger says --------------------------------------------------------------------------------------------
+from lora.adapters.paths import is_at, read_steadily
+from lora.errors import AdapterError, raise_all, short
 
 _LONGEST_NAME = 512
-_LONGEST_JSON = 2**24  # bytes, of a configuration or an index
+LONGEST_JSON = 2**24  # bytes, of a configuration
+_VALUES = 2**17  # that a text of any length may have
+_LETTERS_OF_A_VALUE = 16  # on average, in configurations and indices: they name things
 _MOST_PROBLEMS = 20
 
 
@@ -215,16 +51,45 @@ def refuse(path: Path, kind: str, problems: Iterable[str]) -> None:
     raise_all(f"{path} is not a {kind} file", problems, AdapterError, _MOST_PROBLEMS)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+class TooManyValues(ValueError):
+    """JSON has more values than its length lets expect: it would be read to many times its size."""
+
+
+def parsed(text: str, letters: int) -> Any:
+    """What JSON says; ValueError if it is none, or if it has many values of fewer letters than these on average.
+
+    A value takes up to 120 bytes of memory, and two letters of text.
+    """
+    values, most = sum(map(text.count, "[{,:")), _VALUES + len(text) // letters
+    if values > most:
+        raise TooManyValues(f"must have at most {most} values, as long as it is, and may have {values}.")
+    return json.loads(text)
+
+
+def read_object(path: Path, longest: int = LONGEST_JSON) -> dict[str, Any]:
     """The object in a JSON file; AdapterError if it is too long, or something else."""
-    with reading(path), open_file(path) as file:
+    return object_from(path, read_bytes(path, longest))
+
+
+def read_bytes(path: Path, longest: int = LONGEST_JSON) -> bytes:
+    """A JSON file as it is; AdapterError if it is too long."""
+
+    def read(file: io.BufferedReader) -> bytes:
         size = file.seek(0, os.SEEK_END)
-        if size > _LONGEST_JSON:
-            raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {size}.")
+        if size > longest:
+            raise AdapterError(f"{path} must have at most {longest} bytes, got {size}.")
         file.seek(0)
-        text = file.read(size)
+        return file.read(size)
+
+    return read_steadily(path, read)
+
+
+def object_from(path: Path, text: bytes) -> dict[str, Any]:
+    """The object in what was read from a JSON file; AdapterError if it is something else."""
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = parsed(text.decode("utf-8"), _LETTERS_OF_A_VALUE)
+    except TooManyValues as error:
+        raise AdapterError(f"{path} {error}") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
     if not isinstance(content, dict):
@@ -234,7 +99,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
-HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
+HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 10 times its length
+_LONGEST_ENTRY = 2**13  # letters: 64 sizes of 20 digits, and white space
+_MOST_STRINGS = 2**16  # of metadata
+_METADATA = "__metadata__"
+_BETWEEN = re.compile(r"[ \t\n\r:,]*")
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 MOST_DIMENSIONS = 64
 DTYPES = {
@@ -290,38 +159,37 @@ def read_header(path: Path, limit: int = HEADER_LIMIT) -> Header:
         OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not a safetensors file; says what is wrong.
     """
-    with reading(path), open_file(path) as file:
-        return _header(file, path, limit)
+    return read_steadily(path, lambda file: _header(file, path, limit))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, check: Callable[[Mapping[str, str]], None] = lambda metadata: None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors, which own their memory, and its metadata.
+
+    Args:
+        path: the file.
+        check: is given the metadata before any tensor is read, and raises if none should be. Default: nothing.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         AdapterError: the file is not a safetensors file, or it has a checksum and was changed after that was written.
     """
-    with reading(path), open_file(path) as file:
+
+    def read(file: io.BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = _header(file, path, HEADER_LIMIT)
+        check(header.metadata)
         try:
             tensors = {name: _tensor(file, entry) for name, entry in header.tensors.items()}
         except (RuntimeError, MemoryError):  # torch's allocator raises the first
             raise AdapterError(f"{path} does not fit into memory.") from None
         except EOFError:
             raise AdapterError(f"{path} has changed while it was read.") from None
-    if header.metadata.get("sha256") not in (None, checksum(tensors, header.metadata)):
-        raise AdapterError(f"{path} is damaged: its content has changed since it was written (`sha256` says so).")
-    return tensors, header.metadata
+        if header.metadata.get("sha256") not in (None, checksum(tensors, header.metadata)):
+            raise AdapterError(f"{path} is damaged: its content has changed since it was written (`sha256` says so).")
+        return tensors, header.metadata
 
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with a checksum: the old file or the new one is there, whenever this is killed.
-
-    Raises:
-        OSError: there is no folder to write it to, or it cannot be written.
-        AdapterError: `read_tensors` could not read such a file; nothing is written.
-    """
-    replace_file(path, packed(path, tensors, metadata))
+    return read_steadily(path, read)
 
 
 def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -358,17 +226,19 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _header(file: BinaryIO, path: Path, limit: int) -> Header:
+def _header(file: io.BufferedReader, path: Path, limit: int) -> Header:
     text = _header_text(file, path, limit)
     try:
         with safetensors.safe_open(path, "np"):  # parses the header, and asks whether it fits the file
             pass
     except safetensors.SafetensorError as error:
         refuse(path, "safetensors", [f"its header is wrong: {short(str(error), 200)}."])
+    if not is_at(path, file):  # the two were not opened at once
+        raise AdapterError(f"{path} has changed while it was read.")
     return _parsed(path, text)
 
 
-def _header_text(file: BinaryIO, path: Path, limit: int) -> bytes:
+def _header_text(file: io.BufferedReader | io.BytesIO, path: Path, limit: int) -> bytes:
     """The header of an open file, if it is not too long for what follows it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -385,23 +255,74 @@ def _header_text(file: BinaryIO, path: Path, limit: int) -> bytes:
 
 def _parsed(path: Path, text: bytes) -> Header:
     """The header that `safetensors` has taken; AdapterError that lists what it should not have taken."""
-    try:
-        said = json.loads(text, object_pairs_hook=_object)
-    except ValueError as error:
-        refuse(path, "safetensors", [f"its header is wrong: {short(str(error), 200)}."])
-    metadata = said.pop("__metadata__", None) or {}
     problems = [] if text.startswith(b"{") else ["its header must begin with '{'."]
     entries: dict[str, Entry] = {}
-    for name, about in said.items():
-        if problem := name_problem(name):
-            problems.append(f"the name {problem}.")
-        elif problem := _entry_problem(about):
-            problems.append(f"{short(name)} {problem}.")
-        else:
-            start, stop = (8 + len(text) + offset for offset in about["data_offsets"])
-            entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, stop)
+    metadata: dict[str, str] = {}
+    try:
+        for name, about in _members(text.decode("utf-8")) if not problems else ():
+            if name == _METADATA:
+                metadata = about
+            elif problem := name_problem(name):
+                problems.append(f"the name {problem}.")
+            elif problem := _entry_problem(about):
+                problems.append(f"{short(name)} {problem}.")
+            else:
+                start, stop = (8 + len(text) + offset for offset in about["data_offsets"])
+                entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, stop)
+    except (ValueError, RecursionError) as error:
+        problems = [f"its header is wrong: {short(str(error), 200)}."]
     refuse(path, "safetensors", problems)
     return Header(entries, metadata)
+
+
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """A header's members, one at a time, so that none costs much; one longer than an entry is None, and the last.
+
+    `safetensors` has found the text to be JSON: an object of entries, and strings as metadata.
+    """
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    names: set[str] = set()
+    at = 1
+    while text[(at := _past(text, at)) : at + 1] != "}":
+        name, at = decode(text, at)
+        at = _past(text, at)
+        if name in names:
+            raise ValueError(f"it has {short(name)} twice")
+        names.add(name)
+        if name == _METADATA:
+            strings, at = _strings(text, at)
+            yield name, strings
+            continue
+        try:
+            about, length = decode(text[at : at + _LONGEST_ENTRY])
+        except json.JSONDecodeError:
+            yield name, None
+            return
+        yield name, about
+        at += length
+
+
+def _strings(text: str, at: int) -> tuple[dict[str, str], int]:
+    """The metadata that stand at a place, and the place after them."""
+    decode, found = json.JSONDecoder().raw_decode, dict[str, str]()
+    if text[at : at + 1] != "{":  # null, which some releases of `safetensors` take
+        return found, decode(text, at)[1]
+    at += 1
+    while text[(at := _past(text, at)) : at + 1] != "}":
+        key, at = decode(text, at)
+        if key in found:
+            raise ValueError(f"it has {short(key)} twice")
+        if len(found) == _MOST_STRINGS:
+            raise ValueError(f"it has more than {_MOST_STRINGS} entries of metadata")
+        found[key], at = decode(text, _past(text, at))
+    return found, at + 1
+
+
+def _past(text: str, at: int) -> int:
+    """The place of what follows white space, a colon or a comma."""
+    found = _BETWEEN.match(text, at)
+    assert found is not None, "nothing is there as well"
+    return found.end()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import as_path, kind, open_file, read_header, read_tensors, write_tensors
+from lora.adapters.files import parsed, read_tensors
+from lora.adapters.paths import as_path, kind, open_file
+from lora.adapters.saving import write_tensors
 from lora.errors import AdapterError, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
+_LETTERS_OF_A_VALUE = 6  # on average, in what we write: most are numbers
 _ABOUT = ("modules", "trained_in_full", "modules_to_save", "base_model")
 # An entry of its own, which readers of version 2 that do not know it pass over: what of the base model is in the file
 # though it did not train, and what is known of the rest.
@@ -54,24 +57,25 @@ def _write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:
     """Read what `_write` wrote; AdapterError if it is something else."""
-    said = read_header(path).metadata
-    if "lora" not in said:
-        raise AdapterError(
-            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
-        )
-    about = object_in(said, "lora") or {}
-    version = about.get("version", VERSION)
-    if version != VERSION:  # asked first: another version may have other parts, or another checksum
-        raise AdapterError(f"{path} is an adapter of version {short(version)}; this release reads version {VERSION}.")
-    tensors, metadata = read_tensors(path)
-    if metadata != said:
-        raise AdapterError(f"{path} has changed while it was read.")
+    tensors, metadata = read_tensors(path, lambda said: _check_version(path, said))
+    about = object_in(metadata, "lora") or {}
     if not _is_sound(about):
         raise AdapterError(f"{path} is not an adapter: what its metadata says under 'lora' is not what belongs there.")
     if "sha256" not in metadata:
         raise AdapterError(f"{path} has no checksum: its metadata has no entry 'sha256'.")
     kept, rest = rest_of(metadata, path)
     return Adapter(tensors=tensors, kept=kept, rest=rest, **{part: about[part] for part in _ABOUT})
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    """AdapterError if a file is none of ours, or of another version: that may have other parts, or another checksum."""
+    if "lora" not in metadata:
+        raise AdapterError(
+            f"{path} has no scaling: its metadata has no entry 'lora', as `lora.save_adapter` writes it."
+        )
+    version = (object_in(metadata, "lora") or {}).get("version", VERSION)
+    if version != VERSION:
+        raise AdapterError(f"{path} is an adapter of version {short(version)}; this release reads version {VERSION}.")
 
 
 def rest_as_metadata(adapter: Adapter) -> dict[str, str]:
@@ -97,7 +101,7 @@ def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[st
 def object_in(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
     """The JSON object that an entry of a file's metadata holds; None if there is none."""
     try:
-        said = json.loads(metadata.get(key, "null"))
+        said = parsed(metadata.get(key, "null"), _LETTERS_OF_A_VALUE)
     except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

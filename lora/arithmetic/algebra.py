@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.adapters.adapter import FORM, PARAMETERS, Adapter, Form, ModuleAdapter
-from lora.adapters.base import Base, difference, sample_difference
+from lora.adapters.base import Base, difference, percent, sample_difference
 from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all, short
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
@@ -355,9 +355,9 @@ def _base_problems(bases: Mapping[int, Base], check_base: bool) -> Iterator[str]
             ours, theirs = getattr(known, fact), getattr(base, fact)
             if ours != theirs and (fact in _ALWAYS_KNOWN or (known.shape and base.shape)):
                 yield f"{of} `{fact}` is {short(ours)} and {short(theirs)}."
-        apart = sample_difference(known.sample, base.sample) if check_base else None
+        apart = sample_difference(known, base) if check_base else None
         if apart is not None:
-            yield f"{of} sampled values differ by {100 * apart:.0f} %; `check_base=False` combines them anyway."
+            yield f"{of} sampled values differ by {percent(apart)}; `check_base=False` combines them anyway."
 
 
 def _rest_problems(

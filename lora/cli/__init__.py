@@ -15,8 +15,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import as_path, check_place, kind
 from lora.adapters.formats import FORMATS, place_of, read_adapter, write_adapter
+from lora.adapters.paths import as_path, check_place, kind
 from lora.errors import AdapterError, clipped, is_number, visible
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lora.adapters.files import as_path
+from lora.adapters.paths import as_path
 from lora.arithmetic import combine, resize
 from lora.arithmetic.algebra import METHODS
 from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, say, write

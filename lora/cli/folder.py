@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora.adapters.files import Entry, kind, open_file, read_header, read_object, reading, writing
+from lora.adapters.files import Entry, read_header, read_object
+from lora.adapters.paths import kind, open_file, reading, writing
 from lora.cli import progress
 from lora.errors import raise_all, short
 
@@ -31,6 +32,7 @@ _LEFT_OUT = (*_WEIGHTS, ".npz", ".tflite", ".index.json", "adapter_config.json")
 _INPUTS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tok_embedding", "shared"}
 _OUTPUTS = {"lm_head", "embed_out", "output_embeddings"}
 _CHUNK = 2**20  # bytes that are copied at a time
+_LONGEST_INDEX = 2**26  # bytes: some models have 200,000 tensors
 _SHOWN = 5  # names of files in an error
 
 
@@ -78,7 +80,7 @@ def open_folder(path: Path) -> ModelFolder:
     index = path / _INDEX
     if not kind(index):
         raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}: other formats are not read.")
-    files = read_object(index).get("weight_map")
+    files = read_object(index, _LONGEST_INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora.adapters.adapter import FORM, Adapter
 from lora.adapters.base import Base
-from lora.adapters.files import replace_file
 from lora.adapters.formats import read_adapter
+from lora.adapters.saving import replace_file
 from lora.arithmetic.distances import blocks, distance, relative
 from lora.cli import (
     Subparsers,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, difference
-from lora.adapters.files import open_file
+from lora.adapters.paths import open_file
 from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
 from lora.cli.folder import (
     ModelFolder,

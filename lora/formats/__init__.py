@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
-from lora.formats import loralib, peft
+from lora.formats import loralib, peft, peft_folder
 from lora.formats.portable import portable
 
 
 def enter() -> None:
     """Enter these formats in the table by which adapters are read and written."""
-    files = (peft.CONFIG, *peft.READERS)
+    files = (peft_folder.CONFIG, *peft_folder.READERS)
     FORMATS["peft"] = Format(
         "PEFT",
         write=peft.write,
         read=lambda path, lora_alpha: peft.read(path),
-        reads=peft.reads,
-        claims=peft.claims,
+        reads=peft_folder.reads,
+        claims=peft_folder.claims,
         files=files,
     )
     FORMATS["portable"] = Format(

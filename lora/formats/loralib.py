@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import Base
-from lora.adapters.files import open_file, read_header, read_tensors, reading
+from lora.adapters.files import read_header, read_tensors
+from lora.adapters.paths import open_file, reading
 from lora.errors import AdapterError, join, raise_all
 from lora.formats.torch_files import read_torch
 from lora.layers.layer import scaling_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,22 @@ from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
-from lora.adapters.files import check_place, kind, packed, read_object, read_tensors, replace_file, writing
-from lora.adapters.formats import FILE, object_in, rest_as_metadata, rest_of
+from lora.adapters.formats import object_in, rest_as_metadata, rest_of
+from lora.adapters.paths import kind
 from lora.errors import AdapterError, is_number, join, raise_all, short
 from lora.formats.expressions import cost_problem, pattern_problem
+from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
-from lora.formats.torch_files import read_torch
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 # Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
 LAYOUTS = "fan_in_fan_out"
 # And what is known of the weights that are adapted, of which PEFT's folder says nothing.
 BASES = "base"
+_NOTED = ("shape", "sample", "margin")
 PREFIX = "base_model.model."
-READERS: dict[str, Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]] = {
-    WEIGHTS: read_tensors,
-    "adapter_model.bin": lambda path: (read_torch(path), {}),
-}
 # What transformers calls its Conv1D layers, whose weight is stored transposed; other models' nn.Linear bear them, too.
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 # The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
@@ -68,9 +63,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
-    check_place(path, "folder")
-    for name in (WEIGHTS, CONFIG) if kind(path) else ():  # before anything is removed
-        check_place(path / name)
+    check_folder(path)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     for name, (settings, A, B) in forms.items():
         embedding = settings.base.kind == "embedding"
@@ -82,17 +75,9 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {"shape": s.base.shape, "sample": s.base.sample} for name, (s, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    content = packed(path / WEIGHTS, tensors, metadata)
-    config = json.dumps(_config(adapter, forms, names), indent=2, sort_keys=True) + "\n"
-    with writing(path):
-        path.mkdir(exist_ok=True)
-    for old in (CONFIG, "adapter_model.bin"):  # nothing reads a folder without its config: no mixture of two adapters
-        with writing(path / old):
-            (path / old).unlink(missing_ok=True)
-    replace_file(path / WEIGHTS, content)
-    replace_file(path / CONFIG, config.encode("utf-8"))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
 
 def _homeless(adapter: Adapter) -> Iterator[str]:
@@ -184,32 +169,15 @@ def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def claims(path: Path) -> bool:
-    """Whether a file is read as one of a folder of PEFT's."""
-    names = (CONFIG, *READERS)
-    return path.name in names and (path.name == CONFIG or kind(path.parent / CONFIG) is not None)
-
-
-def reads(path: Path) -> bool:
-    """Whether there is a folder, or a file of PEFT's: what other formats keep in a folder they have been asked for."""
-    return kind(path) == "folder" or claims(path)
-
-
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
-    whole = kind(path) == "folder"
-    folder = path if whole else path.parent
-    names = [path.name] if path.name in READERS and not whole else [*READERS]
-    file = next((folder / name for name in names if kind(folder / name)), None)
-    if file is None:
-        names += [FILE] if whole else []  # which would have been read, and not as PEFT's
-        raise FileNotFoundError(f"there is no adapter in {folder}: it has none of {', '.join(names)}.")
-    if kind(folder / CONFIG) is None:
-        raise FileNotFoundError(f"there is no {CONFIG} in {folder}, without which PEFT's tensors mean nothing.")
-    config = read_object(folder / CONFIG)
+    folder = path if kind(path) == "folder" else path.parent
     what = f"read_adapter: {folder} is not loaded"
-    raise_all(what, _config_problems(config), AdapterError)
-    tensors, metadata = READERS[file.name](file)
+
+    def check(config: Mapping[str, Any]) -> None:
+        raise_all(what, _config_problems(config), AdapterError)
+
+    file, config, tensors, metadata = read_folder(path, check)
     pairs, full, problems = _sort(tensors)
     longest = max(map(len, pairs), default=1)
     patterns = {option: config.get(option) or {} for option in _PATTERNS}
@@ -234,7 +202,7 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
     for name, settings in adapter.modules.items():
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
-        facts = {fact: noted[fact] for fact in ("shape", "sample") if noted.get(fact) is not None}
+        facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind == "linear":
             sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapters.files import DTYPES, MOST_DIMENSIONS, class_or_value, name_problem, open_file, reading, refuse
+from lora.adapters.files import DTYPES, MOST_DIMENSIONS, class_or_value, name_problem, refuse
+from lora.adapters.paths import open_file, reading
 from lora.errors import short
 
 _LONGEST_PICKLE = 16 * 2**20

@@ -16,10 +16,12 @@ from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Step, observe
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.linear import LinearLoRA
+from lora.layers.undo import undo_on_error
 from lora.models.blocks import tensors_of
 from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
-from lora.models.start import start_from, undo_start_on_error, unroundable, unwritable
+from lora.models.start import keep_start, start_from, unroundable, unwritable
+from lora.models.training import may_move
 
 _WHAT = "calibrate: nothing was changed"
 
@@ -122,19 +124,21 @@ def calibrate(
     raise_all(_WHAT, [*_argument_problems(batches, step, options), *_waiting_problems(names, layers, options)])
     waiting: dict[LinearLoRA, Any] = {layer: METHODS[str(layer.lora_needs_data)] for layer in layers}  # type: ignore[misc]
     seen: dict[LinearLoRA, Any] = {layer: method.statistic(layer) for layer, method in waiting.items()}
-    count = observe(model, seen, batches, step, ignore_index)
-    raise_all(_WHAT, [] if count else ["there must be at least one batch, and `batches` is empty."])
-    with Problems(_WHAT) as problems:
-        for layer, statistic in seen.items():
-            found = list(statistic.problems()) or filter(None, [waiting[layer].lacks(layer, statistic)])
-            problems.add(*(f"{names[layer][0]}: {problem}" for problem in found))
-    starts: dict[LinearLoRA, Start] = {}
-    for method in METHODS.values():
-        its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
-        starts.update(method.start(its, options))
-    modules = []
-    with undo_start_on_error(layers):
+    with undo_on_error(model.modules()) as undo, undo:
+        undo.keep(*(buffer for buffer in model.buffers() if may_move(buffer)))  # in `train()` the batches move them
+        count = observe(model, seen, batches, step, ignore_index)
+        raise_all(_WHAT, [] if count else ["there must be at least one batch, and `batches` is empty."])
+        with Problems(_WHAT) as problems:
+            for layer, statistic in seen.items():
+                found = list(statistic.problems()) or filter(None, [waiting[layer].lacks(layer, statistic)])
+                problems.add(*(f"{names[layer][0]}: {problem}" for problem in found))
+        starts: dict[LinearLoRA, Start] = {}
+        for method in METHODS.values():
+            its = {layer: seen.pop(layer) for layer in waiting if waiting[layer] is method}
+            starts.update(method.start(its, options))
+        modules = []
         for layer, method in waiting.items():
+            keep_start(undo, layer, method.writes_base)
             start = starts[layer]
             modules.append(CalibratedModule(names[layer][0], str(layer.lora_needs_data), start.r, start.share))
             _begin(layer, start, method.writes_base)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora.functional.fused import exact_dtype
 from lora.layers.linear import LinearLoRA
-from lora.models.training import disabled
+from lora.models.disabling import disabled
 
 Step = Callable[[nn.Module, Any], Any]
 

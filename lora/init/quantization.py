@@ -13,11 +13,12 @@ from torch import Tensor
 from lora.errors import Problems, is_count, join, raise_all, table
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
+from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_packed
 from lora.models.blocks import Pair, tensors_of
 from lora.models.model import Names, lora_layers, names_of, without_wrappers
 from lora.models.spectral import decomposed, form_problems, rank_problems, scaling_problems, split, weight_blocks
-from lora.models.start import remember_start, start_from, undo_start_on_error, unwritable
+from lora.models.start import keep_start, remember_start, start_from, unwritable
 
 _WHAT = "loftq: nothing was changed"
 Weights = Mapping[str, Tensor] | Callable[[str], Tensor]
@@ -104,8 +105,9 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
             problems.add(*(f"{names[layer][0]}: {problem}" for problem in _problems(layer, names, weights)))
         problems.add(*(unwritable(layers, names) if steps > 1 else ()))
     modules = []
-    with undo_start_on_error(layers):
+    with undo_on_error(layers) as undo, undo:
         for layer in layers:
+            keep_start(undo, layer, writes_base=steps > 1)
             weight = _original(layer, names, weights)
             assert weight is not None, "_problems() has looked"
             with without_autocast(weight.device):

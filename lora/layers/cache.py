@@ -18,8 +18,9 @@ class Cached:
     of its values. (`lora.merge` leaves layers that compare nothing.)
     """
 
-    def __init__(self, sources: Sequence[Tensor], scaling: float, tensor: Tensor) -> None:
-        self.tensor = tensor
+    tensor: Tensor
+
+    def __init__(self, sources: Sequence[Tensor], scaling: float) -> None:
         self.scaling = scaling
         self.sources = tuple(sources)  # not weakly: torch does not swap tensors that have weak references
         self.states = [_state(source) for source in sources]
@@ -44,7 +45,9 @@ def remembered(holder: Any, own: str, sources: Sequence[Tensor], scaling: float,
     kept: Cached | None = getattr(holder, own)
     if kept is None or not kept.is_current(sources, scaling):
         with torch.inference_mode(False):
-            kept = Cached(sources, scaling, make())
+            # What it is computed from is noted first: what another thread changes meanwhile makes it out of date.
+            kept = Cached(sources, scaling)
+            kept.tensor = make()
         setattr(holder, own, kept)
     return kept.tensor
 

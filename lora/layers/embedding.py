@@ -62,7 +62,7 @@ class EmbeddingLoRA(WithVocabulary):
         if self.r == 0 or self.max_norm is None:
             return super().lora_base_forward(input, *args, **kwargs)
         # torch's max_norm writes the rows that it looks up; a frozen base is renormalised on the way out.
-        return self._renormed(self.lora_forward_with(input, self.weight))
+        return renormed(self, self.lora_forward_with(input, self.weight))
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         options = self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
@@ -70,7 +70,7 @@ class EmbeddingLoRA(WithVocabulary):
 
     def lora_base_weight(self) -> Tensor:
         weight = super().lora_base_weight()
-        return weight if self.max_norm is None else self._renormed(weight)
+        return weight if self.max_norm is None else renormed(self, weight)
 
     @classmethod
     def lora_magnitudes(cls, base: Any, shape_B: Shape) -> int:
@@ -96,11 +96,12 @@ class EmbeddingLoRA(WithVocabulary):
     def lora_not_in_weight(self) -> str | None:
         return None if self.max_norm is None else "`max_norm` does not bound the update"
 
-    def _renormed(self, rows: Tensor) -> Tensor:
-        assert self.max_norm is not None
-        norms = rows.norm(p=self.norm_type, dim=-1, keepdim=True)
-        scale: Tensor = (self.max_norm / (norms + 1e-7)).clamp(max=1)  # torch's own guard against 0 / 0
-        return rows * scale
+
+def renormed(embedding: Any, rows: Tensor) -> Tensor:
+    """Rows within an embedding's `max_norm`, as torch would write them back when they are looked up."""
+    norms = rows.norm(p=embedding.norm_type, dim=-1, keepdim=True)
+    scale: Tensor = (embedding.max_norm / (norms + 1e-7)).clamp(max=1)  # torch's own guard against 0 / 0
+    return rows * scale
 
 
 class Embedding(EmbeddingLoRA, nn.Embedding):

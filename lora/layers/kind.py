@@ -15,6 +15,7 @@ from lora.layers import weights
 from lora.layers.cache import Cached
 from lora.layers.registry import Kind, enter
 from lora.layers.starts import Init
+from lora.layers.switch import Switch
 
 Shape = tuple[int, ...]
 
@@ -56,7 +57,8 @@ class LayerKind(nn.Module):
     init_lora_weights: Init = True
     lora_scaling: float = 1.0
     scaling: ClassVar[Any] = Scaling()
-    lora_disabled: int = 0
+    #: The open blocks of `lora.disabled` that name the layer; `lora_is_off` says what that means for the caller.
+    lora_disabled: Switch | None = None
     lora_start: tuple[Tensor, Tensor, float] | None = None
     lora_base_written: bool = True
     lora_needs_data: str | None = None

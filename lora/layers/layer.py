@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora.errors import is_count, is_number, short
 from lora.functional.fused import exact_dtype, is_plain, without_autocast
-from lora.layers import starts, weights
+from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
 from lora.layers.registry import new, parts_of
@@ -115,7 +115,7 @@ class LoRALayer(Magnitudes):
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `forward` computes; classes in front change this, and not `forward`."""
         # A user's class may have a `forward` around ours, and hooks hold that of the class which the layer had before.
-        if self.r == 0 or self.lora_disabled:
+        if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
             return self.lora_forward_with(input, self.lora_merged_weight(), *args, **kwargs)
@@ -123,6 +123,11 @@ class LoRALayer(Magnitudes):
             check(self, input)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y
+
+    def lora_is_off(self) -> bool:
+        """Whether LoRA is disabled in the layer for the caller; in a compiled model, for anyone."""
+        disabled = self.lora_disabled  # asked once: another thread may leave its block
+        return disabled is not None and (torch.compiler.is_compiling() or disabled.is_off(self.weight.device))
 
     def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b: the base layer's own output."""
@@ -149,10 +154,10 @@ class LoRALayer(Magnitudes):
 
     def lora_pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
-        y = self.lora_base_forward(input, *args, **kwargs)
-        if self.lora_start is None:
+        y, start = self.lora_base_forward(input, *args, **kwargs), self.lora_start
+        if start is None:
             return y
-        A, B, scaling = self.lora_start
+        A, B, scaling = start
         dtype = y.dtype if y.is_floating_point() else A.dtype
         return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
 
@@ -358,6 +363,13 @@ class LoRALayer(Magnitudes):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""
+        off = self.lora_disabled is not None and self.lora_is_off()
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        vars(replica)["lora_disabled"] = switch.OFF if off else None
+        return replica
+
     # ---- printing and pickling ---------------------------------------------------------------------
 
     def extra_repr(self) -> str:
@@ -383,4 +395,6 @@ class LoRALayer(Magnitudes):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        switch.copied(self)
+        self.lora_refresh()
         weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

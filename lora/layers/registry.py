@@ -88,7 +88,8 @@ def class_for(kind: Kind, base: Base) -> Kind:
             if hasattr(base, "scaling"):  # the base's own goes before loralib's word for ours
                 namespace["scaling"] = inspect.getattr_static(base, "scaling")
             namespace["lora_dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))
-        _classes[kind, base] = type(base.__name__, (kind, base), namespace)
+        made = type(base.__name__, (kind, base), namespace)
+        _classes.setdefault((kind, base), made)  # another thread may have made one, of which there may be layers
     return _classes[kind, base]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.layers.layer import LoRALayer
+from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_sharded
 
 
@@ -25,10 +26,12 @@ class WithVocabulary(LoRALayer):
     lora_resizing: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == self.lora_counted[0] and self.r > 0:
+        if name != self.lora_counted[0] or self.r == 0:
+            return super().__setattr__(name, value)
+        with undo_on_error([self], [self.lora_magnitude] if self.use_dora else []) as undo, undo:
             self.lora_resize(value)
             self.lora_resizing = True
-        super().__setattr__(name, value)
+            super().__setattr__(name, value)
 
     def lora_rows(self) -> Tensor:
         """The weight, by ids."""

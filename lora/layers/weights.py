@@ -132,7 +132,9 @@ def _row(table: dict[type | str, T | str], *classes: type) -> T | None:
             if key in table:
                 row = table[key]
                 if isinstance(row, str):
-                    row = table[key] = pkgutil.resolve_name(row)
+                    name, row = row, pkgutil.resolve_name(row)
+                    if table[key] == name:  # nobody has taught another one meanwhile
+                        table[key] = row
                 return cast(T, row)
     return None
 
@@ -222,6 +224,16 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
     # What was packed is not packed again: some packings of a dequantised weight are not the packing that it came from.
     elif not _same(read_weight(module), weight):
         _known(module).write_weight(module, weight)
+
+
+def written_with(module: nn.Module) -> list[Tensor]:
+    """The tensors whose values may change when the module's weight is written, its other parameters included."""
+    if not is_packed(module):
+        return [tensor for tensor in module._parameters.values() if tensor is not None]
+    # Scales and codes may be anywhere: in the module, in its weight, or in a state that it keeps.
+    owners = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    held = (one for owner in owners for one in (owner, *getattr(owner, "__dict__", {}).values()))
+    return [one for one in held if isinstance(one, Tensor)]
 
 
 def why_not_train(module: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from lora.errors import Problems, join, raise_all, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
+from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
 from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, patterns_of
 from lora.models.model import (
@@ -31,14 +32,13 @@ from lora.models.model import (
     remember_layers,
     remember_values,
     sharded_problems,
-    undo_on_error,
 )
 from lora.models.patterns import Patterns
-from lora.models.start import begin, give_back, problems_of_start
+from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
     has_moved,
-    mark_only_lora_as_trainable,
+    let_train,
     originals,
     resized_problems,
     train_in_full,
@@ -159,15 +159,15 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for module, known in names.items():  # adapted or not: gradients have to come through all of them
             if "weight" in module._parameters and (reason := weights.why_not_train(module)):
                 problems.add(f"{known[0]}: {reason}")
-    with undo_on_error(model.modules()):
+    with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(plans)
         remember_layers(names, layers)
         raise_all("inject: nothing was changed", problems_of_start(layers, names, config.init_lora_weights))
         for module in saved:
             train_in_full(module)
-        mark_only_lora_as_trainable(model, config.bias, freeze_A=config.freeze_A)
+        let_train(model, config.bias, config.freeze_A)
         remember_values(names)
-        begin(layers, config.init_lora_weights)
+        begin(layers, config.init_lora_weights, undo)
     return report_of(model, names, layers, tuple(names[module][0] for module in saved))
 
 
@@ -199,25 +199,28 @@ def eject(model: nn.Module) -> None:
     with Problems("eject: nothing was changed") as problems:
         problems.add(*sharded_problems(layers, names, instead), *own_forward_problems(layers, names))
         problems.add(*resized_problems(model))
-    for layer in layers:
-        give_back(layer)
-    with torch.no_grad():
+    with undo_on_error(model.modules()) as undo, undo, torch.no_grad():
+        for layer in layers:
+            if is_kept_apart(layer):
+                undo.keep(*weights.written_with(layer))
+            give_back(layer)
         for module in model.modules():
             for name, value in originals(module).items():
                 now: torch.Tensor = getattr(module, name)
                 if not has_moved(module, name):
                     continue
                 if now.shape == value.shape and is_writable(now):
+                    undo.keep(now)
                     now.copy_(value)
                 else:  # a buffer that has grown, or is another one now
                     module._buffers[name] = value.to(now.device, now.dtype)
             forget_originals(module)
             forget_children(module)
             weights.prepare_training(module, False)
-    restored: set[int] = set()
-    for layer in layers:
-        layer.lora_remove(restore_layout=id(layer.weight) not in restored)
-        restored.add(id(layer.weight))
+        restored: set[int] = set()
+        for layer in layers:
+            layer.lora_remove(restore_layout=id(layer.weight) not in restored)
+            restored.add(id(layer.weight))
 
 
 @torch.inference_mode(False)

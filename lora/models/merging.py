@@ -14,6 +14,7 @@ from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
+from lora.layers.undo import undo_on_error
 from lora.models.model import (
     Memory,
     Names,
@@ -74,6 +75,10 @@ def merge(model: nn.Module) -> MergeReport:
     rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
     the dtype that their layer computes in; the report says how much packing them again would lose.
 
+    Done whole or not at all: an error or Ctrl-C half-way leaves the model as it was, to the bit. For that, the base
+    weights that were written are kept until the end, in copies on the CPU: as much memory as all adapted weights take.
+    (`python -m lora merge` merges a folder of files in less.)
+
     Args:
         model: a model with LoRA layers, injected or constructed.
 
@@ -82,8 +87,9 @@ def merge(model: nn.Module) -> MergeReport:
 
     Raises:
         ValueError: there is no LoRA layer; a weight is tied to another module's (which the update would change too),
-            is sharded, or is neither dense nor packed in a known way; a merged weight would not be finite; or the
-            instance of a layer has its own `forward`. One error lists everything, and the model is as it was.
+            is sharded, or is neither dense nor packed in a known way; the update has another shape than the weight; a
+            merged weight would not be finite; or the instance of a layer has its own `forward`. One error lists
+            everything, and the model is as it was.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -108,13 +114,14 @@ def merge(model: nn.Module) -> MergeReport:
                     f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
                     "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
                 )
-    rows = [_merge(layer, names[layer][0]) for layer in layers]
-    for layer in lora_layers(model, "merge", none=True):  # those with r = 0
-        layer.lora_remove()
-    for module in model.modules():
-        forget_originals(module)
-        forget_children(module)
-        weights.prepare_training(module, False)
+    with undo_on_error(model.modules()) as undo, undo:
+        rows = [_merge(layer, names[layer][0], undo) for layer in layers]
+        for layer in lora_layers(model, "merge", none=True):  # those with r = 0
+            layer.lora_remove()
+        for module in model.modules():
+            forget_originals(module)
+            forget_children(module)
+            weights.prepare_training(module, False)
     return MergeReport(tuple(rows))
 
 
@@ -138,7 +145,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> sorted(lora.merged_state_dict(model))
     ['0.bias', '0.weight']
     """
-    layers = [layer for layer in lora_layers(model, "merged_state_dict") if layer.r > 0]
+    layers = [layer for layer in lora_layers(model, "merged_state_dict", reads=True) if layer.r > 0]
     names = names_of(model)
     with Problems("merged_state_dict: nothing was returned") as problems:
         _check(layers, names, problems)
@@ -160,12 +167,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _merge(layer: LoRALayer, name: str) -> MergedModule:
+def _merge(layer: LoRALayer, name: str, undo: undo_on_error) -> MergedModule:
     lost = rounding_lost(layer)
     if _is_packed_as_known(layer):
         return _merge_packed(layer, name, lost)
     dtype = layer.weight.dtype
-    # Nothing can fail between these two, which would leave the update in twice.
+    undo.keep(*weights.written_with(layer))
     layer.lora_merge()
     layer.lora_remove()
     return MergedModule(name, str(dtype).removeprefix("torch."), lost)
@@ -231,6 +238,7 @@ def _check_values(layer: LoRALayer) -> None:
     if not _is_packed_as_known(layer) and not (layer.lora_dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
         what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
         raise ValueError(f"{what} is neither dense nor packed in a known way.")
+    _check_shapes(layer)
     if is_storage(layer.weight.dtype):
         raise ValueError(
             f"its weight is stored in {layer.weight.dtype}, which would lose the update; cast the model to the dtype "
@@ -238,6 +246,21 @@ def _check_values(layer: LoRALayer) -> None:
         )
     if not _is_surely_finite(layer) and not bool((merged := layer.lora_compute_merged()).isfinite().all()):
         raise ValueError(f"the merged weight would not be finite in {merged.dtype}.")
+
+
+def _check_shapes(layer: LoRALayer) -> None:
+    """ValueError if the update does not have the weight's shape, as where only one of them was resized."""
+    weight = tuple(layer.lora_weight_shape() if _is_packed_as_known(layer) else layer.weight.shape)
+    A, B = (factor.to("meta") for factor in (layer.lora_A, layer.lora_B))
+    try:
+        fits = tuple(layer.lora_delta(A, B).shape) == weight
+    except (RuntimeError, ValueError):  # of shapes that cannot be multiplied, or divided
+        fits = False
+    if fits and layer.use_dora:
+        fits = layer.lora_magnitude.shape == (layer.lora_magnitudes(layer, tuple(B.shape)),)
+    if not fits:
+        own = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in layer.lora_parameters())
+        raise ValueError(f"{own} do not fit the weight {weight}; give them back the shapes that they had together.")
 
 
 def _is_surely_finite(layer: LoRALayer) -> bool:

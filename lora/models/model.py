@@ -1,10 +1,9 @@
-"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers; and one way to undo."""
+"""A model seen whole: the names of its modules, which tensors they share, its LoRA layers."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import accumulate, islice, takewhile
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
+from lora.models.exchange import exchanged
 
 Names = dict[nn.Module, tuple[str, ...]]
 
@@ -145,12 +145,18 @@ def initialized_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_layers(
-    model: nn.Module, what: str, *, none: bool = False, inside_disabled: bool = False, replaced: bool = False
+    model: nn.Module,
+    what: str,
+    *,
+    none: bool = False,
+    inside_disabled: bool = False,
+    replaced: bool = False,
+    reads: bool = False,
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
     ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed.
+    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
     """
     reshard(model)
     _adopt(model)
@@ -159,14 +165,26 @@ def lora_layers(
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
-    if any(layer.lora_disabled for layer in layers) and not inside_disabled:
-        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
+    if not inside_disabled:
+        check_not_disabled(model, what, reads)
     computed = [type(layer).__name__ for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
     if computed:
         raise ValueError(
             f"{what}: a weight of {', '.join(computed)} is computed by a parametrization; remove the parametrization."
         )
     return layers
+
+
+def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
+    """ValueError if the model is within a block of `lora.disabled`; or, for what `reads`, if tensors are exchanged."""
+    modules = [*model.modules()]
+    if any(map(exchanged, modules)):
+        raise ValueError(
+            f"{what}: LoRA is disabled in this {type(model).__name__}, in which the base's values stand where others "
+            "trained; leave `lora.disabled` first."
+        )
+    if not reads and any(isinstance(module, LoRALayer) and module.lora_disabled is not None for module in modules):
+        raise ValueError(f"{what}: LoRA is disabled in this {type(model).__name__}; leave `lora.disabled` first.")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -176,8 +194,49 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is not None and theirs != (type(module).forward, module)
 
 
+# Whose adapters a model may hold, by how the full names of their classes begin, so that no package need be installed;
+# and how such an adapter is taken out, where there is a word for it.
+_FOREIGN = {
+    "peft.": ("PEFT", "`model.merge_and_unload()` or `model.unload()`"),
+    "loralib.": ("loralib", ""),
+    "torchtune.modules.peft.": ("torchtune", ""),
+    "adapters.methods.": ("adapters", ""),
+    "litgpt.lora.": ("LitGPT", ""),
+    "litgpt.adapter": ("LitGPT", ""),
+    "minlora.": ("minLoRA", "`minlora.merge_lora(model)` or `minlora.remove_lora(model)`"),
+    "lycoris.": ("LyCORIS", ""),
+    "swift.tuners.": ("SWIFT", ""),
+    "diffusers.models.lora.LoRALinearLayer": ("diffusers", ""),
+    "diffusers.models.lora.LoRAConv2dLayer": ("diffusers", ""),
+}
+
+
+def foreign_adapters(names: Names) -> Iterator[str]:
+    """A complaint for each other library whose adapters are in a model: they would be frozen, or adapted themselves."""
+    found: dict[tuple[str, str], list[str]] = {}
+    libraries = {cls: _library_of(cls) for cls in {*map(type, names)}}
+    for module, known in names.items():
+        whose = libraries[type(module)]
+        if whose is not None:
+            found.setdefault(whose, []).append(known[0])
+    for (library, way_out), modules in found.items():
+        # Not the wrappers around what is named anyway.
+        around = {name[:end] for name in modules for end, letter in enumerate(name) if letter == "."} | {""}
+        inner = [name for name in modules if name not in around] or ["the model"]
+        yield (
+            f"{', '.join(inner)}: hold{'s' * (len(inner) == 1)} an adapter of {library}'s, which would be frozen, or "
+            f"adapted itself; take it out first{f', by {way_out}' * bool(way_out)}, or begin with the plain base model."
+        )
+
+
+def _library_of(cls: type) -> tuple[str, str] | None:
+    """The library that the class of an adapter's module comes from, by itself or by one that it derives from."""
+    full_names = [f"{owner.__module__}.{owner.__qualname__}" for owner in cls.__mro__]
+    return next((row for start, row in _FOREIGN.items() if any(name.startswith(start) for name in full_names)), None)
+
+
 #: What is in the way of an adapter that is put in now, by the names of a model's modules: wings add functions.
-OBSTACLES: list[Callable[[Names], Iterable[str]]] = []
+OBSTACLES: list[Callable[[Names], Iterable[str]]] = [foreign_adapters]
 #: The same of what keeps a model's parameters in a form that cannot be read, or written.
 UNREADABLE: list[Callable[[Names], Iterable[str]]] = []
 
@@ -284,44 +343,6 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
                     "`lora.inject`. (`lora.eject` takes out what is left.)"
                 )
-
-
-# ---- undo --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undo_on_error(modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put modules and tensors back as they were if the block raises, even for Ctrl-C.
-
-    Args:
-        modules: their classes, attributes and parameters are put back, and what the parameters' `data` and
-            `requires_grad` were; values that the block wrote into tensors are not.
-        written: the values of these tensors are put back, too. A copy of each is kept until the block ends.
-    """
-    modules = list(modules)
-    states = [(module, type(module), dict(vars(module)), dict(module._parameters)) for module in modules]
-    own = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
-    parameters = [(p, p.data, p.requires_grad) for p in own if not nn.parameter.is_lazy(p)]
-    values = [(tensor, tensor.detach().clone()) for tensor in written]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, its in states:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(its)
-        for parameter, data, trains in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trains)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for module in modules:
-            if isinstance(module, LoRALayer):
-                module.lora_refresh()
-        raise
 
 
 # ---- a transformers model's checkpoint ---------------------------------------------------------------------------

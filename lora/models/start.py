@@ -7,7 +7,6 @@ that it started from, so that the pretrained weight is not lost: it is Wâ‚€ + sâ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -18,9 +17,12 @@ from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.starts import Init
+from lora.layers.undo import undo_on_error
 from lora.models import spectral
 from lora.models.blocks import Pair, factor_blocks, tensors_of
-from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems, undo_on_error
+from lora.models.model import Memory, Names, lora_layers, names_of, owned_tensors, sharded_problems
+
+_GIVEN_BACK = "lora_given_back"
 
 
 def initialize(model: nn.Module, init_lora_weights: Init) -> None:
@@ -67,20 +69,21 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
         problems.add(*filter(None, [starts.init_problem(init_lora_weights)]))
         problems.raise_any()
         problems.add(*problems_of_start(layers, names_of(model), init_lora_weights))
-    begin(layers, init_lora_weights)
+    with undo_on_error(layers) as undo, undo:
+        begin(layers, init_lora_weights, undo)
 
 
-def begin(layers: Sequence[LoRALayer], how: Init) -> None:
-    """Start layers from their pretrained weights, all or none."""
-    with undo_start_on_error(layers):
-        for layer in layers:
-            give_back(layer)
-            layer.init_lora_weights = how
-            layer.lora_start_adapter()
-            if how == "olora":
-                start_from(layer, spectral.olora(layer), writes_base=True)
-            elif _is_pissa(how):
-                start_from(layer, spectral.pissa(layer, starts.niter_of(str(how))), writes_base=True)
+def begin(layers: Sequence[LoRALayer], how: Init, undo: undo_on_error) -> None:
+    """Start layers from their pretrained weights."""
+    for layer in layers:
+        keep_start(undo, layer, writes_base=how == "olora" or _is_pissa(how))
+        give_back(layer)
+        layer.init_lora_weights = how
+        layer.lora_start_adapter()
+        if how == "olora":
+            start_from(layer, spectral.olora(layer), writes_base=True)
+        elif _is_pissa(how):
+            start_from(layer, spectral.pissa(layer, starts.niter_of(str(how))), writes_base=True)
 
 
 def _is_pissa(how: Init) -> bool:
@@ -177,33 +180,31 @@ def pretrained_weight(layer: LoRALayer, sign: int = 1) -> Tensor:
     return torch.add(weight.to(dtype), started, alpha=sign).to(weight.dtype)
 
 
+def is_kept_apart(layer: LoRALayer) -> bool:
+    """Whether the base weight lacks what the layer's adapter started as."""
+    return layer.lora_start is not None and layer.lora_base_written
+
+
 @torch.no_grad()
-def _add_start(layer: LoRALayer, sign: int) -> None:
-    """Add the layer's start to the base weight, or take it out, if it is kept apart from it."""
-    if layer.lora_start is not None and layer.lora_base_written:
-        layer.lora_write_base(pretrained_weight(layer, sign))
-
-
 def give_back(layer: LoRALayer) -> None:
     """Write the pretrained weight into the base again."""
-    _add_start(layer, 1)
+    if layer.lora_start is not None:
+        setattr(layer.weight, _GIVEN_BACK, True)  # outlives the adapter, of which the layer keeps nothing
+    if is_kept_apart(layer):
+        layer.lora_write_base(pretrained_weight(layer))
     layer.lora_start = None
 
 
-@contextmanager
-def undo_start_on_error(layers: Sequence[LoRALayer]) -> Iterator[None]:
-    """Put the layers' adapters and starts back if the block raises, and base weights that it wrote, to rounding."""
-    before = [(layer, layer.lora_start, layer.lora_base_written) for layer in layers]
-    with undo_on_error(layers, [factor for layer in layers for _, factor in layer.lora_parameters()]):
-        try:
-            yield
-        except BaseException:
-            for layer, start, base_written in before:
-                if layer.lora_start is not start:
-                    give_back(layer)
-                    layer.lora_start, layer.lora_base_written = start, base_written
-                    _add_start(layer, -1)
-            raise
+def is_given_back(weight: object) -> bool:
+    """Whether this weight is a pretrained one only to rounding, since an adapter once started from a part of it."""
+    return hasattr(weight, _GIVEN_BACK)
+
+
+def keep_start(undo: undo_on_error, layer: LoRALayer, writes_base: bool) -> None:
+    """Keep what a start of the layer writes: A, B, magnitude, and the base weight, if it is written or given back."""
+    undo.keep(*(parameter for _, parameter in layer.lora_parameters()))
+    if writes_base or is_kept_apart(layer):
+        undo.keep(*weights.written_with(layer))
 
 
 # ---- what was learnt since ------------------------------------------------------------------------------------------

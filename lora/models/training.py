@@ -1,9 +1,8 @@
-"""What trains beside the frozen base: the adapters, and what was asked to train in full; and a model without both."""
+"""What trains beside the frozen base: the adapters, and what was asked to train in full."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +12,13 @@ from torch import Tensor
 from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.weights import is_sharded, is_writable
+from lora.layers.undo import undo_on_error
+from lora.layers.weights import is_writable
+from lora.models.exchange import trained as trained_in
 from lora.models.model import (
     by_tensor,
     check_none_replaced,
+    check_not_disabled,
     is_persistent,
     lora_layers,
     names_of,
@@ -45,7 +47,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
             Default: False.
 
     Raises:
-        ValueError: `bias` is none of the three; nothing has changed then.
+        ValueError: `bias` is none of the three, or `lora.disabled` has tensors exchanged; nothing has changed then.
 
     From loralib. `lora.lora_state_dict` with the same `bias` holds what this makes trainable, and a frozen A.
 
@@ -59,6 +61,14 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none", *, freeze_
     ['0.lora_B']
     """
     weights.reshard(model)
+    check_not_disabled(model, "mark_only_lora_as_trainable", reads=True)
+    _trained(model, bias)  # raises, where there is no such `bias`
+    with undo_on_error(model.modules()) as undo, undo:
+        let_train(model, bias, freeze_A)
+
+
+def let_train(model: nn.Module, bias: str = "none", freeze_A: bool = False) -> None:
+    """Let the adapters and biases train, and freeze everything else; who calls this undoes it on an error."""
     trained = _trained(model, bias)
     if freeze_A:  # a layer learns with its A as it started if that is not zero
         layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
@@ -102,12 +112,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     trained = _trained(model, bias)
     for module in model.modules():
         if trains_in_full(module):
-            trained.update(id(buffer) for buffer in module._buffers.values() if buffer is not None)
+            buffers = ((own, buffer) for own, buffer in module._buffers.items() if buffer is not None)
+            trained.update(id(trained_in(module, own, buffer)) for own, buffer in buffers)
     # By object, not by name: wrappers rename keys, and tied parameters have several.
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
     with Problems("lora_state_dict: a tensor is in parts") as problems:
         problems.add(*weights.split_up_problems(state.items()))
-    owners = {id(one.tensor): one for one in owned_tensors(names_of(model))}
+    owners = {id(trained_in(one.module, one.own, one.tensor)): one for one in owned_tensors(names_of(model))}
     values = {}
     for name, tensor in state.items():
         one = owners[id(tensor)]
@@ -126,7 +137,7 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
         for name, parameter in module._parameters.items():
             wanted = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
             if wanted and parameter is not None:
-                trained.add(id(parameter))
+                trained.add(id(trained_in(module, name, parameter)))
     return trained
 
 
@@ -200,7 +211,7 @@ def param_groups(
     weights 0.0001 0.01 1
     >>> optimizer = torch.optim.AdamW(groups)
     """
-    lora_layers(model, "param_groups")
+    lora_layers(model, "param_groups", reads=True)
     members: dict[str, list[nn.Parameter]] = {role: [] for role in _DECAYS}
     for owners in by_tensor(owned_tensors(names_of(model))):  # a tied one counts as what it is first
         parameter = owners[0].tensor
@@ -240,96 +251,6 @@ def _role(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if is_bias(name):
         return "biases"
     return "norms" if parameter.dim() < 2 or isinstance(module, _NORMS) else "weights"
-
-
-# ---- the model without its adapters --------------------------------------------------------------------------------
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within ``with lora.disabled(model):`` the model computes what the base model does.
-
-    Modules and biases that train in full, and buffers that training changed (running statistics), have the values that
-    they had when LoRA was put in.
-
-    Args:
-        model: a model with LoRA layers, or a part of one.
-
-    Raises:
-        ValueError: there is no LoRA layer in the model, or what trains in full is sharded or was resized since.
-
-    >>> import torch, lora
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
-    >>> before = model(torch.ones(8))
-    >>> _ = lora.inject(model, target_modules=["0"], r=2)
-    >>> _ = torch.nn.init.ones_(model[0].lora_B)
-    >>> with lora.disabled(model):
-    ...     bool((model(torch.ones(8)) == before).all())
-    True
-    """
-    lora_layers(model, "disabled", inside_disabled=True)
-    modules = [module for module in model.modules() if isinstance(module, LoRALayer) or originals(module)]
-    with Problems("disabled: nothing was changed") as problems:
-        for name, module in model.named_modules():  # FSDP2 puts tensors of its own in their places for every forward
-            wrong = [own for own in originals(module) if is_sharded(getattr(module, own)) and has_moved(module, own)]
-            if wrong:
-                problems.add(
-                    f"{join(name, wrong[0])}: trains in full and is sharded; compute with a base model of its own."
-                )
-        problems.add(*resized_problems(model))
-    _enter(model, modules)
-    try:
-        yield
-    finally:
-        _leave(model, modules)
-
-
-def _enter(model: nn.Module, modules: list[nn.Module]) -> None:
-    # A counter on the module, not a flag: contexts may end in any order, for example those of several generators.
-    first = [module for module in modules if not vars(module).get("lora_disabled", 0)]
-    bases: dict[int, Tensor] = {}  # one for a tensor that several modules share
-    for module in first:
-        swapped = [(trained, base) for trained, base in _to_swap(module) if id(trained) not in bases]
-        bases |= {id(trained): base for trained, base in swapped}
-        vars(module)["lora_swapped"] = swapped
-    _swap(model, bases)
-    for module in modules:
-        vars(module)["lora_disabled"] = vars(module).get("lora_disabled", 0) + 1
-    for module in first:
-        if isinstance(module, LoRALayer):
-            module.lora_refresh()
-
-
-def _leave(model: nn.Module, modules: list[nn.Module]) -> None:
-    for module in modules:
-        vars(module)["lora_disabled"] -= 1
-    last = [module for module in modules if not vars(module)["lora_disabled"]]
-    _swap(model, {id(base): trained for module in last for trained, base in vars(module).pop("lora_swapped")})
-    for module in last:
-        del vars(module)["lora_disabled"]
-        if isinstance(module, LoRALayer):
-            module.lora_refresh()
-
-
-def _to_swap(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of a tensor that trained outside the adapters and its value from before."""
-    for name, value in originals(module).items():
-        if not has_moved(module, name):
-            continue
-        trained: Tensor = getattr(module, name)
-        base = value.to(trained.device, trained.dtype)
-        yield trained, nn.Parameter(base, False) if name in module._parameters else base.clone()
-
-
-def _swap(model: nn.Module, replacements: dict[int, Tensor]) -> None:
-    """Put other tensors in the places of these, wherever they are in the model; no values are written."""
-    if not replacements:
-        return
-    for module in model.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if id(tensor) in replacements:
-                    owned[name] = replacements[id(tensor)]  # type: ignore[assignment]
 
 
 # ---- parameters outside the adapters: what they were before training --------------------------------------------
@@ -414,7 +335,7 @@ def resized_problems(model: nn.Module) -> Iterator[str]:
                 )
 
 
-def _may_move(buffer: Tensor) -> bool:
+def may_move(buffer: Tensor) -> bool:
     """Whether training may write to a buffer, and its value from before could be written back.
 
     Several integers are codes or positions, which do not move, and may be a model's whole weight (GPTQ's). A single one
@@ -431,7 +352,7 @@ def _remember_trained(model: nn.Module) -> None:
     for one in owned_tensors(names_of(model)):
         _, module, own, tensor = one
         if own in module._buffers:
-            if is_persistent(one) and _may_move(tensor):
+            if is_persistent(one) and may_move(tensor):
                 remember(module, own)
         elif tensor.requires_grad and not one.is_of_adapter and id(tensor) not in seen:
             seen.add(id(tensor))

@@ -52,9 +52,9 @@ class InStep:
 def check_in_step(layer: LoRALayer, input: Tensor) -> None:
     """RuntimeError if DistributedDataParallel runs this forward, and leaves out parameters that train."""
     # Asked in this order, a compiler sees a constant, and guards nothing.
-    if is_compiling() or DistributedDataParallel._active_ddp_module is None:
+    if is_compiling() or (wrapper := DistributedDataParallel._active_ddp_module) is None:
         return
-    _check(layer, DistributedDataParallel._active_ddp_module)
+    _check(layer, wrapper)
 
 
 def check_dropout(layer: LoRALayer, input: Tensor) -> None:
@@ -70,7 +70,8 @@ def check_dropout(layer: LoRALayer, input: Tensor) -> None:
 
 
 def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
-    if layer._checked is not None and layer._checked.still(wrapper, layer):
+    known = layer._checked  # asked once: another thread may cast the model
+    if known is not None and known.still(wrapper, layer):
         return
     # In training also without gradients: reentrant checkpointing runs the forward so, and the wrapper sees no other.
     if not (layer.training or torch.is_grad_enabled()) or torch.is_inference_mode_enabled() or not is_plain():

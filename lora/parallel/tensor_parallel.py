@@ -33,6 +33,7 @@ from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA, MergedLinearLoRA
 from lora.layers.registry import class_for
+from lora.layers.undo import undo_on_error
 from lora.models.model import by_tensor, names_of, owned_tensors, without_wrappers
 from lora.parallel.dtensor import dim_of_rows, in_model_order, in_rank_order
 from lora.parallel.forward import (
@@ -158,17 +159,18 @@ class MergedColwiseParallel(_Colwise):
             raise ValueError(f"`MergedColwiseParallel` is for linear layers, not for a {type(module).__name__}.")
         splits = self._splits_of(module, device_mesh.size())
         local = local_forward(module, {LinearLoRA: ColwiseLinear}, device_mesh) if is_adapted(module) else None
-        vars(module)["divided_splits"] = (splits, device_mesh.size())
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                ordered = in_rank_order(module, own, parameter.detach())
-                setattr(module, own, nn.Parameter(ordered, parameter.requires_grad))
-        module.register_state_dict_post_hook(state_in_model_order)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_pre_hook(state_in_rank_order)  # type: ignore[no-untyped-call]
-        if local is None:
-            super()._apply(module, device_mesh)
-        else:
-            divide(self, module, local, (Replicate(),))
+        with undo_on_error([module]) as undo, undo:
+            vars(module)["divided_splits"] = (splits, device_mesh.size())
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    ordered = in_rank_order(module, own, parameter.detach())
+                    setattr(module, own, nn.Parameter(ordered, parameter.requires_grad))
+            module.register_state_dict_post_hook(state_in_model_order)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(state_in_rank_order)  # type: ignore[no-untyped-call]
+            if local is None:
+                super()._apply(module, device_mesh)
+            else:
+                divide(self, module, local, (Replicate(),))
         return module
 
     def _splits_of(self, module: Any, ranks: int) -> tuple[int, ...]:
@@ -235,23 +237,24 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
 
 def divide(style: Any, layer: Any, local: LocalForward, layout: tuple[Placement, ...]) -> nn.Module:
     """Divide the layer's tensors, and let it take and give what the style says."""
-    for own, parameter in layer._parameters.items():
-        if parameter is not None:
-            source = getattr(style, "src_data_rank", 0)
-            if source is None and own.startswith("lora_"):  # weights may be alike already; adapters start at random
-                source = 0
-            placements = [local.placement(layer, own)]
-            whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
-            setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
-    layer.__class__ = class_for(TensorParallel, type(layer))
-    layer.lora_local = local
-    return distribute_module(
-        layer,
-        local.mesh,
-        None,
-        partial(style._prepare_input_fn, style.input_layouts, layout),
-        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
-    )
+    with undo_on_error([layer]) as undo, undo:
+        for own, parameter in layer._parameters.items():
+            if parameter is not None:
+                source = getattr(style, "src_data_rank", 0)
+                if source is None and own.startswith("lora_"):  # weights may be alike already; adapters start at random
+                    source = 0
+                placements = [local.placement(layer, own)]
+                whole = distribute_tensor(parameter.detach(), local.mesh, placements, src_data_rank=source)
+                setattr(layer, own, nn.Parameter(whole, parameter.requires_grad))
+        layer.__class__ = class_for(TensorParallel, type(layer))
+        layer.lora_local = local
+        return distribute_module(
+            layer,
+            local.mesh,
+            None,
+            partial(style._prepare_input_fn, style.input_layouts, layout),
+            partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+        )
 
 
 def in_order_of_output(output: Tensor, splits: tuple[int, ...], ranks: int) -> Tensor:

@@ -20,6 +20,7 @@ from lora.errors import raise_all
 from lora.functional.fused import exact_dtype
 from lora.layers.layer import LoRALayer, alpha_of
 from lora.layers.registry import class_for
+from lora.layers.undo import undo_on_error
 from lora.models.blocks import at_block_rank, block_rank, factor_blocks, layer_rank
 from lora.models.model import lora_layers, names_of, sharded_problems
 
@@ -40,7 +41,8 @@ class Swappable(LoRALayer):
 
     padded_from: tuple[int, float]
     lora_scale: Tensor
-    _scales_exchanged: bool
+    #: The tensor that holds the scaling, and what was written there; changed in place, with the tensors.
+    _written: list[Any]
 
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer without room computes it; for a compiler from tensors, which a swap may change."""
@@ -81,13 +83,19 @@ class Swappable(LoRALayer):
     @torch.no_grad()
     def lora_refresh(self) -> None:
         """Bring the two tensors up to date: in place, where their device and dtype are still right."""
-        if self._scales_exchanged != bool(self.lora_disabled):
-            self._buffers[_SCALE], self._buffers[_OFF] = self._buffers[_OFF], self._buffers[_SCALE]
-            self._scales_exchanged = not self._scales_exchanged
-            return  # writing what is there already would be a change to a backward that is still to come
+        on, off = (_SCALE, _OFF) if self.lora_disabled is None else (_OFF, _SCALE)
+        tensor, scaling = self._written
+        if tensor is not None and self._buffers[off] is tensor:
+            self._buffers.update({on: tensor, off: self._buffers[on]})
+        # Writing what is there already would be a change to a backward that is still to come.
+        if self._buffers[on] is not tensor or scaling != self.lora_scaling or not self._are_placed():
+            self._write({on: (self.lora_scaling, 1.0), off: (0.0, 0.0)})
+            self._written[:] = self._buffers[on], self.lora_scaling
+
+    def _write(self, wanted: dict[str, tuple[float, float]]) -> None:
+        self._written[:] = None, None  # until it is done
         device, dtype = self._placement()
-        on, off = (_OFF, _SCALE) if self.lora_disabled else (_SCALE, _OFF)
-        for name, values in {on: (self.lora_scaling, 1.0), off: (0.0, 0.0)}.items():
+        for name, values in wanted.items():
             tensor = self._buffers[name]
             if tensor is None or (tensor.device, tensor.dtype) != (device, dtype) or tensor.is_inference():
                 tensor = self._buffers[name] = torch.empty(2, dtype=dtype, device=device)
@@ -135,7 +143,7 @@ class Swappable(LoRALayer):
 
     def lora_remove(self, restore_layout: bool = True) -> None:
         super().lora_remove(restore_layout)
-        for name in ("padded_from", "_scales_exchanged"):
+        for name in ("padded_from", "_written"):
             vars(self).pop(name)
         for name in _TENSORS:
             self._buffers.pop(name)
@@ -192,8 +200,9 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
         problems.append("no LoRA layer has a rank above 0.")
     raise_all("prepare_for_swap: nothing was changed", problems)
     grown = [_with_room_for(layer, max_r) for layer in layers]  # all that may fail, before anything is changed
-    for layer, larger in zip(layers, grown, strict=True):
-        _prepare(layer, larger)
+    with undo_on_error(layers) as undo, undo:
+        for layer, larger in zip(layers, grown, strict=True):
+            _prepare(layer, larger)
 
 
 def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
@@ -254,5 +263,5 @@ def _prepare(layer: LoRALayer, larger: _Larger) -> None:
         for name in _TENSORS:
             layer.register_buffer(name, None, persistent=False)
         layer.__class__ = class_for(Swappable, type(layer))
-        vars(layer).update(padded_from=own, _scales_exchanged=False)
+        vars(layer).update(padded_from=own, _written=[None, None])
     layer.lora_refresh()

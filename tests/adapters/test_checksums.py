@@ -12,7 +12,7 @@ from tensor_files import entry, raw, refused, same
 from toy_model import AdapterFile, snapshot
 
 import lora
-from lora.adapters import files
+from lora.adapters import files, saving
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ CHANGES = {
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_a_change_after_the_checksum_is_found(path, changes):
     tensors = {"a": T, "b": -T}
-    files.write_tensors(path, tensors, {"x": "y"})
+    saving.write_tensors(path, tensors, {"x": "y"})
     metadata = files.read_tensors(path)[1]
     safetensors.torch.save_file({name: t.clone() for name, t in (tensors | changes).items()}, path, metadata)
     refused(files.read_tensors, path, "its content has changed since it was written")
@@ -51,7 +51,7 @@ def test_a_change_after_the_checksum_is_found(path, changes):
 
 @pytest.mark.parametrize("changes", [{"x": "z"}, {"z": "y"}, {"sha256": "0" * 64}, {"sha256": ""}], ids=str)
 def test_a_change_of_metadata_is_found(path, changes):
-    files.write_tensors(path, {"a": T}, {"x": "y"})
+    saving.write_tensors(path, {"a": T}, {"x": "y"})
     metadata = files.read_tensors(path)[1]
     safetensors.torch.save_file({"a": T}, path, metadata | changes)
     refused(files.read_tensors, path, "its content has changed since it was written")
@@ -60,7 +60,7 @@ def test_a_change_of_metadata_is_found(path, changes):
 
 
 def test_another_order_or_padding_is_no_change(path):
-    files.write_tensors(path, {"a": T, "b": -T}, {"x": "y"})
+    saving.write_tensors(path, {"a": T, "b": -T}, {"x": "y"})
     metadata = files.read_tensors(path)[1]
     header = {"b": entry(shape=[6], offsets=[0, 24]), "a": entry(shape=[6], offsets=[24, 48])}
     header["__metadata__"] = dict(reversed(metadata.items()))

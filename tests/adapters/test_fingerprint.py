@@ -62,6 +62,7 @@ def test_kind_shape_dtype_and_sample_are_in_the_file(tmp_path, kind):
         base = json.loads(file.metadata()["lora"])["modules"]["0"]["base"]
     words = {"Linear": "linear", "MergedLinear": "linear", "Embedding": "embedding"}
     expected = {"kind": words.get(kind.split()[0], "conv"), "shape": list(layer.weight.shape), "dtype": "float32"}
+    expected["margin"] = 0.0  # the weight was never written
     if expected["kind"] == "linear":
         expected["fan_in_fan_out"] = kind == "Linear transposed"
     if expected["kind"] == "conv":
@@ -224,7 +225,7 @@ def test_a_weight_on_the_meta_device_has_a_shape_and_no_sample():
     st.lists(st.floats(-10, 10), min_size=1, max_size=40).filter(lambda values: np.linalg.norm(values) > 1e-3),
     st.floats(0, 0.1),
 )
-def test_sampled_values_may_differ_by_one_per_cent(values, change):
+def test_sampled_values_that_do_not_say_how_exact_they_are_may_differ_by_one_per_cent(values, change):
     layer = nn.Linear(len(values), 1, dtype=torch.float64)
     layer.weight.data = torch.tensor([values], dtype=torch.float64)
     sample = [values[k * (len(values) - 1) // 15] for k in range(16)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toy_model import Model, content, snapshot
 
 import lora
-from lora.adapters import files
+from lora.adapters import files, saving
 from lora.formats.torch_files import read_torch
 
 MANY = settings(max_examples=300)
@@ -247,7 +247,7 @@ def test_any_flipped_bit_of_a_file_of_loras_is_found(native, path, data):
 
 
 def test_every_flipped_bit_of_a_small_file_is_found(path):
-    files.write_tensors(path, {"a": torch.tensor([1.0]), "b": torch.ones(2, 1)}, {"x": "y"})
+    saving.write_tensors(path, {"a": torch.tensor([1.0]), "b": torch.ones(2, 1)}, {"x": "y"})
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         content = bytearray(whole)

@@ -14,7 +14,7 @@ from tensor_files import TENSORS, entry, own_their_memory, raw, refused, same
 from torch import nn
 
 import lora
-from lora.adapters import files
+from lora.adapters import files, saving
 from lora.formats.torch_files import read_torch
 
 
@@ -32,7 +32,7 @@ def test_what_safetensors_writes_is_read_to_the_bit(path):
 
 
 def test_what_is_written_is_read_by_safetensors_to_the_bit(path):
-    files.write_tensors(path, TENSORS, {"x": "y\n\x00Ä", "format": "tf"})
+    saving.write_tensors(path, TENSORS, {"x": "y\n\x00Ä", "format": "tf"})
     theirs = safetensors.torch.load_file(path)
     same({name: theirs[name] for name in TENSORS}, TENSORS)
     with safetensors.safe_open(path, framework="pt") as file:
@@ -46,13 +46,13 @@ def test_what_is_written_is_read_by_safetensors_to_the_bit(path):
 def test_views_parameters_and_tied_tensors_are_written_by_their_values(path):
     base = torch.arange(12.0).view(3, 4)
     tensors = {"transposed": base.T, "part": base[1:, ::2], "tied": base, "parameter": nn.Parameter(base)}
-    files.write_tensors(path, tensors, {})
+    saving.write_tensors(path, tensors, {})
     got = files.read_tensors(path)[0]
     assert {name: t.tolist() for name, t in got.items()} == {name: t.tolist() for name, t in tensors.items()}
 
 
 def test_tensors_own_their_memory_and_leave_the_file_alone(path):
-    files.write_tensors(path, TENSORS, {})
+    saving.write_tensors(path, TENSORS, {})
     before = path.read_bytes()
     tensors = files.read_tensors(path)[0]
     assert own_their_memory(tensors)
@@ -158,14 +158,14 @@ def test_a_name_that_is_none_is_refused_wherever_it_stands(path, name):
     refused(read_torch, path, "is not a torch file", "the name ")
     path.write_bytes(b"old")
     with pytest.raises((lora.AdapterError, UnicodeEncodeError)):
-        files.write_tensors(path, {name: torch.ones(2)}, {})
+        saving.write_tensors(path, {name: torch.ones(2)}, {})
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 512, "a b", "Ä名", "layers.0.q_proj.lora_A.weight", ".a"])
 def test_other_names_are_fine(path, name):
-    files.write_tensors(path, {name: torch.ones(2)}, {})
+    saving.write_tensors(path, {name: torch.ones(2)}, {})
     assert list(files.read_tensors(path)[0]) == [name]
     torch.save({name: torch.ones(2)}, path)
     assert list(read_torch(path)) == [name]
@@ -181,7 +181,7 @@ def test_one_error_lists_all_that_is_wrong_or_the_first_of_very_many(path):
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, -100, -1])
 def test_a_file_cut_short_is_refused(path, size):
-    files.write_tensors(path, TENSORS, {})
+    saving.write_tensors(path, TENSORS, {})
     path.write_bytes(path.read_bytes()[:size])
     refused(files.read_tensors, path, "is not a safetensors file")
 
@@ -230,14 +230,14 @@ def test_a_longer_header_is_read_if_the_tensors_are_longer_still(path):
 def test_an_adapter_with_more_tensors_than_headers_hold_is_not_written(path):
     metadata = {"lora": "x" * 8 * 2**20}
     with pytest.raises(lora.AdapterError, match="its header may have 8388608 bytes"):
-        files.write_tensors(path, {"a": torch.ones(2)}, metadata)
+        saving.write_tensors(path, {"a": torch.ones(2)}, metadata)
     assert not path.exists()
 
 
 def test_dtypes_that_have_no_place_are_refused_together(path):
     tensors = {"a": torch.ones(2, dtype=torch.complex128), "b": torch.ones(2), "c": torch.ones(2).to(torch.complex128)}
     with pytest.raises(lora.AdapterError) as caught:
-        files.write_tensors(path, tensors, {})
+        saving.write_tensors(path, tensors, {})
     assert "a has the dtype torch.complex128" in str(caught.value)
     assert "c has the dtype torch.complex128" in str(caught.value)
     assert not path.exists()
@@ -260,7 +260,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(path, monkeypatch):
         return header
 
     parse = files._header
-    files.write_tensors(path, {"a": torch.ones(100_000)}, {})
+    saving.write_tensors(path, {"a": torch.ones(100_000)}, {})
     monkeypatch.setattr(files, "_header", then_shrink)
     refused(files.read_tensors, path, "has changed while it was read")
 
@@ -269,6 +269,6 @@ def test_a_file_that_fits_no_memory_is_refused(path, monkeypatch):
     def allocate(*_):
         torch.empty(2**60, dtype=torch.uint8)
 
-    files.write_tensors(path, TENSORS, {})
+    saving.write_tensors(path, TENSORS, {})
     monkeypatch.setattr(files, "_tensor", allocate)
     refused(files.read_tensors, path, "does not fit into memory")

@@ -238,6 +238,34 @@ def test_a_model_without_lora_is_refused(function):
         function(Model())
 
 
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_written():
+    model = nn.ModuleDict(
+        {
+            "first": lora.Linear(4, 4, r=2),
+            "weight": lora.Linear(4, 6, r=2),
+            "A": lora.Linear(4, 6, r=2),
+            "embed": lora.Embedding(5, 4, r=2),
+            "conv": lora.Conv2d(4, 4, 3, r=2),
+            "m": lora.Linear(4, 6, r=2, use_dora=True),
+        }
+    )
+    for layer in model.values():
+        randomised(layer)
+    model["weight"].weight.data = torch.zeros(7, 4)
+    model["A"].lora_A.data = torch.zeros(2, 5)
+    model["embed"].weight.data = torch.zeros(6, 4)
+    model["conv"].lora_B.data = torch.zeros(15, 6)
+    model["m"].lora_magnitude.data = torch.zeros(5)
+    refuses(
+        model,
+        "  - weight: lora_A (2, 4), lora_B (6, 2) do not fit the weight (7, 4)",
+        "  - A: lora_A (2, 5), lora_B (6, 2) do not fit the weight (6, 4)",
+        "  - embed: lora_A (2, 5), lora_B (4, 2) do not fit the weight (6, 4)",
+        "  - conv: lora_A (6, 12), lora_B (15, 6) do not fit the weight (4, 4, 3, 3)",
+        "  - m: lora_A (2, 4), lora_B (6, 2), lora_magnitude (5,) do not fit the weight (6, 4)",
+    )
+
+
 class FragileLoRA(LinearLoRA):
     def lora_merge(self):
         raise MemoryError

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 
 import lora
-from lora.models.model import Memory, by_tensor, names_of, owned_tensors, undo_on_error
+from lora.layers.undo import undo_on_error
+from lora.models.model import Memory, by_tensor, names_of, owned_tensors
 
 
 def tied():

@@ -154,7 +154,7 @@ def test_disabled_that_fails_to_begin_leaves_nothing_behind(monkeypatch):
     def fails(*args):
         raise MemoryError
 
-    monkeypatch.setattr(sys.modules["lora.models.training"], "_swap", fails)
+    monkeypatch.setattr(sys.modules["lora.models.disabling"], "_base", fails)
     with pytest.raises(MemoryError), lora.disabled(model):
         pass
     monkeypatch.undo()

@@ -1,0 +1,114 @@
+"""Ctrl-C at any line of lora/: a trace function raises it there. And what a model is, to the bit."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora
+from lora.layers.undo import undo_on_error
+
+_PACKAGE = str(Path(lora.__file__).parent)
+
+
+class Lines:
+    """Within it, KeyboardInterrupt is raised as the n-th line of lora/ begins; never, for None. `seen` are all lines.
+
+    A generator's lines, and those of context managers' exits, count as any. Of what is not lora's nothing is traced.
+    """
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.seen = at, []
+
+    def __enter__(self) -> "Lines":
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: Any, event: str, argument: object) -> Callable[..., Any] | None:
+        return self._line if frame.f_code.co_filename.startswith(_PACKAGE) else None
+
+    def _line(self, frame: Any, event: str, argument: object) -> Callable[..., Any]:
+        if event == "line":
+            self.seen.append((frame.f_code, frame.f_lineno))
+            if len(self.seen) - 1 == self.at:
+                raise KeyboardInterrupt  # which ends the tracing
+        return self._line
+
+
+def is_interrupted(function: Callable[[], object], at: int) -> bool:
+    """Whether a call was interrupted at its n-th line, and not at its end before that."""
+    try:
+        with Lines(at):
+            function()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def lines_of(function: Callable[[], object]) -> list[tuple[Any, int]]:
+    """All lines of a call that comes to its end."""
+    with Lines() as lines:
+        function()
+    return lines.seen
+
+
+def ends_of(seen: list[tuple[Any, int]]) -> list[int]:
+    """Where each line is met first, and where it is last."""
+    first = {line: n for n, line in reversed([*enumerate(seen)])}
+    last = {line: n for n, line in enumerate(seen)}
+    return sorted({*first.values(), *last.values()})
+
+
+def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
+    """From now on the next undo is interrupted, too: as the n-th line of lora/ begins in it."""
+    lines, leave = Lines(at), undo_on_error.__exit__
+
+    def exit(undo: undo_on_error, kind: type | None, *error: object) -> None:
+        if kind is None or lines.seen:
+            return leave(undo, kind, *error)
+        with lines:
+            return leave(undo, kind, *error)
+
+    monkeypatch.setattr(undo_on_error, "__exit__", exit)
+    return lines
+
+
+# ---- what a model is ---------------------------------------------------------------------------------------------
+
+_CACHES = ("_merged", "_norms", "_squares", "_checked")  # computed anew when they are old
+
+
+def whole(model: nn.Module, objects: bool = True) -> list[Any]:
+    """All that a model is, to the bit, and in which objects: equal for two models that nothing can tell apart."""
+
+    def which(one: object) -> int | None:
+        return id(one) if objects else None
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            form = type(value), value.dtype, tuple(value.shape), value.stride(), value.requires_grad
+            own = which(value), value.data_ptr() if objects else None, of(value.grad), of(vars(value))
+            return form, own, bits(value)
+        if isinstance(value, dict):
+            return [(key, of(one)) for key, one in value.items() if key not in _CACHES]
+        if isinstance(value, (list, tuple)):
+            return [of(one) for one in value]
+        if isinstance(value, set):
+            return sorted(map(str, value))
+        if hasattr(value, "__dict__") and not callable(value):
+            return which(value), type(value), of(vars(value))
+        return which(value) if callable(value) else value
+
+    return [(name, type(module), which(module), of(vars(module))) for name, module in model.named_modules()]
+
+
+def bits(value: Tensor) -> bytes:
+    """The bits of a tensor's values."""
+    return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
