@@ -1,15 +1,19 @@
 """The command line: `python -m lora`, or `lora`.
 
-Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted.
+Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted, 143 if
+terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from lora import __version__
 from lora.cli import convert, in_options, inspect, merging
@@ -61,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit:
             sys.stdout.flush()  # of the help
             raise
-        code: int = chosen.run(chosen)
+        with _termination():
+            code: int = chosen.run(chosen)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -69,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
+    except _Terminated as error:
+        return _refuse("terminated", 128 + error.signal)
     except OSError as error:
         if error.strerror is None:  # a sentence of lora's own
             return _refuse(in_options(str(error)))
@@ -80,6 +87,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(in_options(str(error)))
     except (OverflowError, MemoryError, RuntimeError) as error:  # torch's allocator raises the last
         return _refuse(_line(error))
+
+
+class _Terminated(BaseException):
+    """The process is told to end."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let signals that end a process end the work as Ctrl-C does: what is half written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        for each in before:  # one is enough, and what it has begun is to be finished
+            signal.signal(each, signal.SIG_IGN)
+        raise _Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        before = {n: signal.getsignal(n) for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse(message: str, code: int = 2) -> int:

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora.adapters.files import Entry, read_header, read_object
 from lora.adapters.paths import kind, open_file, reading, writing
+from lora.adapters.saving import alone_in, clear_left_folders
 from lora.cli import progress
 from lora.errors import raise_all, short
 
@@ -234,13 +235,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
     real = Path(os.path.realpath(out))
     beside, old = (real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
-    with writing(out):
+    with writing(out), ExitStack() as held:  # whose they are, others know by the locks
+        clear_left_folders(real)
         beside.mkdir()
+        held.enter_context(alone_in(beside))
         try:
             yield beside
             if not real.exists():
                 os.replace(beside, real)
                 return
+            held.enter_context(alone_in(real))
             os.replace(real, old)
             try:
                 os.replace(beside, real)
