@@ -174,6 +174,8 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
         if not isinstance(layer, LinearLoRA):
             yield f"{name}: {layer.lora_needs_data!r} is for linear layers, not for a {type(layer).__name__}."
             continue
+        if layer.lora_is_in_place():
+            yield f"{name}: has a forward of its own, in which nobody sees what its weight is multiplied by."
         yield from (f"{name}: {problem}" for problem in (*form_problems(layer), *method.problems(layer)))
     others = [layer for layer in layers if not METHODS[str(layer.lora_needs_data)].writes_base]
     yield from sharded_problems(others, names, "calibrate it before the model is sharded")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Geometry, lora_conv
 from lora.functional.conv import CONVOLUTIONS
 from lora.functional.fused import autocasts, exact_dtype, refuse_storage, without_autocast
+from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register
@@ -33,6 +35,7 @@ class ConvLoRA(LoRALayer):
     factored: bool = False
 
     lora_settings = (*LoRALayer.lora_settings, "factored")
+    lora_taught: ClassVar[Mapping[Any, str]] = dict.fromkeys(CONVOLUTIONS.values(), "lora_taught_conv")
 
     in_channels: int
     out_channels: int
@@ -146,6 +149,32 @@ class ConvLoRA(LoRALayer):
         if self.factored or not self.lora_dense or not one_convolution or (self.lora_dropout and self.training):
             return super().lora_forward(input, *args, **kwargs)
         return self.lora_forward_with(input, self.weight + self._delta_like(self.weight) * self.lora_scaling)
+
+    def lora_taught_conv(
+        self,
+        W: LowRankWeight,
+        input: Any,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        """W ∗ x + b, in the base class's own forward."""
+        if weight is not W or not self.factored or groups != self.groups:
+            return NotImplemented
+        n = len(self.kernel_size)
+        convolve: Any = CONVOLUTIONS[n]
+        geometry: Any = [size if isinstance(size, str) else _for_each(size, n) for size in (stride, padding, dilation)]
+        if groups == 1 and not isinstance(padding, str) and input.dim() == n + 2:
+            y = lora_conv(input, W.base, bias, W.A, W.B, W.scaling, Geometry(*geometry), W.dropout)
+        else:
+            y = convolve(input, W.base, bias, *geometry, groups)  # (N, out_channels, *out_size)
+            x = F.dropout(input, W.dropout)
+            h = convolve(x, W.A.to(x.dtype), None, *geometry, groups)  # (N, r, *out_size)
+            y = y + (convolve(h, W.B.to(h.dtype), groups=groups) * W.scaling).to(y.dtype)
+        return self.lora_magnified_beside(bias, y) if W.gain else y
 
     def _fuses(self, input: Tensor) -> bool:
         plain_geometry = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
@@ -282,6 +311,12 @@ class Conv3d(ConvLoRA, nn.Conv3d):
     """
 
     lora_dense = True
+
+
+def _for_each(size: Any, n: int) -> tuple[int, ...]:
+    """A size for each of n dimensions."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * n if len(sizes) == 1 else sizes
 
 
 for _base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -29,8 +29,11 @@ class Magnitudes(LayerKind):
 
     def lora_magnified(self, y: Tensor) -> Tensor:
         """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
+        return self.lora_magnified_beside(self._parameters.get("bias"), y)
+
+    def lora_magnified_beside(self, bias: Tensor | None, y: Tensor) -> Tensor:
+        """The same for a bias that need not be the layer's."""
         excess = self.lora_expand_to_outputs(self.lora_excess()).to(y.dtype)
-        bias = self._parameters.get("bias")
         _, dim = self.lora_output_dims()
         return magnify(y, excess, None if bias is None else bias.to(y.dtype), dim)
 
@@ -79,6 +82,10 @@ class Magnitudes(LayerKind):
 
     @torch.no_grad()
     def lora_magnitude_gain(self, dtype: torch.dtype) -> Tensor:
+        """`lora_gain`, as a constant."""
+        return self.lora_gain(dtype)
+
+    def lora_gain(self, dtype: torch.dtype) -> Tensor:
         """g, 1 where the layer has no magnitude, in the shape that multiplies the weight."""
         shape = [1] * len(self.lora_weight_shape())
         shape[self.lora_output_dims()[0]] = -1
@@ -96,7 +103,7 @@ class Magnitudes(LayerKind):
         """ValueError if a layer of this class cannot have magnitudes."""
         if not cls.lora_magnitudes(base, shape_B):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
-        if not cls.lora_dense and weights.packing_of(base) is None:
+        if not cls.lora_dense and weights.packing_of(base) is None and weights.is_packed(base):
             raise ValueError(
                 f"`use_dora` needs to know the weight that a {cls.lora_base_class.__name__} computes with, which has a "
                 "forward of its own; `lora.register_weight` teaches how to read it."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.functional import Lookup, lora_embedding
+from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.registry import register
 from lora.layers.starts import Init
@@ -23,6 +24,7 @@ class EmbeddingLoRA(WithVocabulary):
 
     lora_starts_at_zero = "lora_A"
     lora_counted = "num_embeddings", "lora_A", 1
+    lora_taught: ClassVar[Mapping[Any, str]] = {F.embedding: "lora_taught_embedding"}
 
     padding_idx: int | None
     max_norm: float | None
@@ -48,6 +50,26 @@ class EmbeddingLoRA(WithVocabulary):
             return super().lora_forward(input, *args, **kwargs)
         how = Lookup(self.padding_idx, self.scale_grad_by_freq, self.sparse)
         return lora_embedding(input, self.lora_base_forward(input), self.lora_A, self.lora_B, self.lora_scaling, how)
+
+    def lora_taught_embedding(
+        self,
+        W: LowRankWeight,
+        input: Tensor,
+        weight: Any,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        """W[ids], in the base class's own forward."""
+        if weight is not W or W.transposed or max_norm is not None:
+            return NotImplemented
+        y = F.embedding(input, W.base, padding_idx, None, norm_type, scale_grad_by_freq, sparse)  # (..., embedding_dim)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += self.num_embeddings
+        y = lora_embedding(input, y, W.A, W.B, W.scaling, Lookup(padding_idx, scale_grad_by_freq, sparse))
+        return self.lora_magnified_beside(None, y) if W.gain else y
 
     def lora_down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)  # (...) -> (..., r)

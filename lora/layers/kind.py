@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,6 +68,8 @@ class LayerKind(nn.Module):
     _squares: Cached | None = None
     _norms: Cached | None = None
     _subclassed: bool = False
+    #: Whether W takes the place of the weight in a forward that the base class has of its own.
+    _in_place: bool = False
     #: What a check has found, which holds until the layer's tensors are cast or moved.
     _checked: Any = None
 
@@ -92,6 +94,9 @@ class LayerKind(nn.Module):
     lora_base_class: ClassVar[type[nn.Module]] = nn.Module
     #: Whether `lora_forward_with` may stand in for the base class's own forward.
     lora_dense: ClassVar[bool] = False
+    #: Which torch functions of W a base class's own forward may call without W being built: the names of the methods
+    #: that compute them beside W₀, each with a `LowRankWeight` before the function's arguments.
+    lora_taught: ClassVar[Mapping[Any, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,7 +164,8 @@ class LayerKind(nn.Module):
 
     def lora_base_weight(self) -> Tensor:
         """W₀, dense, as the base layer's function uses it."""
-        if self.lora_dense and type(self.weight) in (Tensor, nn.Parameter):  # the fast path: DoRA asks in every forward
+        # The fast path: DoRA asks in every forward.
+        if (self.lora_dense or self._in_place) and type(self.weight) in (Tensor, nn.Parameter):
             return self.weight
         return weights.read_weight(self)
 

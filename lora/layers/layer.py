@@ -23,6 +23,7 @@ from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
+from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
 from lora.layers.weights import same_values, sparing
 
@@ -32,7 +33,7 @@ _LARGEST_SCALING = torch.finfo(torch.float32).max
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
-    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked"),
+    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked", "_in_place"),
 )
 
 
@@ -118,9 +119,11 @@ class LoRALayer(Magnitudes):
         if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
             return self.lora_pretrained_forward(input, *args, **kwargs)
         if self._serves_merged():
-            return self.lora_forward_with(input, self.lora_merged_weight(), *args, **kwargs)
+            return self.lora_computed_with(self.lora_merged_weight(), input, *args, **kwargs)
         for check in self.lora_checks:
             check(self, input)
+        if self.lora_is_in_place():
+            return self.lora_computed_with(self.lora_weight(), input, *args, **kwargs)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y
 
@@ -154,17 +157,42 @@ class LoRALayer(Magnitudes):
 
     def lora_pretrained_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer as it was pretrained, whatever an initialiser took out of its weight."""
-        y, start = self.lora_base_forward(input, *args, **kwargs), self.lora_start
+        start = self.lora_start
         if start is None:
-            return y
+            return self.lora_base_forward(input, *args, **kwargs)
         A, B, scaling = start
+        if self.lora_is_in_place():
+            weight = LowRankWeight(self, A.to(self.weight.device), B.to(self.weight.device), scaling)
+            return self.lora_computed_with(weight, input, *args, **kwargs)
+        y = self.lora_base_forward(input, *args, **kwargs)
         dtype = y.dtype if y.is_floating_point() else A.dtype
         return y + (self.lora_product(input, A.to(y.device, dtype), B.to(y.device, dtype)) * scaling).to(y.dtype)
+
+    # ---- where the base class has a forward of its own -------------------------------------------------------
+
+    def lora_is_in_place(self) -> bool:
+        """Whether the base class has a forward of its own, and a weight that W can take the place of."""
+        return self._in_place and not self._subclassed
+
+    def lora_weight(self) -> LowRankWeight:
+        """W, in the place of the weight that the base class's own forward reads."""
+        dropout = self.lora_dropout if self.training else 0.0
+        return LowRankWeight(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
+
+    def lora_computed_with(self, weight: Tensor | LowRankWeight, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with another weight in the place of its own."""
+        if self.lora_dense:
+            assert isinstance(weight, Tensor)
+            return self.lora_forward_with(input, weight, *args, **kwargs)
+        output: Tensor = with_weight(self, weight, input, *args, **kwargs)
+        return output
 
     # ---- the merged weight -----------------------------------------------------------------------------------
 
     def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or not self.lora_dense or self._subclassed:
+        if self.training or not self.merge_weights or self._subclassed:
+            return False
+        if not self.lora_dense and not self._in_place:
             return False
         tensors = self._sources()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -241,6 +269,7 @@ class LoRALayer(Magnitudes):
             exact = exact_dtype(dtype)  # it moves in small steps, and is small
             self.lora_magnitude = nn.Parameter(torch.ones(count, device=device, dtype=exact))
         self.weight.requires_grad_(False)
+        self._in_place = not self.lora_dense and not weights.is_packed(self)
 
     def lora_remove(self, restore_layout: bool = True) -> None:
         """Undo `lora_add`: the layer is a bare base layer again, with its weight in the base class's layout.

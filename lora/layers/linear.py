@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, compress
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from lora.errors import short
 from lora.functional import Adapted, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
+from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, register
@@ -31,6 +32,11 @@ class LinearLoRA(WithVocabulary):
     """The kind for linear layers: A (r, in_features), B (out_features, r)."""
 
     lora_counted = "out_features", "lora_B", 0
+    lora_taught: ClassVar[Mapping[Any, str]] = {
+        F.linear: "lora_taught_linear",
+        **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), "lora_taught_matmul"),
+        torch.addmm: "lora_taught_addmm",
+    }
 
     #: The weight is stored as (in_features, out_features).
     fan_in_fan_out: bool = False
@@ -143,6 +149,8 @@ class LinearLoRA(WithVocabulary):
 
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
+        if not self.lora_dense:
+            raise ValueError(f"a {type(self).__name__} has a forward of its own, which `lora_linear` does not know.")
         if self.use_dora:
             raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
         return self._adapted()
@@ -154,6 +162,28 @@ class LinearLoRA(WithVocabulary):
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.lora_stored(weight), self.bias)
+
+    # ---- what the base class's own forward may do with W -----------------------------------------------------
+
+    def lora_taught_linear(self, W: LowRankWeight, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+        """x Wᵀ + b, for W (out_features, in_features)."""
+        if weight is not W or W.transposed != self.fan_in_fan_out:
+            return NotImplemented
+        base = self.lora_stored(W.base)
+        y = lora_linear(input, base, bias, W.A, W.B, W.scaling, W.dropout, self.lora_slices())
+        return self.lora_magnified_beside(bias, y) if W.gain else y
+
+    def lora_taught_matmul(self, W: LowRankWeight, input: Any, weight: Any) -> Any:
+        """x W, for W (in_features, out_features)."""
+        if weight is not W or input.dim() == 1:
+            return NotImplemented
+        return self.lora_taught_linear(turned := W.t(), input, turned)
+
+    def lora_taught_addmm(self, W: LowRankWeight, bias: Tensor, input: Any, weight: Any, **factors: Any) -> Any:
+        """b + x W, for W (in_features, out_features)."""
+        if weight is not W or factors or bias.dim() != 1:
+            return NotImplemented
+        return self.lora_taught_linear(turned := W.t(), input, turned, bias)
 
     def lora_reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)

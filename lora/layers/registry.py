@@ -69,6 +69,9 @@ def register(base: Base | str, kind: Kind) -> None:
     if not isinstance(base, str) and not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"`base` must be a subclass of nn.Module or the full name of one, got {base!r}.")
     _kinds[base] = kind
+    for key, made in [*_classes.items()]:  # classes that were made before may be of another kind now, or dense
+        if made.__dict__.get("generated", False):
+            _classes.pop(key, None)
 
 
 def kind_for(base: Base) -> Kind | None:
@@ -84,7 +87,7 @@ def class_for(kind: Kind, base: Base) -> Kind:
     if (kind, base) not in _classes:
         namespace: dict[str, Any] = {"__module__": base.__module__, "generated": True}
         if kind.lora_base_class is nn.Module:
-            # A subclass with a forward of its own (a quantised layer, say) computes more than W₀ x + b.
+            # A subclass with a forward of its own (scaled words, say) computes more than W₀ x + b.
             if hasattr(base, "scaling"):  # the base's own goes before loralib's word for ours
                 namespace["scaling"] = inspect.getattr_static(base, "scaling")
             namespace["lora_dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))

@@ -17,6 +17,8 @@ _CONTAINERS = (
     *(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))),
     *("lora_originals", "lora_kept", "lora_children", "lora_remembered"),
 )
+# What other threads may change meanwhile, which is theirs: the blocks of `lora.disabled` that are open.
+_OF_OTHERS = "lora_disabled"
 
 
 class _Module(NamedTuple):
@@ -29,7 +31,7 @@ class _Module(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        attributes = dict(vars(module))
+        attributes = {name: value for name, value in dict(vars(module)).items() if name != _OF_OTHERS}
         place = attributes.get("lora_place")
         held = [attributes[name] for name in _CONTAINERS if name in attributes] + ([vars(place)] if place else [])
         return cls(module, type(module), attributes, [(one, one.copy() if one else ()) for one in held])
@@ -37,7 +39,8 @@ class _Module(NamedTuple):
     def put_back(self) -> None:
         if type(self.module) is not self.cls:
             self.module.__class__ = self.cls
-        _refill(vars(self.module), self.attributes)
+        own = vars(self.module)
+        _refill(own, {**self.attributes, **({_OF_OTHERS: own[_OF_OTHERS]} if _OF_OTHERS in own else {})})
         for container, content in self.contents:
             _refill(container, content)
 

@@ -32,9 +32,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     (``contextvars.copy_context().run``). Two things hold for all callers:
 
     - Where more than A, B and magnitudes trained, the base's tensors stand in the model until the block is left. A
-      forward of its LoRA layers by another caller then raises RuntimeError; nobody else should be in the midst of one
-      when the block begins or ends. State dicts are of what trained, in the block as well, and are loaded into it; it
-      follows where the model is moved or cast. Optimizer steps change it, too, but belong outside of the block.
+      forward by another caller then raises RuntimeError, in LoRA layers and in what has the base's tensors. State dicts
+      are of what trained, in the block as well, and are loaded into it; it follows where the model is moved or cast.
+      Optimizer steps change it, too, but belong outside of the block.
     - A compiled model (`torch.compile`) is disabled for everyone while any block is open.
 
     Activation checkpointing computes a forward again in its backward: call both in the block, or both outside.

@@ -13,6 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.functional.fused import is_storage
+from lora.layers import switch
+from lora.layers.layer import LoRALayer
 from lora.layers.switch import Block
 
 _ATTRIBUTE = "lora_exchanged"
@@ -39,6 +41,7 @@ class Exchanged:
         known = vars(self.module).setdefault(_ATTRIBUTE, _Places(self.module))
         self.blocks.add(block)
         known[self.own] = self
+        switch.name(self.module, block)
         known.watch()
         if self._now() is self.trained:
             setattr(self.module, self.own, self.base)
@@ -48,6 +51,7 @@ class Exchanged:
         self.blocks.discard(block)
         known = vars(self.module).get(_ATTRIBUTE)
         if self.blocks or known is None:
+            switch.forget(self.module, block)
             return
         if known.get(self.own) is self:
             self._follow(self._now())
@@ -56,6 +60,7 @@ class Exchanged:
         if not known:
             known.unwatch()
             vars(self.module).pop(_ATTRIBUTE, None)
+        switch.forget(self.module, block)
 
     def _now(self) -> Tensor:
         now: Tensor = getattr(self.module, self.own)
@@ -89,11 +94,14 @@ class _Places(dict[str, Exchanged]):
         self.module, self.handles = module, list[Any]()
 
     def watch(self) -> None:
-        """Let the module's state dict be that of what trained."""
-        if not self.handles:
-            self.handles.append(self.module.register_state_dict_post_hook(_save_trained))  # type: ignore[no-untyped-call]
-        if len(self.handles) == 1:
-            self.handles.append(self.module.register_load_state_dict_pre_hook(_load_trained))  # type: ignore[no-untyped-call]
+        """Let the state dict be of what trained, and the forward for those who asked for the base's."""
+        module: Any = self.module
+        hooks: list[tuple[Any, Any]] = [(module.register_state_dict_post_hook, _save_trained)]
+        hooks.append((module.register_load_state_dict_pre_hook, _load_trained))
+        if not isinstance(module, LoRALayer):  # they look after themselves
+            hooks.append((module.register_forward_pre_hook, _refuse_others))
+        for register, hook in hooks[len(self.handles) :]:
+            self.handles.append(register(hook))
 
     def unwatch(self) -> None:
         for handle in self.handles:
@@ -112,8 +120,18 @@ def trained(module: nn.Module, own: str, tensor: Tensor) -> Tensor:
     return tensor if one is None else one.trained
 
 
+def _refuse_others(module: nn.Module, args: Any) -> None:
+    """RuntimeError for a caller that would have the base's values, and has not asked for them."""
+    # What replicas of `nn.DataParallel` have was copied for their caller.
+    if torch.compiler.is_compiling() or "_is_replica" in vars(module):
+        return
+    disabled, one = vars(module).get("lora_disabled"), next(iter(exchanged(module).values()), None)
+    if disabled is not None and one is not None:
+        disabled.is_off(one.base.device)
+
+
 def _save_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    for own, one in exchanged(module).items():
+    for own, one in [*exchanged(module).items()]:
         if (key := f"{prefix}{own}") in state:
             keeps_vars = state[key] is getattr(module, own)
             state[key] = one.trained if keeps_vars else one.trained.detach()
@@ -121,7 +139,7 @@ def _save_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, meta
 
 @torch.no_grad()
 def _load_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, *args: Any) -> None:
-    for own, one in exchanged(module).items():
+    for own, one in [*exchanged(module).items()]:
         value, now = state.get(f"{prefix}{own}"), getattr(module, own)
         if not isinstance(value, Tensor) or value.shape != one.trained.shape:
             continue  # torch says what is wrong, of the tensor that stands there

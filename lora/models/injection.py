@@ -244,7 +244,8 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
     if isinstance(module, LoRALayer) and module.r > 0:
         return "has LoRA already; eject or merge it first."
-    if kind_for(type(module)) is None:
+    kind = kind_for(type(module))
+    if kind is None:
         return f"no kind of LoRA layer adapts a {type(module).__name__}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
@@ -259,6 +260,8 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
             "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
             "remove the hook first."
         )
+    if getattr(module, "max_norm", None) is not None and not adapted_class(kind, module).lora_dense:
+        return "has a forward of its own, and nobody knows what its `max_norm` bounds there; set that to None first."
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."

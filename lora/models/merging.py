@@ -235,7 +235,8 @@ def _check_values(layer: LoRALayer) -> None:
     """ValueError if the weight of a layer, that this process has whole, cannot be merged."""
     if layer.weight.is_meta:
         raise ValueError("has no values yet, being on the meta device.")
-    if not _is_packed_as_known(layer) and not (layer.lora_dense and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
+    computes = layer.lora_dense or layer.lora_is_in_place()
+    if not _is_packed_as_known(layer) and not (computes and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
         what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
         raise ValueError(f"{what} is neither dense nor packed in a known way.")
     _check_shapes(layer)

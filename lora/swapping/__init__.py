@@ -65,7 +65,8 @@ class Swappable(LoRALayer):
 
     def _is_traced(self) -> bool:
         """Whether a compiler looks on, and the layer is in no state that only the plain forward knows."""
-        return torch.compiler.is_compiling() and self.lora_start is None and self.lora_needs_data is None
+        known = self.lora_start is None and self.lora_needs_data is None and not self.lora_is_in_place()
+        return torch.compiler.is_compiling() and known
 
     # ---- its tensors -------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ def test_a_subclass_may_have_a_scaling_and_a_method_drop_of_its_own(cls, tmp_pat
     trained = model(x)
     with torch.no_grad():
         update = 3 * x @ layer.lora_A.T @ layer.lora_B.T
-    torch.testing.assert_close(trained, before + update)
+    torch.testing.assert_close(trained, before + 2 * float(own) * update)  # by `drop` and the `scaling` of its own
     lora.save_adapter(model, tmp_path / "adapter.safetensors")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), trained)

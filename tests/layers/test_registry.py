@@ -201,23 +201,43 @@ def test_a_class_that_a_user_writes_does_not_change_what_inject_makes():
 # ---- subclasses of layers that are known -----------------------------------------------------------------------
 
 
-def test_a_subclass_with_its_own_forward_keeps_it():
+def test_a_subclass_with_its_own_forward_keeps_it_and_finds_w_in_the_place_of_its_weight():
     layer, x = Doubled(6, 4), torch.randn(5, 6)
     base = layer(x)
     model = injected(layer, merge_weights=True).eval()
     with torch.no_grad():
-        update = x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
+        update = 2 * x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
         torch.testing.assert_close(model(x), base + update)
     assert not layer.lora_dense
 
 
-def test_a_subclass_with_its_own_forward_is_not_merged():
-    model = injected(Doubled(6, 4))
-    before = copy.deepcopy(model.state_dict())
-    for function in (lora.merge, lora.merged_state_dict):
-        with pytest.raises(ValueError, match=r"0: a Parameter in a Doubled is neither dense nor packed in"):
-            function(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_a_subclass_with_its_own_forward_is_merged_to_itself():
+    model, x = injected(Doubled(6, 4)), torch.randn(5, 6)
+    expected, state = model(x), lora.merged_state_dict(model)
+    lora.merge(model)
+    assert type(model[0]) is Doubled
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(state["0.weight"], model[0].weight)
+
+
+def test_a_class_that_is_registered_after_it_was_adapted_is_adapted_as_registered():
+    class Mine(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class MineLoRA(LinearLoRA):
+        pass
+
+    first, second = injected(Mine(6, 4)), nn.Sequential(Mine(6, 4))
+    lora.register(Mine, MineLoRA)
+    lora.inject(second, target_modules=["0"], r=2)
+    assert isinstance(second[0], MineLoRA)
+    assert second[0].lora_dense
+    for model in (first, second):  # the one that was there before goes on as it was
+        expected = model(torch.ones(6))
+        lora.merge(model)
+        torch.testing.assert_close(model(torch.ones(6)), expected)
+        assert type(model[0]) is Mine
 
 
 def test_a_subclass_without_its_own_forward_is_merged_to_itself():
@@ -317,5 +337,5 @@ def test_further_arguments_of_a_subclass_go_to_its_own_forward(training):
     layer, x = Scaled(6, 4), torch.randn(5, 6)
     base = layer(x, 2.0, shift=1.0)
     injected(layer, merge_weights=True).train(training)
-    update = x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
+    update = 2 * x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
     torch.testing.assert_close(layer(x, 2.0, shift=1.0), base + update)

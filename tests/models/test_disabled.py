@@ -45,7 +45,8 @@ def parameters(model):
 
 def nothing_is_left(model):
     names = [*vars(model), *(name for module in model.modules() for name in vars(module))]
-    hooks = [hook for m in model.modules() for hook in (m._state_dict_hooks, m._load_state_dict_pre_hooks) if hook]
+    kinds = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_forward_pre_hooks")
+    hooks = any(getattr(module, kind) for module in model.modules() for kind in kinds)
     return not {"lora_disabled", "lora_exchanged"} & {*names} and not hooks
 
 
@@ -160,6 +161,23 @@ def test_a_forward_that_would_have_the_bases_biases_raises_and_says_what_to_do()
     with lora.disabled(model), pytest.raises(RuntimeError, match=said):
         in_thread(model, IDS)
     assert torch.equal(in_thread(model, IDS), on)
+
+
+def test_a_forward_that_is_past_its_last_lora_layer_raises_as_well():
+    model, *_ = trained(MORE)
+    entered, left = threading.Event(), threading.Event()
+
+    def wait(module, args, output):
+        entered.set()
+        left.wait(60)
+
+    with model.layers[1].register_forward_hook(wait), ThreadPoolExecutor(1) as pool:
+        output = pool.submit(model, IDS)
+        entered.wait(60)
+        with lora.disabled(model):
+            left.set()
+            with pytest.raises(RuntimeError, match="another thread or task is within"):
+                output.result(60)
 
 
 def test_blocks_of_several_threads_end_in_any_order_and_lose_nothing():
@@ -335,6 +353,23 @@ def test_an_adapter_is_loaded_while_another_thread_has_a_block():
         in_thread(lora.load_adapter, model, lora.adapter_of(other))
         assert torch.equal(model(IDS), off)
     assert torch.equal(model(IDS), other(IDS))
+
+
+def test_a_load_that_fails_takes_nothing_from_a_block_that_began_meanwhile(monkeypatch):
+    model, on, off = trained(ADAPTERS)
+    block = lora.disabled(model)
+
+    def fails(*args):
+        block.__enter__()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["lora.adapters.checkpoint"], "_write", fails)
+    with pytest.raises(KeyboardInterrupt):
+        lora.load_adapter(model, lora.adapter_of(model))
+    assert torch.equal(model(IDS), off)
+    block.__exit__(None, None, None)
+    assert torch.equal(model(IDS), on)
+    assert nothing_is_left(model)
 
 
 def test_an_adapter_with_more_in_it_is_not_loaded_meanwhile():
@@ -560,6 +595,7 @@ def test_threads_that_disable_and_threads_that_do_not_get_what_they_asked_for(fi
             except RuntimeError as error:
                 refused.append(str(error))
             else:
+                # Of a module that was just reading its tensors when they were exchanged, nobody can tell.
                 if fields is ADAPTERS and not torch.equal(y, on):
                     wrong.append("on")
 

@@ -1,0 +1,168 @@
+"""W in the place of the weight, where a layer's base class has a forward of its own.
+
+    W = g ⊙ (W₀ + s · B A)
+
+Such a forward may scale what it looks up, pad what it convolves, or return a tuple. So it runs as it is, and finds W
+where it reads `self.weight`: a value that stands for W and is not built where that can be avoided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.functional.fused import exact_dtype, without_autocast
+from lora.layers.kind import LayerKind
+
+
+def with_weight(layer: LayerKind, weight: object, *args: Any, **kwargs: Any) -> Any:
+    """What the layer's base class computes with another value in the place of its weight.
+
+    The base class's forward is called of a twin of the layer that shares everything else with it. So the layer is never
+    without its own weight, and other threads may compute with it meanwhile.
+    """
+    base, own = layer.lora_base_class, dict(vars(layer))
+    twin = object.__new__(base)
+    vars(twin).update(own, weight=weight)  # goes before the parameter of this name
+    output = base.forward(twin, *args, **kwargs)
+    for name, value in vars(twin).items():  # what the forward keeps on itself
+        if name != "weight" and (name not in own or own[name] is not value):
+            vars(layer)[name] = value
+    return output
+
+
+class LowRankWeight:
+    """W = g ⊙ (W₀ + s · B A) of a layer, in the place of the weight that its base class reads.
+
+    Operations that the layer's kind is taught (`lora_taught`) are computed beside W₀, as in a plain layer. All others
+    get W as a tensor that passes gradients on to A, B and the magnitudes.
+
+    Args:
+        layer: whose weight it is.
+        A, B, scaling: the factors and s.
+        gain: whether the layer's magnitudes count.
+        dropout: of the inputs of B A; only taught operations can have it.
+        transposed: stand for the transposed matrix.
+    """
+
+    def __init__(
+        self,
+        layer: LayerKind,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        *,
+        gain: bool = False,
+        dropout: float = 0.0,
+        transposed: bool = False,
+    ) -> None:
+        self.layer, self.base, self.A, self.B, self.scaling = layer, layer.weight, A, B, scaling
+        self.gain, self.dropout, self.transposed = gain, dropout, transposed
+
+    def dense(self, why: str = "an operation that is not known") -> Tensor:
+        """W as a tensor, in the base weight's dtype, rounded once."""
+        layer: Any = self.layer
+        exact = exact_dtype(self.base.dtype)
+        if self.dropout:
+            raise RuntimeError(
+                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with "
+                f"its weight by {why}, of whose inputs none can be dropped."
+            )
+        with without_autocast(self.base.device):
+            update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
+            W = self.base.to(exact) + update
+            W = W * layer.lora_gain(exact) if self.gain else W
+        rounded: Tensor = W.to(self.base.dtype)
+        return rounded.transpose(0, 1) if self.transposed else rounded
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            how = type(value.layer).lora_taught.get(function) if isinstance(value, cls) else None
+            result = NotImplemented if how is None else getattr(value.layer, how)(value, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        why = getattr(function, "__name__", str(function))
+        return function(*(_dense(v, why) for v in args), **{name: _dense(v, why) for name, v in kwargs.items()})
+
+    # ---- what is known of a tensor without its values ------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+        shape = self.base.shape
+        return torch.Size((shape[1], shape[0], *shape[2:])) if self.transposed else shape
+
+    def size(self, dim: int | None = None) -> Any:
+        """The weight's shape, or one of its sizes."""
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def T(self) -> Any:
+        """W transposed."""
+        return self.t() if self.base.dim() == 2 else self.dense("T").T
+
+    mT = T
+
+    def t(self) -> LowRankWeight:
+        """W transposed."""
+        settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": not self.transposed}
+        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
+
+    def transpose(self, one: int, other: int) -> Any:
+        """W with two dimensions exchanged."""
+        whole = self.base.dim() == 2 and {one % 2, other % 2} == {0, 1}
+        return self.t() if whole else self.dense("transpose").transpose(one, other)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KNOWN:
+            return getattr(self.base, name)
+        if name.startswith("__"):  # what copy, pickle and others look for
+            raise AttributeError(name)
+        if name.endswith("_") and not name.startswith("_"):
+            raise RuntimeError(
+                f"a {type(self.layer).__name__} must not write to its weight in its forward, as `weight.{name}` does: "
+                "the weight there is W₀ + s · B A, which is made anew in each forward."
+            )
+        return getattr(self.dense(name), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense("indexing")[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        return iter(self.dense("iteration"))
+
+
+# What a weight has in common with W.
+_KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
+
+
+def _dense(value: Any, why: str) -> Any:
+    if isinstance(value, LowRankWeight):
+        return value.dense(why)
+    return type(value)(_dense(each, why) for each in value) if type(value) in (list, tuple) else value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def compute(self: LowRankWeight, *others: Any) -> Any:
+        function = getattr(Tensor, name)
+        return LowRankWeight.__torch_function__(function, (), (self, *others))
+
+    return compute
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "radd", "rsub", "rmul", "rtruediv", "rmatmul", "neg"):
+    setattr(LowRankWeight, f"__{_name}__", _operator(f"__{_name}__"))
