@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lora import __version__
 from lora.cli import convert, in_options, inspect, merging
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """Names of files, which a shell may have put in, are shown as they are in all other messages."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(visible(message))
+        super().error(clipped(visible(message)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has seen enough
-        _drop_output()
+        _drop(sys.stdout)
         return 141
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _refuse(in_options(str(error)))
         if error.filename is not None:
             return _refuse(_line(error))
-        _drop_output()
+        _drop(sys.stdout)
         return _refuse(f"what is printed is not written to stdout: {error.strerror}.")
     except ValueError as error:
         return _refuse(in_options(str(error)))
@@ -122,13 +122,16 @@ def _termination() -> Iterator[None]:
 def _refuse(message: str, code: int = 2) -> int:
     """Say on stderr what is wrong; the exit code."""
     if sys.stderr is not None:  # print would take None for stdout
-        print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr)
+        try:
+            print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it; the exit code says what there is to say
+            _drop(sys.stderr)
     return code
 
 
-def _drop_output() -> None:
+def _drop(stream: TextIO) -> None:
     """Let what is left to print go nowhere, or Python would complain as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _line(error: Exception) -> str:

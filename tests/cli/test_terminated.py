@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
 
-from lora.__main__ import _Terminated, _termination
+import lora
+from lora.__main__ import _Terminated, _termination, main
 from lora.adapters.saving import alone_in, clear_left_folders
 from lora.cli.folder import whole_folder
 
@@ -103,3 +105,31 @@ def test_handlers_are_put_back():
     with pytest.raises(_Terminated), _termination():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "closed", ["2>&1 | head -c 0; exit ${PIPESTATUS[0]}", pytest.param("2>/dev/full", marks=pytest.mark.slow)]
+)
+def test_an_error_that_nobody_reads_is_an_exit_code(closed, tmp_path):
+    said = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m lora inspect nothing {closed}"], capture_output=True, cwd=tmp_path
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (2, b"", b"")
+
+
+@pytest.mark.parametrize("given", ["1" + "0" * 20, "1" + "0" * 5000, "1" + "0" * 12, "-1"])
+@pytest.mark.parametrize("command", ["resize", "combine"])
+def test_any_number_is_refused_in_few_words(command, given, tmp_path, capsys):
+    path = tmp_path / "a"
+    lora.save_adapter(nn.Sequential(lora.Linear(8, 4, r=2, bias=False)), path)
+    paths = [str(path), str(tmp_path / "b")]
+    paths = paths if command == "resize" else [*paths[::-1], "--method", "svd"]
+    try:
+        code = main([command, *paths, "--r", given])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "error: " in said
+    assert len(said) < 2000
+    assert os.listdir(tmp_path) == ["a"]
