@@ -1,15 +1,19 @@
 """The command line: `python -m lora`, or `lora`.
 
-Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted.
+Exit codes: 0; 1 if `diff` finds a difference or `inspect` something wrong; 2 for mistakes; 130 if interrupted, 143 if
+terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 from lora import __version__
 from lora.cli import convert, in_options, inspect, merging
@@ -41,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """Names of files, which a shell may have put in, are shown as they are in all other messages."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(visible(message))
+        super().error(clipped(visible(message)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,20 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit:
             sys.stdout.flush()  # of the help
             raise
-        code: int = chosen.run(chosen)
+        with _termination():
+            code: int = chosen.run(chosen)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has seen enough
-        _drop_output()
+        _drop(sys.stdout)
         return 141
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
+    except _Terminated as error:
+        return _refuse("terminated", 128 + error.signal)
     except OSError as error:
         if error.strerror is None:  # a sentence of lora's own
             return _refuse(in_options(str(error)))
         if error.filename is not None:
             return _refuse(_line(error))
-        _drop_output()
+        _drop(sys.stdout)
         return _refuse(f"what is printed is not written to stdout: {error.strerror}.")
     except ValueError as error:
         return _refuse(in_options(str(error)))
@@ -82,16 +89,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(_line(error))
 
 
+class _Terminated(BaseException):
+    """The process is told to end."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Let signals that end a process end the work as Ctrl-C does: what is half written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        for each in before:  # one is enough, and what it has begun is to be finished
+            signal.signal(each, signal.SIG_IGN)
+        raise _Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        before = {n: signal.getsignal(n) for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _refuse(message: str, code: int = 2) -> int:
     """Say on stderr what is wrong; the exit code."""
     if sys.stderr is not None:  # print would take None for stdout
-        print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr)
+        try:
+            print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it; the exit code says what there is to say
+            _drop(sys.stderr)
     return code
 
 
-def _drop_output() -> None:
+def _drop(stream: TextIO) -> None:
     """Let what is left to print go nowhere, or Python would complain as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _line(error: Exception) -> str:

@@ -167,7 +167,7 @@ class Base(Record):
         if not isinstance(self.fan_in_fan_out, (bool, type(None))):
             yield f"`fan_in_fan_out` must be true, false or unknown, got {short(self.fan_in_fan_out)}."
         shape, sample = self.shape, self.sample
-        sizes = [self.groups, *(shape if isinstance(shape, tuple) else [1 if shape is None else shape])]
+        sizes = [self.groups, *(shape if isinstance(shape, tuple) else () if shape is None else [None])]
         if not all(is_count(size, 1) for size in sizes) or math.prod(sizes) > _LARGEST:
             said = f"{short(shape)} and {short(self.groups)}"
             yield f"`base` must have a shape and groups of positive integers, got {said}."
@@ -415,10 +415,10 @@ def rest_problems(rest: Any) -> Iterator[str]:
             yield f"{name}: `rest` must say its shape and sample, got {', '.join(map(short, about))}."
             continue
         shape, sample = about["shape"], about["sample"]
-        sizes = shape if isinstance(shape, list) else [shape] * (shape is not None)
+        sizes = shape if isinstance(shape, list) else [] if shape is None else [None]
         if not all(is_count(size) for size in sizes):
             yield f"{name}: `rest` must have a shape of integers, got {short(shape)}."
-        numbers = sample if isinstance(sample, list) else [sample] * (sample is not None)
+        numbers = sample if isinstance(sample, list) else [] if sample is None else [None]
         if not all(map(is_number, numbers)) or len(numbers) > _VALUES:
             yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {short(sample)}."
 

@@ -11,8 +11,9 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from lora.adapters.paths import is_at, read_steadily
 from lora.errors import AdapterError, raise_all, short
 
 _LONGEST_NAME = 512
-_LONGEST_JSON = 2**24  # bytes, of a configuration or an index
+LONGEST_JSON = 2**24  # bytes, of a configuration
+_VALUES = 2**17  # that a text of any length may have
+_LETTERS_OF_A_VALUE = 16  # on average, in configurations and indices: they name things
 _MOST_PROBLEMS = 20
 
 
@@ -48,18 +51,33 @@ def refuse(path: Path, kind: str, problems: Iterable[str]) -> None:
     raise_all(f"{path} is not a {kind} file", problems, AdapterError, _MOST_PROBLEMS)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+class TooManyValues(ValueError):
+    """JSON has more values than its length lets expect: it would be read to many times its size."""
+
+
+def parsed(text: str, letters: int) -> Any:
+    """What JSON says; ValueError if it is none, or if it has many values of fewer letters than these on average.
+
+    A value takes up to 120 bytes of memory, and two letters of text.
+    """
+    values, most = sum(map(text.count, "[{,:")), _VALUES + len(text) // letters
+    if values > most:
+        raise TooManyValues(f"must have at most {most} values, as long as it is, and may have {values}.")
+    return json.loads(text)
+
+
+def read_object(path: Path, longest: int = LONGEST_JSON) -> dict[str, Any]:
     """The object in a JSON file; AdapterError if it is too long, or something else."""
-    return object_from(path, read_bytes(path))
+    return object_from(path, read_bytes(path, longest))
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, longest: int = LONGEST_JSON) -> bytes:
     """A JSON file as it is; AdapterError if it is too long."""
 
     def read(file: io.BufferedReader) -> bytes:
         size = file.seek(0, os.SEEK_END)
-        if size > _LONGEST_JSON:
-            raise AdapterError(f"{path} must have at most {_LONGEST_JSON} bytes, got {size}.")
+        if size > longest:
+            raise AdapterError(f"{path} must have at most {longest} bytes, got {size}.")
         file.seek(0)
         return file.read(size)
 
@@ -69,7 +87,9 @@ def read_bytes(path: Path) -> bytes:
 def object_from(path: Path, text: bytes) -> dict[str, Any]:
     """The object in what was read from a JSON file; AdapterError if it is something else."""
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = parsed(text.decode("utf-8"), _LETTERS_OF_A_VALUE)
+    except TooManyValues as error:
+        raise AdapterError(f"{path} {error}") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
     if not isinstance(content, dict):
@@ -79,7 +99,11 @@ def object_from(path: Path, text: bytes) -> dict[str, Any]:
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
-HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 25 times its length
+HEADER_LIMIT = 8 * 2**20  # to parse a header takes up to 10 times its length
+_LONGEST_ENTRY = 2**13  # letters: 64 sizes of 20 digits, and white space
+_MOST_STRINGS = 2**16  # of metadata
+_METADATA = "__metadata__"
+_BETWEEN = re.compile(r"[ \t\n\r:,]*")
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 MOST_DIMENSIONS = 64
 DTYPES = {
@@ -231,23 +255,74 @@ def _header_text(file: io.BufferedReader | io.BytesIO, path: Path, limit: int) -
 
 def _parsed(path: Path, text: bytes) -> Header:
     """The header that `safetensors` has taken; AdapterError that lists what it should not have taken."""
-    try:
-        said = json.loads(text, object_pairs_hook=_object)
-    except ValueError as error:
-        refuse(path, "safetensors", [f"its header is wrong: {short(str(error), 200)}."])
-    metadata = said.pop("__metadata__", None) or {}
     problems = [] if text.startswith(b"{") else ["its header must begin with '{'."]
     entries: dict[str, Entry] = {}
-    for name, about in said.items():
-        if problem := name_problem(name):
-            problems.append(f"the name {problem}.")
-        elif problem := _entry_problem(about):
-            problems.append(f"{short(name)} {problem}.")
-        else:
-            start, stop = (8 + len(text) + offset for offset in about["data_offsets"])
-            entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, stop)
+    metadata: dict[str, str] = {}
+    try:
+        for name, about in _members(text.decode("utf-8")) if not problems else ():
+            if name == _METADATA:
+                metadata = about
+            elif problem := name_problem(name):
+                problems.append(f"the name {problem}.")
+            elif problem := _entry_problem(about):
+                problems.append(f"{short(name)} {problem}.")
+            else:
+                start, stop = (8 + len(text) + offset for offset in about["data_offsets"])
+                entries[name] = Entry(DTYPES[about["dtype"]], tuple(about["shape"]), start, stop)
+    except (ValueError, RecursionError) as error:
+        problems = [f"its header is wrong: {short(str(error), 200)}."]
     refuse(path, "safetensors", problems)
     return Header(entries, metadata)
+
+
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """A header's members, one at a time, so that none costs much; one longer than an entry is None, and the last.
+
+    `safetensors` has found the text to be JSON: an object of entries, and strings as metadata.
+    """
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+    names: set[str] = set()
+    at = 1
+    while text[(at := _past(text, at)) : at + 1] != "}":
+        name, at = decode(text, at)
+        at = _past(text, at)
+        if name in names:
+            raise ValueError(f"it has {short(name)} twice")
+        names.add(name)
+        if name == _METADATA:
+            strings, at = _strings(text, at)
+            yield name, strings
+            continue
+        try:
+            about, length = decode(text[at : at + _LONGEST_ENTRY])
+        except json.JSONDecodeError:
+            yield name, None
+            return
+        yield name, about
+        at += length
+
+
+def _strings(text: str, at: int) -> tuple[dict[str, str], int]:
+    """The metadata that stand at a place, and the place after them."""
+    decode, found = json.JSONDecoder().raw_decode, dict[str, str]()
+    if text[at : at + 1] != "{":  # null, which some releases of `safetensors` take
+        return found, decode(text, at)[1]
+    at += 1
+    while text[(at := _past(text, at)) : at + 1] != "}":
+        key, at = decode(text, at)
+        if key in found:
+            raise ValueError(f"it has {short(key)} twice")
+        if len(found) == _MOST_STRINGS:
+            raise ValueError(f"it has more than {_MOST_STRINGS} entries of metadata")
+        found[key], at = decode(text, _past(text, at))
+    return found, at + 1
+
+
+def _past(text: str, at: int) -> int:
+    """The place of what follows white space, a colon or a comma."""
+    found = _BETWEEN.match(text, at)
+    assert found is not None, "nothing is there as well"
+    return found.end()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from lora.adapters.adapter import Adapter
-from lora.adapters.files import read_tensors
+from lora.adapters.files import parsed, read_tensors
 from lora.adapters.paths import as_path, kind, open_file
 from lora.adapters.saving import write_tensors
 from lora.errors import AdapterError, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
+_LETTERS_OF_A_VALUE = 6  # on average, in what we write: most are numbers
 _ABOUT = ("modules", "trained_in_full", "modules_to_save", "base_model")
 # An entry of its own, which readers of version 2 that do not know it pass over: what of the base model is in the file
 # though it did not train, and what is known of the rest.
@@ -100,7 +101,7 @@ def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[st
 def object_in(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
     """The JSON object that an entry of a file's metadata holds; None if there is none."""
     try:
-        said = json.loads(metadata.get(key, "null"))
+        said = parsed(metadata.get(key, "null"), _LETTERS_OF_A_VALUE)
     except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

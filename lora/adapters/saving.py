@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import time
@@ -192,6 +193,35 @@ def _remove_if_left(path: Path) -> None:
             path.unlink(missing_ok=True)
     if locked is None and age > _AT_WORK:
         path.unlink(missing_ok=True)
+
+
+def clear_left_folders(real: Path) -> None:
+    """Remove folders that writers of a folder have left beside it when they were killed, and nothing of one at work.
+
+    A writer that was killed as it exchanged the two has left what was there before as the only one: it is put back.
+    """
+    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.(tmp|old)")
+    with suppress(OSError):
+        for name in sorted(os.listdir(real.parent)):  # that before is looked at first
+            left, found = real.parent / name, ours.fullmatch(name)
+            if found and stat.S_ISDIR(left.lstat().st_mode) and _is_left(left):
+                with suppress(OSError):
+                    if found[1] == "old" and not os.path.lexists(real):
+                        os.replace(left, real)
+                    else:
+                        shutil.rmtree(left)
+
+
+def _is_left(folder: Path) -> bool:
+    handle = -1
+    try:
+        with suppress(OSError):  # Windows opens no folders
+            handle = os.open(folder, os.O_RDONLY)
+        locked = _lock(handle) if handle >= 0 else None
+        return locked is True or (locked is None and time.time() - folder.stat().st_mtime > _AT_WORK)
+    finally:
+        if handle >= 0:
+            _unlock(handle)
 
 
 def _lock(handle: int) -> bool | None:

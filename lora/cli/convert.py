@@ -10,7 +10,7 @@ from lora.adapters.paths import as_path
 from lora.arithmetic import combine, resize
 from lora.arithmetic.algebra import METHODS
 from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, say, write
-from lora.errors import table
+from lora.errors import short, table
 
 
 def add(commands: Subparsers) -> None:
@@ -81,4 +81,4 @@ def _weighted(text: str) -> tuple[Path, float]:
     try:
         return adapter, number(weight)
     except ValueError:
-        raise ValueError(f"the weight of {path} must be a finite number, got {weight!r}.") from None
+        raise ValueError(f"the weight of {path} must be a finite number, got {short(weight)}.") from None

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora.adapters.files import Entry, read_header, read_object
 from lora.adapters.paths import kind, open_file, reading, writing
+from lora.adapters.saving import alone_in, clear_left_folders
 from lora.cli import progress
 from lora.errors import raise_all, short
 
@@ -32,6 +33,7 @@ _LEFT_OUT = (*_WEIGHTS, ".npz", ".tflite", ".index.json", "adapter_config.json")
 _INPUTS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tok_embedding", "shared"}
 _OUTPUTS = {"lm_head", "embed_out", "output_embeddings"}
 _CHUNK = 2**20  # bytes that are copied at a time
+_LONGEST_INDEX = 2**26  # bytes: some models have 200,000 tensors
 _SHOWN = 5  # names of files in an error
 
 
@@ -79,7 +81,7 @@ def open_folder(path: Path) -> ModelFolder:
     index = path / _INDEX
     if not kind(index):
         raise FileNotFoundError(f"{path} has neither {_SINGLE} nor {_INDEX}: other formats are not read.")
-    files = read_object(index).get("weight_map")
+    files = read_object(index, _LONGEST_INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} must have a `weight_map`: a file for each tensor.")
     names = list(dict.fromkeys(files.values()))
@@ -233,13 +235,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
     real = Path(os.path.realpath(out))
     beside, old = (real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
-    with writing(out):
+    with writing(out), ExitStack() as held:  # whose they are, others know by the locks
+        clear_left_folders(real)
         beside.mkdir()
+        held.enter_context(alone_in(beside))
         try:
             yield beside
             if not real.exists():
                 os.replace(beside, real)
                 return
+            held.enter_context(alone_in(real))
             os.replace(real, old)
             try:
                 os.replace(beside, real)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, is_number, join, raise_all, short
+from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.layer import alpha_of, scaling_of, settings_problems
@@ -46,9 +46,6 @@ _REFUSED_SETTINGS = (
     *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices", "target_parameters"),
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_LONGEST_PATTERN = 1000
-# Matching goes through all ways in which a pattern may lie on a name, at worst; more than these take too long.
-_MOST_WAYS = 10**7
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
 _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
@@ -182,9 +179,12 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, check)
     pairs, full, problems = _sort(tensors)
-    for option in _PATTERNS:
-        longest = max(map(len, pairs), default=1)
-        raise_all(what, _pattern_problems(option, config.get(option) or (), longest), AdapterError)
+    longest = max(map(len, pairs), default=1)
+    patterns = {option: config.get(option) or {} for option in _PATTERNS}
+    raise_all(
+        what, (p for option in _PATTERNS for p in _pattern_problems(option, patterns[option], longest)), AdapterError
+    )
+    raise_all(what, filter(None, [cost_problem(patterns, [*pairs])]), AdapterError)
     adapter = _adapter(config, pairs, full, problems)
     raise_all(what, problems, AdapterError)
     _tell(adapter, config, metadata)
@@ -370,35 +370,3 @@ def within_groups(A: Tensor, groups: int) -> Tensor:
     if torch.count_nonzero(narrow) != torch.count_nonzero(A):
         raise ValueError(f"its update mixes the {groups} groups of the convolution, which no weight of the layer can.")
     return narrow
-
-
-# ---- patterns of a stranger's, matched as PEFT does, where that is sure to end ---------------------------------------
-
-
-def pattern_problem(pattern: str, length: int = 1) -> str | None:
-    """Why a regular expression is not matched with names of up to this length; None if it is."""
-    bare = _bare(pattern)
-    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
-        long = " with a name so long" if length > 1 else ""
-        return f"{short(pattern)} is too intricate to be matched safely{long}."
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{short(pattern)} is no regular expression: {error}."
-    return None
-
-
-def ways(pattern: str, length: int) -> int:
-    """In how many ways a pattern without repeated groups may lie on a name of this length, at most.
-
-    >>> ways("q_proj|v_proj", 20), ways(r".*\\.(q|v)_proj", 20)
-    (42, 462)
-    """
-    bare = _bare(pattern)
-    repeats = 1 + len(re.findall(r"[*+{]", bare))  # `.*` and its like; one is ours
-    choices = math.prod(1 + part.count("|") for part in re.split(r"[()]", bare)) << bare.count("?")
-    return choices * math.comb(length + repeats, repeats)
-
-
-def _bare(pattern: str) -> str:
-    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character

@@ -12,17 +12,48 @@ from lora.errors import AdapterError, Problems, join, raise_all
 from lora.functional.fused import exact_dtype
 from lora.models.blocks import at_block_rank
 
-_MOST_VALUES = 2**31  # of a form that is larger than the one that it is made of: an adapter has some millions
+_MOST_TIMES, _FEW_VALUES = 64, 2**22  # by how much a form may be larger than the one that it is made of
 
 
 def singles(adapter: Adapter, what: str) -> dict[str, Form]:
     """Every module of the adapter as a single pair; AdapterError that lists all that cannot be."""
     forms: dict[str, Form] = {}
+    before = after = 0
     with Problems(what, AdapterError) as problems:
+        for name, settings in adapter.modules.items():
+            with problems.at(name):
+                pair = adapter.pair(name)
+                before += sum(tensor.numel() for tensor in pair)
+                after += _values(settings, *pair)
+        check_growth(before, after, problems)
+        problems.raise_any()
         for name, settings in adapter.modules.items():
             with problems.at(name):
                 forms[name] = settings.single(*adapter.pair(name))
     return forms
+
+
+def check_growth(before: int, after: int, problems: Problems, more: str = "") -> None:
+    """Note a problem if a form of an adapter has very many more values than the one that it is made of.
+
+    Three splits in one pair are up to 3 times as many, and a rank of 8 at one of 128 is 16 times as many.
+    """
+    if after > _MOST_TIMES * before + _FEW_VALUES:
+        problems.add(
+            f"it would have {after} values{more}, and has {before}: more than {_MOST_TIMES} times as many are not made."
+        )
+
+
+def _values(settings: ModuleAdapter, A: Tensor, B: Tensor) -> int:
+    """How many values a module's single pair has in PEFT's form, by its settings, which need not fit A and B."""
+    groups, kernel = settings.base.groups, (settings.base.shape or ())[2:]
+    of_A, of_B = A.numel(), B.numel()
+    if settings.splits is not None:
+        of_B = max(of_B, sum(settings.splits) * A.shape[0])
+    elif settings.factored is False and kernel:
+        of_A *= (groups * kernel[0] ** (len(kernel) // 2)) ** 2
+        of_B *= groups**2
+    return of_A * groups + of_B  # kernels for the channels of other groups, too
 
 
 def portable(adapter: Adapter) -> Adapter:
@@ -50,7 +81,8 @@ def portable(adapter: Adapter) -> Adapter:
     groups = math.lcm(*(settings.base.groups for settings, _, _ in forms.values()))
     rank = -(-max(settings.r for settings, _, _ in forms.values()) // groups) * groups
     values = sum(rank * (A.numel() + B.numel()) // A.shape[0] for _, A, B in forms.values())
-    raise_all(what, [f"it would have {values} values, at rank {rank}."] if values > _MOST_VALUES else [], AdapterError)
+    with Problems(what, AdapterError) as growth:
+        check_growth(sum(A.numel() + B.numel() for _, A, B in forms.values()), values, growth, f", at rank {rank}")
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():

@@ -148,6 +148,11 @@ class Patterns(Generic[T]):
                 return self._values[number]
         return default if first is None else self._values[first]
 
+    def lookups(self, names: Iterable[str]) -> Iterator[int]:
+        """How many comparisons of a component each name costs, apart from the patterns that are tried."""
+        weights = {n: sum(1 + len(form.dots) for form in forms) for n, forms in self._plain.items()}
+        yield from (sum(weights.get(len(end), 0) for end in ends_of(name)) for name in names)
+
     def _looked_up(self, names: Iterable[str]) -> Iterator[int]:
         for name in names:
             for end in ends_of(name) if self._plain else ():

@@ -160,3 +160,15 @@ def test_a_path_of_a_shells_is_shown_in_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "\n  - forged" not in harmless(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"shape": 3}, {"shape": 3.0, "sample": None}, {"shape": None, "sample": 1.5}, {"shape": [2], "sample": True}],
+)
+def test_a_number_in_the_place_of_a_list_is_refused(about):
+    adapter = lora.Adapter({"c": ABOUT}, {"c.lora_A": torch.ones(2, 4), "c.lora_B": torch.ones(6, 2)})
+    adapter.rest["x"] = {"shape": None, "sample": None, **about}
+    assert [problem.partition(" must")[0] for problem in adapter.problems()] == ["x: `rest`"]
+    adapter = lora.Adapter({"c": {**ABOUT, "base": {**BASE, **about}}}, adapter.tensors)
+    assert [*adapter.problems()]

@@ -15,7 +15,7 @@ from torch import nn
 from toy_model import snapshot
 
 import lora
-from lora.formats.peft import pattern_problem
+from lora.formats.expressions import pattern_problem
 from lora.models.patterns import Patterns
 
 # ---- what is wrong with a folder of PEFT's ---------------------------------------------------------------------

@@ -1,0 +1,127 @@
+"""Regular expressions of a stranger's: which are matched, and what all of a file's may cost.
+
+Nothing stops Python's `re` once it has begun, and it goes through all ways in which an expression may lie on a name, at
+worst. So the ways are counted first: for each expression by itself, and for all of a file's with all of its names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora.errors import short
+from lora.models.patterns import Patterns, is_plain
+
+_LONGEST_PATTERN = 1000
+_MOST_WAYS = 10**7  # of one expression
+# What all of a file's may cost together: a second or two. A step takes some 10 nanoseconds.
+_MOST_STEPS = 10**8
+_STEPS_OF_A_MATCH, _STEPS_OF_A_LOOKUP, _STEPS_OF_A_LETTER = 100, 50, 500  # of a letter to compile
+_SCANNED = 16  # letters that are passed over in one step
+_TOKENS = re.compile(r"\\.|\[[^\]]*\]|\{[^}]*\}|.", re.DOTALL)
+_QUANTIFIERS = "*+?{"
+
+
+def pattern_problem(pattern: str, length: int = 1) -> str | None:
+    """Why a regular expression is not matched with names of up to this length; None if it is."""
+    if is_plain(pattern):  # it is looked up
+        return None
+    bare = _bare(pattern)
+    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
+        long = " with a name so long" if length > 1 else ""
+        return f"{short(pattern)} is too intricate to be matched safely{long}."
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{short(pattern)} is no regular expression: {error}."
+    return None
+
+
+def cost_problem(options: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str | None:
+    """Why all patterns of a file are not matched with all of its names; None if they are."""
+    left = _MOST_STEPS
+    for cost in _costs(options, names):
+        left -= cost
+        if left < 0:
+            listed = " and ".join(f"`{option}`" for option in options)
+            return f"to match all patterns of {listed} with {len(names)} names would take too long."
+    return None
+
+
+def ways(pattern: str, length: int) -> int:
+    """In how many ways a pattern without repeated groups may lie on a name of this length, at most.
+
+    >>> ways("q_proj|v_proj", 20), ways(r".*\\.(q|v)_proj", 20)
+    (42, 462)
+    """
+    bare = _bare(pattern)
+    repeats = 1 + _repeats(bare)  # `.*` and its like; one is ours
+    return _choices(bare) * math.comb(length + repeats, repeats)
+
+
+def _costs(options: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Iterator[int]:
+    """The steps that it takes, part by part; parts are small, so that what is too much is soon known."""
+    for patterns in options.values():
+        intricate = [pattern for pattern in patterns if not is_plain(pattern)]
+        yield _STEPS_OF_A_MATCH * len(intricate) * len(names)
+        yield from (_STEPS_OF_A_LETTER * (len(pattern) + 20) for pattern in intricate)
+        expressions = [_Expression.of(pattern) for pattern in intricate]
+        yield from (expression.steps(name) for name in names for expression in expressions)
+        looked_up = Patterns({pattern: None for pattern in patterns if is_plain(pattern)})
+        yield from (_STEPS_OF_A_LOOKUP * count for count in looked_up.lookups(names))
+
+
+class _Expression(NamedTuple):
+    """What the cost of an expression goes by.
+
+    Attributes:
+        choices: in how many ways its alternatives and what may be absent can be chosen.
+        after: for each part that repeats a letter the letters that must follow it, which may be none.
+    """
+
+    choices: int
+    after: list[str]
+
+    @classmethod
+    def of(cls, pattern: str) -> _Expression:
+        tokens = _TOKENS.findall(pattern)
+        after = [_literals(tokens[n + 1 :]) for n, token in enumerate(tokens) if token[0] in "*+{"]
+        odd = "[]" in pattern or "[^]" in pattern  # sets that begin with a bracket
+        return cls(_choices(_bare(pattern)), [""] * _repeats(_bare(pattern)) if odd else after)
+
+    def steps(self, name: str) -> int:
+        """At most so many steps does a match with this name take."""
+        ends = self.choices * (1 + name.count("."))  # ours: a name counts from any of its dots
+        anywhere = ends * math.comb(len(name) + len(self.after), len(self.after))
+        if not any(self.after):
+            return anywhere
+        # Whatever repeats can end only before its letters, the rarest of which is where it is.
+        places = math.prod(min(map(name.count, letters)) if letters else len(name) + 1 for letters in self.after)
+        return min(anywhere, ends * max(places, 1) * (1 + len(name) // _SCANNED))
+
+
+def _literals(tokens: Sequence[str]) -> str:
+    """The letters that these begin with, whatever ends around them; what may be absent is none."""
+    found = ""
+    tokens = [*itertools.dropwhile(lambda token: token in ("?", "+", ")"), tokens)]
+    for token, following in itertools.zip_longest(tokens, tokens[1:], fillvalue=" "):
+        escaped = len(token) == 2 and not token[1].isalnum()
+        if (not escaped and (len(token) > 1 or token in ".^$|()*+?{[")) or following[0] in _QUANTIFIERS:
+            break
+        found += token[-1]
+    return found
+
+
+def _repeats(bare: str) -> int:
+    return len(re.findall(r"[*+{]", bare))
+
+
+def _choices(bare: str) -> int:
+    return math.prod(1 + part.count("|") for part in re.split(r"[()]", bare)) << bare.count("?")
+
+
+def _bare(pattern: str) -> str:
+    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character
