@@ -336,20 +336,24 @@ def clashing_names(module: nn.Module) -> list[str]:
     kind = kind_for(type(module))
     if kind is None or isinstance(module, LoRALayer):
         return []
-    own = (vars(module), module._parameters, module._buffers, module._modules)
-    return [
-        name for name in _needed(kind.__mro__) if hasattr(type(module), name) or any(name in names for names in own)
-    ]
+    cls: Any = type(module)
+    needed, found = _needed(kind.__mro__), _in_class(kind.__mro__, cls)
+    for own in (vars(module), module._parameters, module._buffers, module._modules):
+        found = found | needed.intersection(own)
+    return sorted(found)
 
 
 @cache
-def _needed(classes: tuple[type, ...]) -> list[str]:
+def _needed(classes: tuple[type, ...]) -> frozenset[str]:
     """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
-    return sorted(
-        {name for cls in classes for name in vars(cls)}
-        - set(dir(nn.Module))
-        - {"reset_parameters", "scaling", "__annotations__"}
-    )
+    names = {name for cls in classes for name in vars(cls)}
+    return frozenset(names - {*dir(nn.Module), "reset_parameters", "scaling", "__annotations__"})
+
+
+@cache
+def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
+    """Those of them that a class has for itself."""
+    return frozenset(name for name in _needed(classes) if hasattr(cls, name))
 
 
 # Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do

@@ -138,7 +138,9 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
     dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
     if not (dense and tensor.is_floating_point() and tensor.numel()) or tensor.is_meta:
         return id(tensor), 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = int(tensor.storage_offset()), tensor.element_size()
     return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
