@@ -76,8 +76,7 @@ class InjectionReport:
         total: number of all parameters.
         saved_in_full: names of the modules that train in full.
         left_out: linear layers that "all-linear" left alone, by name, each with the reason.
-        unreached: matrices, and stacks of them, that "all-linear" does not reach, since they are not in linear layers
-            (the experts of a mixture, say), by name, each with its number of values.
+        unreached: matrices, and stacks of them, that are in no linear layer (a mixture's experts), with their sizes.
     """
 
     modules: tuple[AdaptedModule, ...]
@@ -322,7 +321,7 @@ def _unreached(names: Names) -> dict[str, int]:
     """Matrices, and stacks of them, of modules that no kind of LoRA layer adapts, by name, with their sizes."""
     return {
         one.names[0]: one.tensor.numel()
-        for one in (owners[0] for owners in by_tensor(owned_tensors(names)))
+        for one, *_ in by_tensor(owned_tensors(names))
         if one.own in one.module._parameters
         and not one.tensor.requires_grad
         and not nn.parameter.is_lazy(one.tensor)
