@@ -67,18 +67,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     One that holds it for a minute (it may be stopped) is waited for no longer.
     """
-    handle = -1
-    try:
-        with suppress(OSError):  # Windows opens no folders
-            handle = os.open(folder, os.O_RDONLY)
-        if handle >= 0:
-            ends = time.monotonic() + _PATIENCE
-            while _lock(handle) is False and time.monotonic() < ends:
-                time.sleep(_BETWEEN)
+    with _locked(folder, _PATIENCE):
         yield
-    finally:
-        if handle >= 0:
-            _unlock(handle)
 
 
 # ---- one file that is to take the place of another -------------------------------------------------------------------
@@ -97,7 +87,7 @@ class _New(NamedTuple):
 def _written(path: Path, content: bytes) -> Iterator[_New]:
     """A file with the new content beside the old; what has not taken its place in the end is gone."""
     real = Path(os.path.realpath(path))  # a link stays one
-    beside, old = _hidden(real), _hidden(real)
+    beside, old = hidden(real), hidden(real)
     with writing(path):
         remove_left_over(real)
         before = _permissions(real)
@@ -145,10 +135,6 @@ def _put_back(new: list[_New], there: list[bool]) -> None:
             each.real.unlink(missing_ok=True)
 
 
-def _hidden(real: Path) -> Path:
-    return real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.tmp")  # never longer than names may be
-
-
 def _permissions(real: Path) -> os.stat_result | None:
     try:
         return real.stat()
@@ -171,17 +157,29 @@ def _write(file: BinaryIO, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
-# ---- what killed writers have left -----------------------------------------------------------------------------------
+# ---- hidden names, and what killed writers have left -----------------------------------------------------------------
+
+
+def hidden(real: Path, end: str = "tmp") -> Path:
+    """A name of its own, beside a file or a folder, for what is to take its place, or has stood there."""
+    return real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}")  # never longer than names may be
+
+
+def _hidden_beside(real: Path, ends: str) -> list[tuple[Path, str]]:
+    """What has such a name, and how that ends."""
+    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.({ends})")
+    try:
+        names = os.listdir(real.parent)
+    except OSError:
+        return []
+    return [(real.parent / name, found[1]) for name in names if (found := ours.fullmatch(name))]
 
 
 def remove_left_over(real: Path) -> None:
     """Remove what writers of a file have left beside it when they were killed, and nothing of one that is at work."""
-    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.tmp")
-    with suppress(OSError):
-        for name in os.listdir(real.parent):
-            if ours.fullmatch(name):
-                with suppress(OSError):
-                    _remove_if_left(real.parent / name)
+    for left, _ in _hidden_beside(real, "tmp"):
+        with suppress(OSError):
+            _remove_if_left(left)
 
 
 def _remove_if_left(path: Path) -> None:
@@ -200,25 +198,35 @@ def clear_left_folders(real: Path) -> None:
 
     A writer that was killed as it exchanged the two has left what was there before as the only one: it is put back.
     """
-    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.(tmp|old)")
-    with suppress(OSError):
-        for name in sorted(os.listdir(real.parent)):  # that before is looked at first
-            left, found = real.parent / name, ours.fullmatch(name)
-            if found and stat.S_ISDIR(left.lstat().st_mode) and _is_left(left):
-                with suppress(OSError):
-                    if found[1] == "old" and not os.path.lexists(real):
-                        os.replace(left, real)
-                    else:
-                        shutil.rmtree(left)
+    for left, end in _hidden_beside(real, "tmp|old"):
+        with suppress(OSError):
+            if stat.S_ISDIR(left.lstat().st_mode) and _is_left(left):
+                if end == "old" and not os.path.lexists(real):
+                    os.replace(left, real)
+                else:
+                    shutil.rmtree(left)
 
 
 def _is_left(folder: Path) -> bool:
-    handle = -1
+    with _locked(folder) as locked:
+        return locked is True or (locked is None and time.time() - folder.stat().st_mtime > _AT_WORK)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[bool | None]:
+    """A context in which a folder is locked for us, if it is, as `_lock` says; waited for for so many seconds."""
+    handle, locked = -1, None
     try:
         with suppress(OSError):  # Windows opens no folders
             handle = os.open(folder, os.O_RDONLY)
-        locked = _lock(handle) if handle >= 0 else None
-        return locked is True or (locked is None and time.time() - folder.stat().st_mtime > _AT_WORK)
+        if handle >= 0:
+            ends = time.monotonic() + patience
+            while (locked := _lock(handle)) is False and time.monotonic() < ends:
+                time.sleep(_BETWEEN)
+        yield locked
     finally:
         if handle >= 0:
             _unlock(handle)
