@@ -33,7 +33,7 @@ from lora.models.model import (
     unwrapped,
     without_wrappers,
 )
-from lora.models.readers import let_read, reader_problems, readers_of
+from lora.models.readers import let_read
 from lora.models.start import pretrained_weight, since_start
 from lora.models.training import is_kept, keep, let_train, remember, train_in_full, trains_in_full
 
@@ -163,9 +163,7 @@ def load_adapter(
     with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(fit.plans)
         remember_layers(fit.names, layers)
-        readers = readers_of(fit.names)
-        raise_all(what, reader_problems(readers, fit.names), AdapterError)
-        let_read(readers)
+        raise_all(what, let_read(fit.names), AdapterError)
         if layers:
             for module in saved:
                 train_in_full(module)

@@ -184,7 +184,7 @@ class LoRALayer(Magnitudes):
     def lora_weight_now(self) -> Tensor | LowRankWeight:
         """What the layer computes with in its state, for a parent that reads its weight and does not call it."""
         weight: Tensor = self.weight
-        if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
+        if self.r == 0 or self.lora_is_off():
             start = self.lora_start
             if start is None:
                 return weight
@@ -240,7 +240,7 @@ class LoRALayer(Magnitudes):
         dtype = exact_dtype(out.dtype)
         with without_autocast(out.device):
             A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            g = self.lora_magnitude_gain(dtype) if self.use_dora else None
+            g = self.lora_gain(dtype) if self.use_dora else None
             merged = self.lora_add_update(self.lora_base_weight().to(dtype, copy=True), A, B)
             return out.copy_(merged if g is None else merged.mul_(g))
 
@@ -413,7 +413,7 @@ class LoRALayer(Magnitudes):
 
     def _replicate_for_data_parallel(self) -> Any:
         """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""
-        off = self.lora_disabled is not None and self.lora_is_off()
+        off = self.lora_is_off()
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         vars(replica)["lora_disabled"] = switch.OFF if off else None
         return replica
