@@ -53,7 +53,8 @@ class LoraConfig:
             from loralib's 1.
         lora_dropout: probability of dropping an input feature on the LoRA path. Default: 0.
         target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
-            entirely; or "all-linear", every linear layer but the output embedding.
+            entirely; or "all-linear", every linear layer but the output embedding, routers, and those that cannot be
+            adapted, which the report lists with the reason.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
