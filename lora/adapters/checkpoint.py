@@ -155,7 +155,7 @@ def load_adapter(
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
     raise_all(what, _in_parts(names_of(model)), AdapterError)
-    if adapter.trained_in_full or adapter.modules_to_save:  # which blocks that are open would take for the base's
+    if adapter.trained_in_full or adapter.modules_to_save:  # open blocks would take these for the base's
         check_not_disabled(model, "load_adapter")
     fit = Fit(model, adapter, check_base, what)
     raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)

@@ -1,7 +1,7 @@
-"""Files that are replaced whole: whatever fails, and whenever, what was there is found, or what is to be there.
+"""Files that are replaced whole: whatever fails, and whenever, the old file is there or the new one.
 
 What is new is written beside the old, under a hidden name of its own, and takes its place by a rename. The writer holds
-a lock on it meanwhile, so that one whose writer was killed is known by its having none: the next writer removes it.
+a lock on it meanwhile. A file without a lock is left of a writer that was killed, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora.adapters.paths import check_place, writing
 if sys.platform != "win32":
     import fcntl
 
-_AT_WORK = 3600.0  # seconds after which a file without an owner is nobody's, where the system has no locks
+_AT_WORK = 3600.0  # seconds: an older file is taken for left behind, where the system has no locks
 _PATIENCE = 60.0  # seconds that another writer of a folder is waited for
 _BETWEEN = 0.01
 
@@ -75,7 +75,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 class _New(NamedTuple):
-    """A file that is written, the path of the one whose place it is to take, and a second name of that one."""
+    """A new file, and the one that it is to replace: its path, the file that this leads to, and a second name of it."""
 
     path: Path
     file: Path
@@ -85,7 +85,7 @@ class _New(NamedTuple):
 
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[_New]:
-    """A file with the new content beside the old; what has not taken its place in the end is gone."""
+    """A file with the new content, beside the old one; if it has not taken its place at the end, it is removed."""
     real = Path(os.path.realpath(path))  # a link stays one
     beside, old = hidden(real), hidden(real)
     with writing(path):
@@ -104,7 +104,7 @@ def _written(path: Path, content: bytes) -> Iterator[_New]:
                             file.close()
                         yield _New(path, beside, real, old)
                         return
-                beside.unlink(missing_ok=True)  # another writer took it for one that a killed one has left
+                beside.unlink(missing_ok=True)  # another writer has removed it: it seemed to be left behind
         finally:
             beside.unlink(missing_ok=True)
             old.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def _remove_if_left(path: Path) -> None:
         return
     with open(path, "rb") as file:
         locked, age = _lock(file.fileno()), time.time() - os.fstat(file.fileno()).st_mtime
-        if locked:  # and while it is: a writer that has just made it finds it gone
+        if locked:  # removed while it is: a writer that has just made it finds it gone
             path.unlink(missing_ok=True)
     if locked is None and age > _AT_WORK:
         path.unlink(missing_ok=True)
@@ -217,7 +217,7 @@ def _is_left(folder: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[bool | None]:
-    """A context in which a folder is locked for us, if it is, as `_lock` says; waited for for so many seconds."""
+    """A context with a folder's lock, as `_lock` says; while another writer has it, wait so many seconds for it."""
     handle, locked = -1, None
     try:
         with suppress(OSError):  # Windows opens no folders
