@@ -38,7 +38,7 @@ from lora.models.model import (
     sharded_problems,
 )
 from lora.models.patterns import Patterns
-from lora.models.readers import let_read, let_read_no_more, reader_problems, readers_of
+from lora.models.readers import let_read, let_read_no_more
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -185,10 +185,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(plans)
         remember_layers(names, layers)
-        readers = readers_of(names)
-        problems.add(*problems_of_start(layers, names, config.init_lora_weights), *reader_problems(readers, names))
+        problems.add(*problems_of_start(layers, names, config.init_lora_weights), *let_read(names))
         problems.raise_any()
-        let_read(readers)
         for module in saved:
             train_in_full(module)
         let_train(model, config.bias, config.freeze_A)
@@ -355,8 +353,9 @@ def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
     return frozenset(name for name in _needed(classes) if hasattr(cls, name))
 
 
-# Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
-# nothing. By full name, so that packages need not be installed; subclasses count as well.
+# Classes of modules that give the weights of these children to kernels, which take nothing but tensors, and never call
+# the children: LoRA there would silently do nothing. By full name, so that packages need not be installed; subclasses
+# count as well.
 _BYPASSED: dict[type | str, str] = {
     "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",

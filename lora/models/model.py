@@ -169,8 +169,16 @@ def lora_layers(
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
-    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
+    Args:
+        model: the model.
+        what: the function that asks, for errors.
+        none: allow that there are none.
+        inside_disabled: allow that LoRA is disabled.
+        replaced: allow that a plain layer stands where an adapted one was.
+        reads: allow that LoRA is disabled, unless the base's tensors stand in the model: the function writes nothing.
+
+    Raises:
+        ValueError: something is so that is not allowed, or a parametrization computes an adapted weight.
     """
     reshard(model)
     _adopt(model)
