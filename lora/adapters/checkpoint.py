@@ -209,7 +209,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
 
     >>> import torch, lora
-    >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).update("0").shape
+    >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).delta("0").shape
     torch.Size([4, 8])
     """
     model = unwrapped(model)

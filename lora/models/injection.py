@@ -111,7 +111,7 @@ class InjectionReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Adaptation:
     """One module and the adapter that it is to get."""
 
     module: nn.Module
@@ -252,7 +252,7 @@ def eject(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
-def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
+def adapt(plans: Sequence[Adaptation]) -> list[LoRALayer]:
     """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
     for plan in plans:
         layer: Any = plan.module
@@ -388,7 +388,7 @@ def _plan(
     module: nn.Module,
     config: LoraConfig,
     patterns: Mapping[str, Patterns[Any]],
-) -> Plan:
+) -> Adaptation:
     """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
     reason = refusal(model, names, module)
     if reason:
@@ -413,7 +413,7 @@ def _plan(
     _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
     if config.use_dora:
         adapted_class(kind, module).lora_check_dora(module, shape_B)
-    return Plan(module, kind, settings | own)
+    return Adaptation(module, kind, settings | own)
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype:

@@ -28,7 +28,7 @@ def adapter(value, r=None):
 def update(read):
     """The function: what is added to each weight, and how it would train."""
     about = {name: (settings.r, settings.lora_dropout, settings.use_dora) for name, settings in read.modules.items()}
-    return about, {name: read.update(name).tolist() for name in read.modules}, read.trained_in_full
+    return about, {name: read.delta(name).tolist() for name in read.modules}, read.trained_in_full
 
 
 def held(path, known):
