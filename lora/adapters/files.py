@@ -58,8 +58,8 @@ class TooManyValues(ValueError):
 def parsed(text: str, letters: int, samples: bool = False) -> Any:
     """What JSON says; ValueError if it is none, or if it has many values of fewer letters than these on average.
 
-    A value takes up to 120 bytes of memory, and two letters of text. Of `samples`, 0.0 and 1.0 do not count: weights may
-    be full of them, and they take 32 bytes, and five letters.
+    A value takes up to 120 bytes of memory, and two letters of text. Of `samples`, 0.0 and 1.0 do not count: weights
+    may be full of them, and they take 32 bytes, and five letters.
     """
     values, most = sum(map(text.count, "[{,:")) - samples * text.count(".0, "), _VALUES + len(text) // letters
     if values > most:
