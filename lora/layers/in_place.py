@@ -149,6 +149,8 @@ class LowRankWeight:
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense("indexing")[index]
 
+    __hash__ = object.__hash__  # `==` is of the values
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -174,5 +176,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return compute
 
 
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "radd", "rsub", "rmul", "rtruediv", "rmatmul", "neg"):
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARISONS, "neg", "abs"):
     setattr(LowRankWeight, f"__{_name}__", _operator(f"__{_name}__"))

@@ -194,8 +194,9 @@ def _words(cls: Any, method: str) -> frozenset[str]:
 def _words_of(code: CodeType) -> Iterator[str]:
     """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
     words = [one.argval for one in get_instructions(code) if isinstance(one.argval, str)]
-    for n, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
-        if word != "weight" or not (following in _ASKED or "isinstance" in words[max(0, n - 3) : n]):
+    for n, word in enumerate(words):
+        asked = {*words[n + 1 : n + 2]} & _ASKED or "isinstance" in words[max(0, n - 3) : n]
+        if word != "weight" or not asked:
             yield word
 
 

@@ -346,3 +346,23 @@ def test_a_refused_injection_leaves_readers_as_they_were():
     with pytest.raises(ValueError, match="y: its weight holds NaN"):
         lora.inject(model, target_modules="all-linear", r=2, init_lora_weights="pissa")
     assert type(model["x"]) is Fused
+
+
+class Nameless(nn.Module):
+    """Of its methods one has no name in its code, as that of Idefics' embedding of further words."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x) * self.share()
+
+    def share(self):
+        return 0.5
+
+
+def test_a_method_without_names_reads_nothing():
+    model = nn.Sequential(Nameless())
+    lora.inject(model, target_modules=["0.proj"], r=2)
+    assert type(model[0]) is Nameless
