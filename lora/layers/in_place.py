@@ -35,13 +35,24 @@ def with_others(
     without its own, and other threads may compute with it meanwhile.
     """
     own = dict(vars(module))
-    twin = object.__new__(cls)
-    vars(twin).update(own, **others)  # they go before parameters of the same name
+    twin = twin_of(module, cls, others)
     output = method(twin, *args, **kwargs)
-    for name, value in vars(twin).items():  # what the method keeps on itself
+    keep(module, own, twin, others)
+    return output
+
+
+def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> Any:
+    """An instance of a class that shares everything but some attributes with a module."""
+    twin = object.__new__(cls)
+    vars(twin).update(vars(module), **others)  # they go before parameters of the same name
+    return twin
+
+
+def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[str, Any]) -> None:
+    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`."""
+    for name, value in vars(twin).items():
         if name not in others and (name not in own or own[name] is not value):
             vars(module)[name] = value
-    return output
 
 
 class LowRankWeight:
