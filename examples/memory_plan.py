@@ -323,8 +323,8 @@ def _kept_by_adapters(layers: Iterable[Layer], training: Training) -> int:
     T, b, found = training.tokens, training.b, 0
     for layer in layers:
         found += T * b * training.rows_of_A(layer)
-        if training.use_dora:  # of the gain g - 1, the norms in float32, and where those are zero
-            found += (T * b + b + 4 + 1) * (layer.columns if layer.reads == "ids" else layer.rows)
+        if training.use_dora:  # g and the norms in float32, and where those are zero
+            found += (T * b + 4 + 4 + 1) * (layer.columns if layer.reads == "ids" else layer.rows)
         if training.base_dtype in QUANTISED and training.adapter_dtype == "float32" and layer.in_block:
             found += sum(b * t.values() for t in adapter(layer, training, 1) if len(t.shape) == 2)
     return found

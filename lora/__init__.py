@@ -18,6 +18,7 @@ from lora.layers.registry import register
 from lora.layers.weights import register_weight
 from lora.models.config import LoraConfig
 from lora.models.disabling import disabled
+from lora.models.idle import check
 from lora.models.injection import eject, inject
 from lora.models.merging import merge, merged_state_dict
 from lora.models.start import initialize
@@ -46,6 +47,7 @@ __all__ = [
     "Resized",
     "adapter_of",
     "calibrate",
+    "check",
     "combine",
     "disabled",
     "eject",

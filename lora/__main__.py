@@ -22,7 +22,6 @@ from lora.errors import clipped, visible
 _COMMANDS = (inspect, convert, merging)
 _LONGEST = 300  # characters of an error of torch's or Python's
 _LONGEST_MESSAGE = 40_000
-_BREAK = "\n"  # of errors that list several things
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names of files, which a shell may have put in, are shown as they are in all other messages."""
+    """Its errors escape what cannot be seen, as all messages here do: a shell may have put names of files in."""
 
     def error(self, message: str) -> NoReturn:
         super().error(clipped(visible(message)))
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(BaseException):
-    """The process is told to end."""
+    """A signal has told the process to end."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
@@ -122,8 +121,9 @@ def _termination() -> Iterator[None]:
 def _refuse(message: str, code: int = 2) -> int:
     """Say on stderr what is wrong; the exit code."""
     if sys.stderr is not None:  # print would take None for stdout
+        said = clipped(visible(message, keep="\n"), _LONGEST_MESSAGE)
         try:
-            print(f"error: {clipped(visible(message, keep=_BREAK), _LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+            print(f"error: {said}", file=sys.stderr, flush=True)
         except OSError:  # nobody reads it; the exit code says what there is to say
             _drop(sys.stderr)
     return code

@@ -171,6 +171,15 @@ CASES["inject: a task"] = lambda n: (
 )(Model(n, score=nn.Linear(2, 2)))
 
 
+@case("check")
+def after_a_step(n):
+    model = adapted(n)
+    for module in model.modules():
+        if isinstance(module, lora.LoRALayer):
+            module.lora_B.grad = torch.ones_like(module.lora_B)
+    return lambda: lora.check(model)
+
+
 @case("inject")
 def names_that_match_nothing(n):
     model = Model(n)

@@ -15,7 +15,7 @@ from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import join, short
 from lora.layers.layer import LoRALayer, alpha_of, scaling_problem, settings_problems
 from lora.layers.registry import kind_for
-from lora.models.injection import Plan, adapt
+from lora.models.injection import Adaptation, adapt
 
 PARAMETERS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"
@@ -149,7 +149,7 @@ class ModuleAdapter(Record):
         kind, own = kind.lora_configure(module, **self.form)
         for name, tensor, expected in zip(PARAMETERS, (A, B), kind.lora_shapes(module, self.r, **own), strict=True):
             _check_shape(name, tensor, tuple(expected))
-        adapt([Plan(module, kind, {**self.general, **own, "use_dora": magnitude is not None})])
+        adapt([Adaptation(module, kind, {**self.general, **own, "use_dora": magnitude is not None})])
         assert isinstance(module, LoRALayer), "it was adapted"
         module.lora_scaling = float(self.scaling)
         module.lora_A, module.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
@@ -245,7 +245,7 @@ class Adapter:
     >>> settings = {"r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0}
     >>> settings["base"] = {"kind": "linear", "shape": [2, 3]}
     >>> tensors = {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(2, 1)}
-    >>> lora.Adapter({"up": settings}, tensors).update("up")
+    >>> lora.Adapter({"up": settings}, tensors).delta("up")
     tensor([[2., 2., 2.],
             [2., 2., 2.]])
     """
@@ -285,7 +285,7 @@ class Adapter:
         """The magnitudes of one module, if it has some (DoRA)."""
         return self.tensors.get(join(name, MAGNITUDE))
 
-    def update(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """s · B A of one module, in the shape of its base weight and in this dtype; with DoRA it is not all."""
         layer = self.layer(name)
         return layer.lora_delta(layer.lora_A.to(dtype), layer.lora_B.to(dtype)) * layer.lora_scaling

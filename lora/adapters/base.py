@@ -42,7 +42,7 @@ _KINDS: dict[type[LoRALayer], str] = {
 # How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
 # exact they are, as files of before do not.
 _SAMPLE, _TOLERANCE = 16, 0.01
-# By how much more samples may differ than by a cast: what float32 loses when a start is given back, whoever did it.
+# By how much samples may differ beyond what a cast explains: what float32 loses when a start is given back.
 _SLACK = 64 * torch.finfo(torch.float32).eps
 _BY_MERGING = 0.1  # a larger difference is rarely one that training has made
 _LARGEST = 2**50  # values of a weight that is believed to be one

@@ -33,7 +33,7 @@ from lora.models.model import (
     unwrapped,
     without_wrappers,
 )
-from lora.models.readers import let_read, reader_problems, readers_of
+from lora.models.readers import let_read
 from lora.models.start import pretrained_weight, since_start
 from lora.models.training import is_kept, keep, let_train, remember, train_in_full, trains_in_full
 
@@ -155,7 +155,7 @@ def load_adapter(
     ranks = weights.ranks_of(model)
     adapter, what = ranks.on_first(lambda: _sound(source, lora_alpha, to_send=not ranks.alone))
     raise_all(what, _in_parts(names_of(model)), AdapterError)
-    if adapter.trained_in_full or adapter.modules_to_save:  # which blocks that are open would take for the base's
+    if adapter.trained_in_full or adapter.modules_to_save:  # open blocks would take these for the base's
         check_not_disabled(model, "load_adapter")
     fit = Fit(model, adapter, check_base, what)
     raise_all(what, ranks.from_all(fit.problems.found + (wrappers if fit.plans else [])), AdapterError)
@@ -163,9 +163,7 @@ def load_adapter(
     with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(fit.plans)
         remember_layers(fit.names, layers)
-        readers = readers_of(fit.names)
-        raise_all(what, reader_problems(readers, fit.names), AdapterError)
-        let_read(readers)
+        raise_all(what, let_read(fit.names), AdapterError)
         if layers:
             for module in saved:
                 train_in_full(module)
@@ -211,7 +209,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         AdapterError: DeepSpeed's ZeRO-3 keeps tensors of it in parts; all are listed.
 
     >>> import torch, lora
-    >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).update("0").shape
+    >>> lora.adapter_of(torch.nn.Sequential(lora.Linear(8, 4, r=2))).delta("0").shape
     torch.Size([4, 8])
     """
     model = unwrapped(model)

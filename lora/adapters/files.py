@@ -276,7 +276,7 @@ def _parsed(path: Path, text: bytes) -> Header:
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:
-    """A header's members, one at a time, so that none costs much; one longer than an entry is None, and the last.
+    """A header's members, one at a time, so that none costs much; one that is too long comes as None, and is the last.
 
     `safetensors` has found the text to be JSON: an object of entries, and strings as metadata.
     """

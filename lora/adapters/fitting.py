@@ -20,7 +20,7 @@ from lora.layers.layer import LoRALayer, alpha_of, scaling_of
 from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
-from lora.models.injection import Plan, refusal
+from lora.models.injection import Adaptation, refusal
 from lora.models.model import Memory, names_of, without_wrappers
 from lora.models.start import pretrained_weight, to_start
 from lora.models.training import is_kept, originals
@@ -56,7 +56,7 @@ class Fit:
         self.model, self.check_base = model, check_base
         self.names = names_of(model)
         self.modules = {without_wrappers(name): module for module, known in self.names.items() for name in known}
-        self.plans: list[Plan] = []
+        self.plans: list[Adaptation] = []
         self.as_before: list[Target] = []
         self.problems = Problems(what, AdapterError)
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
@@ -154,7 +154,7 @@ class Fit:
         for parameter, shape in shapes.items():
             exact = exact_dtype(dtype) if parameter == MAGNITUDE else dtype
             self._like(join(name, parameter), shape, exact)
-        self.plans.append(Plan(module, kind, {**settings.general, "adapter_dtype": dtype, **own}))
+        self.plans.append(Adaptation(module, kind, {**settings.general, "adapter_dtype": dtype, **own}))
 
     def _find_unmatched(self) -> None:
         """Complain of layers and modules that only the model or only the file has, or that the file has twice."""

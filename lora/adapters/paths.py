@@ -82,7 +82,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def read_steadily(path: Path, read: Callable[[io.BufferedReader], T]) -> T:
-    """What `read` makes of an open file; of one that changes meanwhile it is asked again, some times.
+    """What `read` makes of an open file; a file that changes meanwhile is read again, a few times.
 
     Raises:
         AdapterError: the file has changed each time; or what `read` raises of a file that has not changed.
@@ -126,7 +126,7 @@ def check_place(path: Path, wanted: str = "file") -> None:
     """
     with writing(path):
         what = kind(path, to_write=True)
-        if what == "folder" != wanted:
+        if what == "folder" and wanted != "folder":
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if what not in (wanted, None):
             raise FileExistsError(f"{path} is not written: it is a {what}, and must be a {wanted} or nothing.")

@@ -1,7 +1,7 @@
-"""Files that are replaced whole: whatever fails, and whenever, what was there is found, or what is to be there.
+"""Files that are replaced whole: whatever fails, and whenever, the old file is there or the new one.
 
 What is new is written beside the old, under a hidden name of its own, and takes its place by a rename. The writer holds
-a lock on it meanwhile, so that one whose writer was killed is known by its having none: the next writer removes it.
+a lock on it meanwhile. A file without a lock is left of a writer that was killed, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora.adapters.paths import check_place, writing
 if sys.platform != "win32":
     import fcntl
 
-_AT_WORK = 3600.0  # seconds after which a file without an owner is nobody's, where the system has no locks
+_AT_WORK = 3600.0  # seconds: an older file is taken for left behind, where the system has no locks
 _PATIENCE = 60.0  # seconds that another writer of a folder is waited for
 _BETWEEN = 0.01
 
@@ -67,25 +67,15 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     One that holds it for a minute (it may be stopped) is waited for no longer.
     """
-    handle = -1
-    try:
-        with suppress(OSError):  # Windows opens no folders
-            handle = os.open(folder, os.O_RDONLY)
-        if handle >= 0:
-            ends = time.monotonic() + _PATIENCE
-            while _lock(handle) is False and time.monotonic() < ends:
-                time.sleep(_BETWEEN)
+    with _locked(folder, _PATIENCE):
         yield
-    finally:
-        if handle >= 0:
-            _unlock(handle)
 
 
 # ---- one file that is to take the place of another -------------------------------------------------------------------
 
 
 class _New(NamedTuple):
-    """A file that is written, the path of the one whose place it is to take, and a second name of that one."""
+    """A new file, and the one that it is to replace: its path, the file that this leads to, and a second name of it."""
 
     path: Path
     file: Path
@@ -95,9 +85,9 @@ class _New(NamedTuple):
 
 @contextmanager
 def _written(path: Path, content: bytes) -> Iterator[_New]:
-    """A file with the new content beside the old; what has not taken its place in the end is gone."""
+    """A file with the new content, beside the old one; if it has not taken its place at the end, it is removed."""
     real = Path(os.path.realpath(path))  # a link stays one
-    beside, old = _hidden(real), _hidden(real)
+    beside, old = hidden(real), hidden(real)
     with writing(path):
         remove_left_over(real)
         before = _permissions(real)
@@ -114,7 +104,7 @@ def _written(path: Path, content: bytes) -> Iterator[_New]:
                             file.close()
                         yield _New(path, beside, real, old)
                         return
-                beside.unlink(missing_ok=True)  # another writer took it for one that a killed one has left
+                beside.unlink(missing_ok=True)  # another writer has removed it: it seemed to be left behind
         finally:
             beside.unlink(missing_ok=True)
             old.unlink(missing_ok=True)
@@ -145,10 +135,6 @@ def _put_back(new: list[_New], there: list[bool]) -> None:
             each.real.unlink(missing_ok=True)
 
 
-def _hidden(real: Path) -> Path:
-    return real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.tmp")  # never longer than names may be
-
-
 def _permissions(real: Path) -> os.stat_result | None:
     try:
         return real.stat()
@@ -171,17 +157,29 @@ def _write(file: BinaryIO, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
-# ---- what killed writers have left -----------------------------------------------------------------------------------
+# ---- hidden names, and what killed writers have left -----------------------------------------------------------------
+
+
+def hidden(real: Path, end: str = "tmp") -> Path:
+    """A name of its own, beside a file or a folder, for what is to take its place, or has stood there."""
+    return real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}")  # never longer than names may be
+
+
+def _hidden_beside(real: Path, ends: str) -> list[tuple[Path, str]]:
+    """What has such a name, and how that ends."""
+    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.({ends})")
+    try:
+        names = os.listdir(real.parent)
+    except OSError:
+        return []
+    return [(real.parent / name, found[1]) for name in names if (found := ours.fullmatch(name))]
 
 
 def remove_left_over(real: Path) -> None:
     """Remove what writers of a file have left beside it when they were killed, and nothing of one that is at work."""
-    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.tmp")
-    with suppress(OSError):
-        for name in os.listdir(real.parent):
-            if ours.fullmatch(name):
-                with suppress(OSError):
-                    _remove_if_left(real.parent / name)
+    for left, _ in _hidden_beside(real, "tmp"):
+        with suppress(OSError):
+            _remove_if_left(left)
 
 
 def _remove_if_left(path: Path) -> None:
@@ -189,7 +187,7 @@ def _remove_if_left(path: Path) -> None:
         return
     with open(path, "rb") as file:
         locked, age = _lock(file.fileno()), time.time() - os.fstat(file.fileno()).st_mtime
-        if locked:  # and while it is: a writer that has just made it finds it gone
+        if locked:  # removed while it is: a writer that has just made it finds it gone
             path.unlink(missing_ok=True)
     if locked is None and age > _AT_WORK:
         path.unlink(missing_ok=True)
@@ -200,25 +198,35 @@ def clear_left_folders(real: Path) -> None:
 
     A writer that was killed as it exchanged the two has left what was there before as the only one: it is put back.
     """
-    ours = re.compile(rf"\.{re.escape(real.name[:24])}\.[0-9a-f]{{16}}\.(tmp|old)")
-    with suppress(OSError):
-        for name in sorted(os.listdir(real.parent)):  # that before is looked at first
-            left, found = real.parent / name, ours.fullmatch(name)
-            if found and stat.S_ISDIR(left.lstat().st_mode) and _is_left(left):
-                with suppress(OSError):
-                    if found[1] == "old" and not os.path.lexists(real):
-                        os.replace(left, real)
-                    else:
-                        shutil.rmtree(left)
+    for left, end in _hidden_beside(real, "tmp|old"):
+        with suppress(OSError):
+            if stat.S_ISDIR(left.lstat().st_mode) and _is_left(left):
+                if end == "old" and not os.path.lexists(real):
+                    os.replace(left, real)
+                else:
+                    shutil.rmtree(left)
 
 
 def _is_left(folder: Path) -> bool:
-    handle = -1
+    with _locked(folder) as locked:
+        return locked is True or (locked is None and time.time() - folder.stat().st_mtime > _AT_WORK)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[bool | None]:
+    """A context with a folder's lock, as `_lock` says; while another writer has it, wait so many seconds for it."""
+    handle, locked = -1, None
     try:
         with suppress(OSError):  # Windows opens no folders
             handle = os.open(folder, os.O_RDONLY)
-        locked = _lock(handle) if handle >= 0 else None
-        return locked is True or (locked is None and time.time() - folder.stat().st_mtime > _AT_WORK)
+        if handle >= 0:
+            ends = time.monotonic() + patience
+            while (locked := _lock(handle)) is False and time.monotonic() < ends:
+                time.sleep(_BETWEEN)
+        yield locked
     finally:
         if handle >= 0:
             _unlock(handle)

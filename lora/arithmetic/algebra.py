@@ -76,7 +76,7 @@ def combine(
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
     >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
     >>> both = lora.combine([(one, 0.5), (one, 2)])
-    >>> both.modules["up"]["r"], both.update("up")
+    >>> both.modules["up"]["r"], both.delta("up")
     (2, tensor([[5., 5., 5.]]))
     """
     adapters = list(adapters)
@@ -141,7 +141,7 @@ def subtract(a: Adapter, b: Adapter, *, check_base: bool = True) -> Adapter:
     >>> settings = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
     >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
-    >>> lora.subtract(one, one).update("up")
+    >>> lora.subtract(one, one).delta("up")
     tensor([[0., 0., 0.]])
     """
     return combine([(a, 1), (b, -1)], check_base=check_base)
@@ -162,7 +162,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     >>> settings = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "use_rslora": False, "scaling": 1.0}
     >>> settings["base"] = {"kind": "linear", "shape": [1, 3]}
     >>> one = lora.Adapter({"up": settings}, {"up.lora_A": torch.ones(1, 3), "up.lora_B": torch.ones(1, 1)})
-    >>> lora.scale(one, -2).update("up")
+    >>> lora.scale(one, -2).delta("up")
     tensor([[-2., -2., -2.]])
     """
     what = "scale: nothing was computed"

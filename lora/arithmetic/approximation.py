@@ -81,7 +81,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
     >>> settings["base"] = {"kind": "linear", "shape": [2, 2]}
     >>> B = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     >>> adapter, kept = lora.resize(lora.Adapter({"up": settings}, {"up.lora_A": torch.eye(2), "up.lora_B": B}), 1)
-    >>> adapter.update("up").round(decimals=4) + 0, round(kept["up"], 4)
+    >>> adapter.delta("up").round(decimals=4) + 0, round(kept["up"], 4)
     (tensor([[3., 0.],
             [0., 0.]]), 0.9)
     """

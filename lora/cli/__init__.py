@@ -164,7 +164,7 @@ def say(lines: Iterable[str]) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """A value that a file may have, without numbers that JSON has no words for, and without ones without end."""
+    """A value for JSON: a number that JSON has no word for is None, and so is an integer of very many digits."""
     if isinstance(value, Mapping):
         return {str(key): _as_json(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

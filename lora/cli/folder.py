@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lora.adapters.files import Entry, read_header, read_object
 from lora.adapters.paths import kind, open_file, reading, writing
-from lora.adapters.saving import alone_in, clear_left_folders
+from lora.adapters.saving import alone_in, clear_left_folders, hidden
 from lora.cli import progress
 from lora.errors import raise_all, short
 
@@ -234,7 +233,7 @@ def check_replaced(out: Path) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to fill, which takes its place, and that of what is there, if nothing is raised."""
     real = Path(os.path.realpath(out))
-    beside, old = (real.with_name(f".{real.name[:24]}.{secrets.token_hex(8)}.{end}") for end in ("tmp", "old"))
+    beside, old = hidden(real), hidden(real, "old")
     with writing(out), ExitStack() as held:  # whose they are, others know by the locks
         clear_left_folders(real)
         beside.mkdir()

@@ -58,7 +58,7 @@ def ways(pattern: str, length: int) -> int:
     (42, 462)
     """
     bare = _bare(pattern)
-    repeats = 1 + _repeats(bare)  # `.*` and its like; one is ours
+    repeats = 1 + _repeats(bare)  # `.*` and its like; one is that of `at_end`
     return _choices(bare) * math.comb(length + repeats, repeats)
 
 
@@ -93,18 +93,18 @@ class _Expression(NamedTuple):
         return cls(_choices(_bare(pattern)), [""] * _repeats(_bare(pattern)) if odd else after)
 
     def steps(self, name: str) -> int:
-        """At most so many steps does a match with this name take."""
-        ends = self.choices * (1 + name.count("."))  # ours: a name counts from any of its dots
+        """How many steps a match with this name takes at most."""
+        ends = self.choices * (1 + name.count("."))  # `at_end` lets a match begin after any dot
         anywhere = ends * math.comb(len(name) + len(self.after), len(self.after))
         if not any(self.after):
             return anywhere
-        # Whatever repeats can end only before its letters, the rarest of which is where it is.
+        # What repeats can end only before the letters that follow it: at no more places than the rarest of them has.
         places = math.prod(min(map(name.count, letters)) if letters else len(name) + 1 for letters in self.after)
         return min(anywhere, ends * max(places, 1) * (1 + len(name) // _SCANNED))
 
 
 def _literals(tokens: Sequence[str]) -> str:
-    """The letters that these begin with, whatever ends around them; what may be absent is none."""
+    """The letters that must come first in these, past the end of a group; one that may be absent does not count."""
     found = ""
     tokens = [*itertools.dropwhile(lambda token: token in ("?", "+", ")"), tokens)]
     for token, following in itertools.zip_longest(tokens, tokens[1:], fillvalue=" "):

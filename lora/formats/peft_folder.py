@@ -53,7 +53,7 @@ _TRIES = 20
 
 
 def check_folder(path: Path) -> None:
-    """OSError if the folder cannot be written; nothing has been."""
+    """OSError if the folder cannot be written, before anything is."""
     check_place(path, "folder")
     for name in (WEIGHTS, CONFIG) if kind(path) else ():
         check_place(path / name)
@@ -105,7 +105,7 @@ def claims(path: Path) -> bool:
 
 
 def reads(path: Path) -> bool:
-    """Whether there is a folder, or a file of PEFT's: what other formats keep in a folder they have been asked for."""
+    """Whether a path is a folder, or a file of PEFT's; other formats have been asked about the folder before."""
     return kind(path) == "folder" or claims(path)
 
 
@@ -146,7 +146,7 @@ class _Seen:
         self.file = self._chosen()
         self.metadata: Mapping[str, str] | None = None
         self.config: Config = {}
-        self.edited = False  # and the edit counts
+        self.edited = False  # since the weights were written; and what it says now counts
 
     def _chosen(self) -> Path:
         names = [self.path.name] if self.path.name in READERS and not self.whole else [*READERS]
@@ -207,7 +207,7 @@ def _digest(text: bytes) -> str:
 
 
 def _differences(config: Config, written: Config) -> Iterator[str]:
-    """What a configuration says otherwise than the one with which the weights were written."""
+    """A complaint for each setting that is not the one with which the weights were written."""
     for name in _BOUND:
         now, then = config.get(name), written.get(name)
         if _meant(now) != _meant(then):
@@ -216,7 +216,7 @@ def _differences(config: Config, written: Config) -> Iterator[str]:
 
 
 def _meant(value: Any) -> Any:
-    """What a setting says: names in any order are the same, and so are nothing and none."""
+    """A setting in a form to compare: the order of names does not count, and what is empty is like None."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = sorted(value)
     return value if type(value) in (int, float) else value or None

@@ -87,18 +87,18 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 # ---- scaling where nothing overflows ---------------------------------------------------------------------------------
 #
-# float16 ends at 65,504, which s · A x and s · dy reach where s · B A x and s · Bᵀ dy do not: B starts at zero. There
-# B, which is small, has the scaling, and its gradient gets it in B's own dtype. In other dtypes what is between A and B
-# has it.
+# float16 ends at 65,504, which s · A x and s · dy reach where s · B A x and s · Bᵀ dy do not: B starts at zero. So in
+# float16 B is scaled, which is small, and its gradient is scaled in B's own dtype. In other dtypes what is between A
+# and B is scaled.
 
 
 def computes_in_float16(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of tensors of this dtype are float16's, be it by autocast."""
+    """Whether products of tensors of this dtype are computed in float16, be it by autocast."""
     return (torch.get_autocast_dtype(device.type) if autocasts(device) else dtype) == torch.float16
 
 
 def spread(B: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
-    """B in this dtype, and by what its product with h is to be scaled: 1 in float16, where B has the scaling."""
+    """B in this dtype, and what is left to scale its product with h by: 1 in float16, where B itself is scaled."""
     if not computes_in_float16(dtype, B.device):
         return B.to(dtype), scaling
     return (B.to(exact_dtype(B.dtype)) * scaling).to(dtype), 1.0

@@ -86,7 +86,7 @@ class _Magnify(FusedFunction):
 
 
 def _parts_of_gain(gain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Two numbers in this dtype whose sum a gain is, the second without a gradient; or one, where that is the gain."""
+    """A gain as the sum of two numbers in this dtype, the second without a gradient; as one, where that is exact."""
     high = cast(gain, dtype)
     if gain.dtype.itemsize <= dtype.itemsize:
         return high, None

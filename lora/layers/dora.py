@@ -80,11 +80,6 @@ class Magnitudes(LayerKind):
         """s, as a forward is to read it."""
         return self.lora_scaling
 
-    @torch.no_grad()
-    def lora_magnitude_gain(self, dtype: torch.dtype) -> Tensor:
-        """`lora_gain`, as a constant."""
-        return self.lora_gain(dtype)
-
     def lora_gain(self, dtype: torch.dtype) -> Tensor:
         """g, 1 where the layer has no magnitude, in the shape that multiplies the weight."""
         shape = [1] * len(self.lora_weight_shape())

@@ -52,7 +52,7 @@ def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
 
 
 def scaling_problem(scaling: Any) -> str | None:
-    """What is wrong with a scaling, if anything: what float32 does not hold, torch multiplies no tensor by."""
+    """What is wrong with a scaling, if anything: torch multiplies no tensor by what float32 does not hold."""
     if is_number(scaling) and abs(scaling) <= _LARGEST_SCALING:
         return None
     at_most = f" of at most {_LARGEST_SCALING:.2g}" if is_number(scaling) else ""
@@ -182,9 +182,9 @@ class LoRALayer(Magnitudes):
         return LowRankWeight(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
 
     def lora_weight_now(self) -> Tensor | LowRankWeight:
-        """What the layer computes with in its state, for a parent that reads its weight and does not call it."""
+        """The weight that the layer computes with now, for a parent that reads it and does not call the layer."""
         weight: Tensor = self.weight
-        if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
+        if self.r == 0 or self.lora_is_off():
             start = self.lora_start
             if start is None:
                 return weight
@@ -240,7 +240,7 @@ class LoRALayer(Magnitudes):
         dtype = exact_dtype(out.dtype)
         with without_autocast(out.device):
             A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-            g = self.lora_magnitude_gain(dtype) if self.use_dora else None
+            g = self.lora_gain(dtype) if self.use_dora else None
             merged = self.lora_add_update(self.lora_base_weight().to(dtype, copy=True), A, B)
             return out.copy_(merged if g is None else merged.mul_(g))
 
@@ -413,7 +413,7 @@ class LoRALayer(Magnitudes):
 
     def _replicate_for_data_parallel(self) -> Any:
         """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""
-        off = self.lora_disabled is not None and self.lora_is_off()
+        off = self.lora_is_off()
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         vars(replica)["lora_disabled"] = switch.OFF if off else None
         return replica
@@ -443,6 +443,6 @@ class LoRALayer(Magnitudes):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        switch.copied(self)
+        switch.copy_blocks(self)
         self.lora_refresh()
         weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

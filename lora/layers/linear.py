@@ -88,7 +88,7 @@ class LinearLoRA(WithVocabulary):
         exact = exact_dtype(out.dtype)
         A, B = self.lora_A.to(exact), self.lora_B.to(exact)
         # Of the weight as it is, before it is written.
-        gain = self.lora_magnitude_gain(exact) if self.use_dora else None
+        gain = self.lora_gain(exact) if self.use_dora else None
         if out is not self.weight:
             out.copy_(self.lora_base_weight())
         with without_autocast(out.device):

@@ -46,7 +46,7 @@ class Switch:
         self.blocks: set[Block] = set()
 
     def is_off(self, device: torch.device) -> bool:
-        """Whether the layer is off for the caller; RuntimeError where the caller cannot have it as it trained.
+        """Whether the layer is off for the caller; RuntimeError if it is on, and the base's tensors stand in the model.
 
         Args:
             device: where the layer computes.
@@ -72,11 +72,11 @@ class Switch:
         return any(block.is_open and block in self.blocks for block in blocks)
 
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
-        return Switch, ()  # `copied` fills it
+        return Switch, ()  # `copy_blocks` fills it
 
 
 class _Off(Switch):
-    """What the replica of a layer has, which another thread computes with, while the layer is off for the caller."""
+    """The switch of a replica, with which another thread computes, of a layer that is off for the caller."""
 
     def is_off(self, device: torch.device) -> bool:
         return True
@@ -85,22 +85,22 @@ class _Off(Switch):
 OFF = _Off()
 
 
-def copied(layer: Any) -> None:
-    """Let a layer that was copied or unpickled be off in the caller's blocks, if what it is a copy of was disabled."""
+def copy_blocks(layer: Any) -> None:
+    """Let a layer that was copied or unpickled be off in the caller's blocks, if the original was disabled."""
     if vars(layer).pop("lora_disabled", None) is not None:
         for block in filter(_is_open, _entered.get()):
             block.layers.append(layer)
-            name(layer, block)
+            add(layer, block)
 
 
-def name(layer: Any, block: Block) -> None:
+def add(layer: Any, block: Block) -> None:
     """Let a layer know a block that disables it."""
     switch = vars(layer).setdefault("lora_disabled", Switch())
     switch.blocks.add(block)
 
 
-def forget(layer: Any, block: Block) -> None:
-    """Let a layer know no more of a block; or of one that it never knew."""
+def remove(layer: Any, block: Block) -> None:
+    """Let a layer forget a block, which it need not have known."""
     switch = vars(layer).get("lora_disabled")
     if switch is not None:
         switch.blocks.discard(block)

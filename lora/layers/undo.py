@@ -19,12 +19,12 @@ _CONTAINERS = (
     *(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))),
     *("lora_originals", "lora_kept", "lora_children", "lora_remembered"),
 )
-# What other threads may change meanwhile, which is theirs: the blocks of `lora.disabled` that are open.
+# What other threads may change meanwhile, and is not put back: the open blocks of `lora.disabled`.
 _OF_OTHERS = "lora_disabled"
 
 
 class _Module(NamedTuple):
-    """A module's class, its attributes, and what is in those of them that are changed in place, if anything is."""
+    """A module's class, its attributes, and the contents of those that are changed in place."""
 
     module: nn.Module
     cls: type
@@ -69,7 +69,7 @@ def _refill(container: Any, content: Any) -> None:
 
 
 class _Parameter(NamedTuple):
-    """What a parameter is beside its values."""
+    """All of a parameter but its values."""
 
     parameter: Any
     data: Tensor
@@ -113,8 +113,8 @@ class undo_on_error:
             undo.keep(layer.weight)  # before its values are written
             layer.weight.copy_(merged)
 
-    Ctrl-C in the undo waits until all is back. It is entered twice for the moment in which the inner exit begins: who
-    is interrupted there is undone by the outer one. Nothing is undone of a block that came to its end.
+    Ctrl-C in the undo waits until all is back. The context is entered twice, since Ctrl-C may come just as the inner
+    exit begins: then the outer one undoes the block. A block that came to its end is not undone.
 
     Args:
         modules: their classes, attributes (also the contents of torch's own dicts: parameters, buffers, hooks) and

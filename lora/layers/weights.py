@@ -74,9 +74,9 @@ class Plain:
     def values_at(self, places: Tensor) -> Tensor:
         """The values at these places, counted as if it were flat; nothing large is gathered or copied."""
         tensor = self.tensor.detach()
-        if tensor.is_contiguous():
-            return tensor.view(-1)[places]
-        return tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor[None]
+        if not tensor.dim():
+            return tensor[None]  # once, whatever the places: adapters' files have it so
+        return tensor.view(-1)[places] if tensor.is_contiguous() else tensor[torch.unravel_index(places, tensor.shape)]
 
     @classmethod
     def ranks(cls, tensors: Sequence[Tensor]) -> Alone:

@@ -53,7 +53,8 @@ class LoraConfig:
             from loralib's 1.
         lora_dropout: probability of dropping an input feature on the LoRA path. Default: 0.
         target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
-            entirely; or "all-linear", every linear layer but the output embedding.
+            entirely; or "all-linear", every linear layer but the output embedding, routers, and those that cannot be
+            adapted, which the report lists with the reason.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
@@ -159,7 +160,7 @@ class LoraConfig:
                 yield f"{given!r} must be a name or a regular expression: {error}."
 
     def _expressions(self) -> Iterator[tuple[str, str]]:
-        """Every regular expression in the config that may be none, as it was given and as it is used."""
+        """Every string in the config that should be a regular expression, as it was given and as it is used."""
         yield from ((p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str))
         for option in _BY_PATTERN:
             yield from ((pattern, at_end(pattern)) for pattern in getattr(self, option) if not is_plain(pattern))
@@ -304,7 +305,7 @@ def _unused(option: str, patterns: Mapping[str, object], adapted: Names) -> Iter
 
 
 def _matching_nothing(option: str, targets: Sequence[str], names: Names, what: str) -> Iterator[str]:
-    """A complaint for each of these, the first with hints: of very many mistakes the first say what kind they are."""
+    """A complaint for each of these, the first ones with hints, which take time."""
     known = last_parts(name for its in names.values() for name in its) if targets else []
     for number, target in enumerate(targets):
         hint = did_you_mean(target, known) if number < _MOST_HINTS else ""

@@ -16,7 +16,7 @@ from lora.layers import switch
 from lora.layers.layer import LoRALayer
 from lora.layers.switch import Block
 from lora.layers.weights import is_sharded
-from lora.models.exchange import Exchanged, exchanged, trained
+from lora.models.exchange import Exchanged, exchanged, trained_in
 from lora.models.model import lora_layers, names_of, owned_tensors
 from lora.models.training import has_moved, originals, resized_problems
 
@@ -100,7 +100,7 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
         block = self.block = Block(layers)
         block.exchanges, self.exchanges = bool(exchanges), exchanges
         for layer in layers:
-            switch.name(layer, block)
+            switch.add(layer, block)
         for one in exchanges:
             one.begin(block)
         for layer in layers:
@@ -116,18 +116,18 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
             for one in self.exchanges:
                 one.end(block)
             for layer in block.layers:
-                switch.forget(layer, block)
+                switch.remove(layer, block)
                 if isinstance(layer, LoRALayer):
                     layer.lora_refresh()
             block.layers, self.exchanges, self.block = [], [], None
         self._end_turn()
 
-    # What the two do is done by one at a time. A lock that a `with` takes could stay taken after an interruption; what
-    # one operation of a dict takes, for itself, it may take and give back again.
+    # One at a time enters or leaves. An interruption could leave a lock of `threading` taken for ever. A turn knows
+    # whose it is, and one operation of a dict takes it: after an interruption it can be taken, and given back, again.
 
     def _take_turn(self) -> None:
         self.thread = threading.get_ident()
-        # Of the same thread it interrupts it, as a finaliser does: it cannot wait, and disturbs nothing.
+        # A finaliser may interrupt its own thread's turn. It cannot wait for that, and disturbs nothing.
         while (whose := _turn.setdefault("whose", self)) is not self and whose.thread != self.thread:
             time.sleep(1e-4)
 
@@ -149,11 +149,11 @@ def _sharded_problems(model: nn.Module) -> Iterator[str]:
 
 
 def _exchanges(model: nn.Module) -> Iterator[Exchanged]:
-    """What the base's values have to stand in the place of, with what stands there for other blocks already."""
+    """What the base's values have to take the place of, also where they have done so for other blocks already."""
     places: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}  # tied tensors have several
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for one in owned_tensors(names_of(model)):
-        tensor = trained(one.module, one.own, one.tensor)
+        tensor = trained_in(one.module, one.own, one.tensor)
         places.setdefault(id(tensor), []).append((one.module, one.own, tensor))
     for module in model.modules():
         for own, before in originals(module).items():

@@ -1,4 +1,4 @@
-"""Tensors that stand for a while in the places of others, which trained: what is known of it in the model.
+"""The base's tensors in the places of those that trained, for a while: what each module knows of it.
 
 `lora.disabled` gives the base its own biases, `modules_to_save` and running statistics back, for as long as its block
 is open. A module keeps what trained, so that state dicts are written from it and loaded into it all the same.
@@ -34,14 +34,14 @@ class Exchanged:
         self.like = base.device, base.dtype
         self.blocks: set[Block] = set()
 
-    # Each of the steps may be done again after an interruption, and the two within one another.
+    # Both can be done again after an interruption, and `end` after a `begin` that was interrupted.
 
     def begin(self, block: Block) -> None:
         """Put the base's tensor in the place."""
         known = vars(self.module).setdefault(_ATTRIBUTE, _Places(self.module))
         self.blocks.add(block)
         known[self.own] = self
-        switch.name(self.module, block)
+        switch.add(self.module, block)
         known.watch()
         if self._now() is self.trained:
             setattr(self.module, self.own, self.base)
@@ -51,7 +51,7 @@ class Exchanged:
         self.blocks.discard(block)
         known = vars(self.module).get(_ATTRIBUTE)
         if self.blocks or known is None:
-            switch.forget(self.module, block)
+            switch.remove(self.module, block)
             return
         if known.get(self.own) is self:
             self._follow(self._now())
@@ -60,7 +60,7 @@ class Exchanged:
         if not known:
             known.unwatch()
             vars(self.module).pop(_ATTRIBUTE, None)
-        switch.forget(self.module, block)
+        switch.remove(self.module, block)
 
     def _now(self) -> Tensor:
         now: Tensor = getattr(self.module, self.own)
@@ -94,7 +94,7 @@ class _Places(dict[str, Exchanged]):
         self.module, self.handles = module, list[Any]()
 
     def watch(self) -> None:
-        """Let the state dict be of what trained, and the forward for those who asked for the base's."""
+        """Have state dicts hold what trained, and forwards refuse callers who did not ask for the base's values."""
         module: Any = self.module
         hooks: list[tuple[Any, Any]] = [(module.register_state_dict_post_hook, _save_trained)]
         hooks.append((module.register_load_state_dict_pre_hook, _load_trained))
@@ -114,7 +114,7 @@ def exchanged(module: nn.Module) -> dict[str, Exchanged]:
     return known
 
 
-def trained(module: nn.Module, own: str, tensor: Tensor) -> Tensor:
+def trained_in(module: nn.Module, own: str, tensor: Tensor) -> Tensor:
     """What stands in a place of a module when nothing is exchanged."""
     one = exchanged(module).get(own)
     return tensor if one is None else one.trained

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from lora.models.config import LoraConfig, Settings, check_saved, find_saved, fi
 from lora.models.model import (
     Memory,
     Names,
+    by_tensor,
     forget_children,
     has_own_forward,
     initialized_parameters,
@@ -35,7 +38,7 @@ from lora.models.model import (
     sharded_problems,
 )
 from lora.models.patterns import Patterns
-from lora.models.readers import let_read, let_read_no_more, reader_problems, readers_of
+from lora.models.readers import let_read, let_read_no_more
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -72,12 +75,16 @@ class InjectionReport:
         trainable: number of parameters that train.
         total: number of all parameters.
         saved_in_full: names of the modules that train in full.
+        left_out: linear layers that "all-linear" left alone, by name, each with the reason.
+        unreached: matrices, and stacks of them, that are in no linear layer (a mixture's experts), with their sizes.
     """
 
     modules: tuple[AdaptedModule, ...]
     trainable: int
     total: int
     saved_in_full: tuple[str, ...] = field(default=())
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    unreached: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -92,13 +99,19 @@ class InjectionReport:
                 lines.append(f"{m.names[0]}.weight is tied to {', '.join(m.tied_to)}, which the adapter leaves alone.")
         if self.saved_in_full:
             lines.append(f"trained in full: {', '.join(self.saved_in_full)}")
+        lines += [f"left out: {name} {reason}" for name, reason in self.left_out.items()]
+        if self.unreached:
+            alike = Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in self.unreached)
+            listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in alike.items())
+            share = 100 * sum(self.unreached.values()) / max(self.total, 1)
+            lines.append(f"not in a linear layer, and so not reached: {share:.1f} % of the parameters, in {listed}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Adaptation:
     """One module and the adapter that it is to get."""
 
     module: nn.Module
@@ -126,7 +139,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         **settings: the fields of a `LoraConfig`, instead of `config`.
 
     Returns:
-        A report that prints as a table: module, kind, weight, r, scaling, parameters, and the trainable share.
+        A report that prints as a table: module, kind, weight, r, scaling, parameters, and the trainable share. With
+        "all-linear" it names what was left out, with the reason, and what share of the model is in no linear layer.
 
     Raises:
         TypeError: both `config` and settings are given, or neither.
@@ -154,9 +168,16 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         targets = find_targets(model, names, config, saved, problems)
         check_saved(names, config, saved, targets, problems)
         patterns = patterns_of(config)
+        left_out = {}
         for module in targets:
-            with problems.at(names[module][0]):
+            name = names[module][0]
+            if config.target_modules == "all-linear" and (reason := _left_out(model, names[module], module)):
+                left_out[name] = reason
+                continue
+            with problems.at(name):
                 plans.append(_plan(model, names[module], module, config, patterns))
+        if left_out and len(left_out) == len(targets):
+            problems.add(*(f"{name}: {reason}" for name, reason in left_out.items()))
         problems.add(*obstacles(names))
         for module, known in names.items():  # adapted or not: gradients have to come through all of them
             if "weight" in module._parameters and (reason := weights.why_not_train(module)):
@@ -164,16 +185,17 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     with undo_on_error(model.modules()) as undo, undo:
         layers = adapt(plans)
         remember_layers(names, layers)
-        readers = readers_of(names)
-        problems.add(*problems_of_start(layers, names, config.init_lora_weights), *reader_problems(readers, names))
+        problems.add(*problems_of_start(layers, names, config.init_lora_weights), *let_read(names))
         problems.raise_any()
-        let_read(readers)
         for module in saved:
             train_in_full(module)
         let_train(model, config.bias, config.freeze_A)
         remember_values(names)
         begin(layers, config.init_lora_weights, undo)
-    return report_of(model, names, layers, tuple(names[module][0] for module in saved))
+    report = report_of(model, names, layers, tuple(names[module][0] for module in saved))
+    if config.target_modules != "all-linear":
+        return report
+    return replace(report, left_out=left_out, unreached=_unreached(names))
 
 
 def eject(model: nn.Module) -> None:
@@ -230,7 +252,7 @@ def eject(model: nn.Module) -> None:
 
 
 @torch.inference_mode(False)
-def adapt(plans: Sequence[Plan]) -> list[LoRALayer]:
+def adapt(plans: Sequence[Adaptation]) -> list[LoRALayer]:
     """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
     for plan in plans:
         layer: Any = plan.module
@@ -259,13 +281,21 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
     if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
         return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
-    if "weight" not in {**module._parameters, **module._buffers}:
-        return "its `weight` is computed (by a parametrization, or pruning); make that permanent first."
     if has_own_forward(module):
         return (
             "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
             "remove the hook first."
         )
+    return _unfit(model, names, module, kind)
+
+
+def _unfit(model: nn.Module, names: Sequence[str], module: Any, kind: Kind) -> str | None:
+    """The reason why a module is none that can be adapted, whatever is done to the model first."""
+    if "weight" not in {**module._parameters, **module._buffers}:
+        return "its `weight` is computed (by a parametrization, or pruning); make that permanent first."
+    shape = weights.whole_shape(module.weight)
+    if 0 in shape:
+        return f"has a weight of the shape {tuple(shape)}, in which there is nothing to adapt."
     if getattr(module, "max_norm", None) is not None and not adapted_class(kind, module).lora_dense:
         return "has a forward of its own, and nobody knows what its `max_norm` bounds there; set that to None first."
     clash = clashing_names(module)
@@ -275,29 +305,57 @@ def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | 
     return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
 
 
+def _left_out(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
+    """The reason why "all-linear" leaves a linear layer alone; None if it adapts it."""
+    kind = kind_for(type(module))
+    if kind is None or isinstance(module, LoRALayer) or is_lazy(module):
+        return None  # a mistake is an error
+    if type(module).__name__.endswith("Router"):
+        return "is a router, which decides where tokens go; name it in `target_modules` to adapt it."
+    return _unfit(model, names, module, kind)
+
+
+def _unreached(names: Names) -> dict[str, int]:
+    """Matrices, and stacks of them, of modules that no kind of LoRA layer adapts, by name, with their sizes."""
+    return {
+        one.names[0]: one.tensor.numel()
+        for one, *_ in by_tensor(owned_tensors(names))
+        if one.own in one.module._parameters
+        and not one.tensor.requires_grad
+        and not nn.parameter.is_lazy(one.tensor)
+        and sum(size > 1 for size in one.tensor.shape) > 1
+        and kind_for(type(one.module)) is None
+    }
+
+
 def clashing_names(module: nn.Module) -> list[str]:
     """Names that the module uses and that its kind of LoRA layer needs for the adapter."""
     kind = kind_for(type(module))
     if kind is None or isinstance(module, LoRALayer):
         return []
-    own = (vars(module), module._parameters, module._buffers, module._modules)
-    return [
-        name for name in _needed(kind.__mro__) if hasattr(type(module), name) or any(name in names for names in own)
-    ]
+    cls: Any = type(module)
+    needed, found = _needed(kind.__mro__), _in_class(kind.__mro__, cls)
+    for own in (vars(module), module._parameters, module._buffers, module._modules):
+        found = found | needed.intersection(own)
+    return sorted(found)
 
 
 @cache
-def _needed(classes: tuple[type, ...]) -> list[str]:
+def _needed(classes: tuple[type, ...]) -> frozenset[str]:
     """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
-    return sorted(
-        {name for cls in classes for name in vars(cls)}
-        - set(dir(nn.Module))
-        - {"reset_parameters", "scaling", "__annotations__"}
-    )
+    names = {name for cls in classes for name in vars(cls)}
+    return frozenset(names - {*dir(nn.Module), "reset_parameters", "scaling", "__annotations__"})
 
 
-# Classes of modules that read the weights of these children and never call them, so that LoRA there would silently do
-# nothing. By full name, so that packages need not be installed; subclasses count as well.
+@cache
+def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
+    """Those of them that a class has for itself."""
+    return frozenset(name for name in _needed(classes) if hasattr(cls, name))
+
+
+# Classes of modules that give the weights of these children to kernels, which take nothing but tensors, and never call
+# the children: LoRA there would silently do nothing. By full name, so that packages need not be installed; subclasses
+# count as well.
 _BYPASSED: dict[type | str, str] = {
     "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
     "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
@@ -330,7 +388,7 @@ def _plan(
     module: nn.Module,
     config: LoraConfig,
     patterns: Mapping[str, Patterns[Any]],
-) -> Plan:
+) -> Adaptation:
     """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
     reason = refusal(model, names, module)
     if reason:
@@ -355,7 +413,7 @@ def _plan(
     _, shape_B = kind.lora_shapes(module, settings["r"], **own)  # raises where they do not fit
     if config.use_dora:
         adapted_class(kind, module).lora_check_dora(module, shape_B)
-    return Plan(module, kind, settings | own)
+    return Adaptation(module, kind, settings | own)
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype:

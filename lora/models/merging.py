@@ -12,7 +12,7 @@ from torch import Tensor
 from lora.errors import Problems, join, table
 from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
-from lora.layers.layer import PARAMETERS, LoRALayer
+from lora.layers.layer import LoRALayer
 from lora.layers.registry import plain_base
 from lora.layers.undo import undo_on_error
 from lora.models.model import (
@@ -174,7 +174,7 @@ def _merge(layer: LoRALayer, name: str, undo: undo_on_error) -> MergedModule:
     if _is_packed_as_known(layer):
         return _merge_packed(layer, name, lost)
     dtype = layer.weight.dtype
-    undo.keep(*(own for name, own in layer._parameters.items() if own is not None and name not in PARAMETERS))
+    undo.keep(*weights.written_with(layer))
     layer.lora_merge()
     layer.lora_remove()
     return MergedModule(name, str(dtype).removeprefix("torch."), lost)
@@ -215,7 +215,7 @@ def rounding_lost(layer: LoRALayer) -> float:
     exact = exact_dtype(dtype)
     weight, update = weight.to(exact), layer.lora_scaling * layer.lora_delta(A.to(exact), layer.lora_B.to(exact))
     if layer.use_dora:
-        update = (weight + update) * layer.lora_magnitude_gain(exact) - weight
+        update = (weight + update) * layer.lora_gain(exact) - weight
     size, error = update.norm(), ((weight + update).to(dtype).to(exact) - weight).sub_(update).norm()
     return float(error / size) if size else 0.0
 

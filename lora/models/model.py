@@ -138,7 +138,9 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
     dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
     if not (dense and tensor.is_floating_point() and tensor.numel()) or tensor.is_meta:
         return id(tensor), 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = int(tensor.storage_offset()), tensor.element_size()
     return tensor.untyped_storage().data_ptr(), start * size, (start + int(last) + 1) * size
 
@@ -167,8 +169,16 @@ def lora_layers(
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
-    ValueError if there are `none`, if the model is disabled (`inside_disabled`) or if one was `replaced` by a plain
-    layer, unless that is allowed. What only `reads` the model may do so while it is disabled, if nothing is exchanged.
+    Args:
+        model: the model.
+        what: the function that asks, for errors.
+        none: allow that there are none.
+        inside_disabled: allow that LoRA is disabled.
+        replaced: allow that a plain layer stands where an adapted one was.
+        reads: allow that LoRA is disabled, unless the base's tensors stand in the model: the function writes nothing.
+
+    Raises:
+        ValueError: something is so that is not allowed, or a parametrization computes an adapted weight.
     """
     reshard(model)
     _adopt(model)

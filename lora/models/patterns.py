@@ -46,16 +46,6 @@ def starts_of(name: str) -> Iterator[str]:
         place = name.find(".", place + 1)
 
 
-def name_matches(name: str, target: str) -> bool:
-    """Whether a module's full name is `target` or ends with it, whole components compared."""
-    return name == target or name.endswith(f".{target}")
-
-
-def pattern_matches(name: str, pattern: str) -> bool:
-    """Whether a module's full name, or its last components, match a regular expression entirely."""
-    return bool(Patterns({pattern: None}).matching([name]))
-
-
 def is_plain(pattern: str) -> bool:
     """Whether a pattern is a name, in which dots stand for any character and others may be escaped."""
     return _PLAIN.fullmatch(pattern) is not None

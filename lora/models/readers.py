@@ -98,7 +98,30 @@ def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[s
 # ---- who reads what -----------------------------------------------------------------------------------------------
 
 
-def readers_of(names: Names) -> dict[nn.Module, Reading]:
+def let_read(names: Names) -> list[str]:
+    """Let modules find W where they read weights of LoRA layers in them.
+
+    Returns:
+        A complaint for each that cannot. If there is one, nothing was changed.
+    """
+    readers = _readers_of(names)
+    problems = [*_problems(readers, names)]
+    reader: Any
+    for reader, reading in readers.items() if not problems else ():
+        reader.__class__ = _class_for(_written_class(reader), tuple(sorted(reading.methods)))
+        reader.lora_reads = reading.layers
+    return problems
+
+
+def let_read_no_more(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, WeightReader):
+        vars(module).pop("lora_reads")
+        reader: Any = module
+        reader.__class__ = _written_class(module)
+
+
+def _readers_of(names: Names) -> dict[nn.Module, Reading]:
     """The modules of a model that read weights of LoRA layers in them, and what they read, by what is in their code."""
     modules = {name: module for module, known in names.items() for name in known}
     found: dict[nn.Module, Reading] = {}
@@ -116,8 +139,7 @@ def readers_of(names: Names) -> dict[nn.Module, Reading]:
     return found
 
 
-def reader_problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
-    """A complaint for each of these modules that cannot have W where it reads a weight."""
+def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
     for module, reading in readers.items():
         if has_own_forward(module):
             yield (
@@ -130,22 +152,6 @@ def reader_problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator
                     f"{names[layer][0]}: its weight is packed, and a {type(module).__name__} around it reads "
                     f"`{name}.weight` as it is; leave it out with `exclude_modules`."
                 )
-
-
-def let_read(readers: dict[nn.Module, Reading]) -> None:
-    """Let modules find W where they read weights."""
-    reader: Any
-    for reader, reading in readers.items():
-        reader.__class__ = _class_for(_written_class(reader), tuple(sorted(reading.methods)))
-        reader.lora_reads = reading.layers
-
-
-def let_read_no_more(module: nn.Module) -> None:
-    """Give a module its own class back."""
-    if isinstance(module, WeightReader):
-        vars(module).pop("lora_reads")
-        reader: Any = module
-        reader.__class__ = _written_class(module)
 
 
 def _written_class(module: nn.Module) -> Any:

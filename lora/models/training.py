@@ -14,7 +14,7 @@ from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_writable
-from lora.models.exchange import trained as trained_in
+from lora.models.exchange import trained_in
 from lora.models.model import (
     by_tensor,
     check_none_replaced,

@@ -20,11 +20,11 @@ def linear(**changes):
 
 def test_a_scaling_that_is_a_large_integer_scales(tmp_path):
     adapter = linear(scaling=10**20)
-    assert adapter.update("up").tolist() == torch.full((2, 3), 1e20).tolist()
+    assert adapter.delta("up").tolist() == torch.full((2, 3), 1e20).tolist()
     model = nn.ModuleDict({"up": nn.Linear(3, 2, bias=False)})
     lora.load_adapter(model, adapter)
     assert torch.isfinite(model["up"](torch.ones(3))).all()
-    assert lora.scale(linear(), 10**30).update("up")[0, 0].item() == pytest.approx(1e30)
+    assert lora.scale(linear(), 10**30).delta("up")[0, 0].item() == pytest.approx(1e30)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_an_adapter_is_an_object_with_an_identity_and_a_short_name():
     assert one != other
     assert len({one, other}) == 2
     assert repr(one) == "Adapter(modules=1, parameters=5, format='lora')"
-    assert pickle.loads(pickle.dumps(one)).update("up").equal(one.update("up"))
+    assert pickle.loads(pickle.dumps(one)).delta("up").equal(one.delta("up"))
 
 
 @pytest.mark.parametrize("seed", [2**70, "x", 1.5, True])
@@ -91,7 +91,7 @@ def test_a_sum_with_a_single_pair_fits_a_merged_layer_where_that_is_exact(weight
     ours = lora.adapter_of(model)
     lora.write_adapter(ours, tmp_path / "theirs", "peft")
     both = lora.combine([(ours, weights[0]), (lora.read_adapter(tmp_path / "theirs"), weights[1])], "svd", r=6)
-    expected = sum(weights) * ours.update("qkv", torch.float64)
+    expected = sum(weights) * ours.delta("qkv", torch.float64)
     plain = nn.ModuleDict({"qkv": nn.Linear(6, 12, bias=False)})
     lora.load_adapter(plain, both, check_base=False)
     layer = plain["qkv"]
@@ -109,4 +109,4 @@ def test_a_header_whose_length_looks_like_a_pickle_is_a_header(length, tmp_path)
             break
     else:
         pytest.fail("no header of that length was made")
-    assert lora.read_adapter(tmp_path / "adapter").update("up").equal(adapter.update("up"))
+    assert lora.read_adapter(tmp_path / "adapter").delta("up").equal(adapter.delta("up"))

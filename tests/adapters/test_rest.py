@@ -219,6 +219,13 @@ def test_earlier_readers_of_version_2_find_what_they_know(path):
     lora.load_adapter(Net(), path, check_base=False)
 
 
+def test_a_tensor_of_no_dimension_is_remembered_once_as_in_files_of_before(path):
+    """BatchNorm's `num_batches_tracked` is one: no file of before would load into a model that has one."""
+    model = Net().eval()
+    lora.inject(model, target_modules=["up"], r=2)
+    assert lora.adapter_of(model).rest["norm.num_batches_tracked"] == {"shape": [], "sample": [0.0]}
+
+
 @pytest.mark.parametrize(
     ("rest", "message"),
     [

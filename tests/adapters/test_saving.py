@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from saves import FORMATS, HOUSE, WRITING, adapter, held, held_for_peft, hidden, interrupted
+from interruptions import HOUSE, is_interrupted_in_thread
+from saves import FORMATS, WRITING, adapter, held, held_for_peft, hidden
 
 import lora
 from lora.adapters import files, saving
@@ -65,18 +66,6 @@ def place(request, tmp_path):
 UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def interrupt_everywhere(place, before, where, step=1):
-    found, n = set(), 1
-    while place.again(before) or interrupted(n, place.save, where):
-        found.add(place.holds())
-        assert place.path.exists() or before == "nothing"
-        assert not place.path.is_dir() or os.listdir(place.path)
-        n += step
-    assert place.holds() == "new"
-    assert n > 40
-    return found
-
-
 EVERY = [pytest.param(WRITING, 1, marks=pytest.mark.slow), pytest.param(HOUSE, 1, marks=pytest.mark.slow), (WRITING, 4)]
 
 
@@ -85,7 +74,7 @@ EVERY = [pytest.param(WRITING, 1, marks=pytest.mark.slow), pytest.param(HOUSE, 1
 @pytest.mark.parametrize("before", ["old", "nothing"])
 def test_an_interruption_leaves_the_old_adapter_or_the_new_one(place, before, where, step):
     found, n = set(), 1
-    while place.again(before) or interrupted(n, place.save, where):
+    while place.again(before) or is_interrupted_in_thread(place.save, n, where):
         found.add(place.holds())
         assert place.path.exists() or before == "nothing"
         assert not place.path.is_dir() or os.listdir(place.path)
@@ -191,7 +180,8 @@ START = """
 import itertools, os, pathlib, random, shutil, signal, sys, time
 import torch, lora
 torch.set_num_threads(1)
-from saves import WRITING, HOUSE, at_line, held, hidden
+from interruptions import Lines
+from saves import WRITING, held, hidden
 from test_saving import Place
 folder, format, how, step, writers, reads = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 place = Place(folder, format)
@@ -201,8 +191,8 @@ found = {}
 random.seed(0)
 
 def at_line_n(n):
-    sys.settrace(at_line(n, lambda: os._exit(9), WRITING))
-    place.save()
+    with Lines(n, lambda: os._exit(9), WRITING):
+        place.save()
     os._exit(0)
 
 def at_rename_n(n):

@@ -36,4 +36,4 @@ def test_a_sum_of_adapters_is_pefts(method, weights, tmp_path):
     for name in targets:
         theirs = model.base_model.model.get_submodule(name).get_delta_weight("sum")
         # PEFT's weights are float32.
-        torch.testing.assert_close(result.update(name, torch.float64), theirs.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result.delta(name, torch.float64), theirs.double(), rtol=1e-5, atol=1e-5)

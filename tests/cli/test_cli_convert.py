@@ -19,7 +19,7 @@ def path(tmp_path):
 
 def updates(path):
     adapter = lora.read_adapter(path)
-    return {name: adapter.update(name, torch.float64).numpy() for name in adapter.modules}
+    return {name: adapter.delta(name, torch.float64).numpy() for name in adapter.modules}
 
 
 @pytest.mark.parametrize("format", ["lora", "peft", "portable"])

@@ -38,7 +38,7 @@ from lora.formats.portable import portable
 @given(layers())
 def test_the_update_of_an_adapter_without_its_model_is_the_equations(layer):
     adapter = alone(layer)
-    got = adapter.update("0", torch.float64)
+    got = adapter.delta("0", torch.float64)
     assert got.shape == layer.weight.shape
     close(got.detach().numpy(), true_update(layer))
 
@@ -48,7 +48,7 @@ def test_a_scaling_set_by_hand_counts(layer, by_hand):
     expected = true_update(layer) / layer.scaling * by_hand
     layer.scaling = by_hand
     adapter = alone(layer)
-    close(adapter.update("0", torch.float64).detach().numpy(), expected)
+    close(adapter.delta("0", torch.float64).detach().numpy(), expected)
     settings, A, B = adapter.modules["0"].single(*adapter.pair("0"))
     close(single_update(settings, A, B), expected)
 
@@ -180,7 +180,7 @@ def test_updates_stay_through_any_formats(several, formats):
             assert all(torch.equal(adapter.tensors[name], before.tensors[name]) for name in before.tensors)
             adapter = lora.read_adapter(Path(folder, str(i)))
     for i, layer in enumerate(several):
-        close(adapter.update(str(i), torch.float64).numpy(), true_update(layer), 2e-6)
+        close(adapter.delta(str(i), torch.float64).numpy(), true_update(layer), 2e-6)
 
 
 def test_peft_and_back_keeps_a_and_b_and_scalings_to_the_bit_where_there_is_one_pair(tmp_path):
@@ -351,7 +351,7 @@ def test_whatever_is_said_of_a_module_is_written_as_peft_or_refused(key, data):
         except lora.AdapterError:
             assert not os.listdir(folder)
         else:
-            close(lora.read_adapter(Path(folder, "a")).update("0").numpy(), changed.update("0").detach().numpy(), 1e-5)
+            close(lora.read_adapter(Path(folder, "a")).delta("0").numpy(), changed.delta("0").detach().numpy(), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -373,4 +373,4 @@ def test_every_kind_of_layer_goes_into_a_plain_model(tmp_path, kind, format):
     lora.eject(plain)
     lora.save_adapter(model, tmp_path / "a", format=format)
     lora.load_adapter(plain, tmp_path / "a")
-    close(float64(lora.adapter_of(plain).update("0")), update(layer), 2e-6)
+    close(float64(lora.adapter_of(plain).delta("0")), update(layer), 2e-6)

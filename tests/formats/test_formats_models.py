@@ -132,7 +132,7 @@ def test_an_unfactored_convolution_takes_no_factored_pair(tmp_path):
     plain = nn.Sequential(copy.deepcopy(model[0]))
     lora.eject(plain)
     lora.load_adapter(plain, tmp_path / "a")
-    close(float64(lora.adapter_of(plain).update("0")), float64(lora.adapter_of(model).update("0")), 1e-6)
+    close(float64(lora.adapter_of(plain).delta("0")), float64(lora.adapter_of(model).delta("0")), 1e-6)
 
 
 @pytest.mark.parametrize("injected", [False, True])

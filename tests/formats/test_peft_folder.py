@@ -145,9 +145,9 @@ def test_one_error_lists_all_that_was_edited(saved):
 
 
 def test_an_edit_that_is_meant_counts_where_it_is_named(saved, folder):
-    before = lora.read_adapter(saved).update("0")
+    before = lora.read_adapter(saved).delta("0")
     edited(saved, lora_alpha=32)
-    assert torch.equal(lora.read_adapter(saved / CONFIG).update("0"), 2 * before)
+    assert torch.equal(lora.read_adapter(saved / CONFIG).delta("0"), 2 * before)
     (saved / CONFIG).unlink()
     assert update(lora.read_adapter(saved)) == update(lora.read_adapter(folder / "saved"))
 

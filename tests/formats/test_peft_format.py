@@ -128,8 +128,8 @@ def test_transformers_conv1d(tmp_path, splits, format):
     plain = copy.deepcopy(base)
     lora.load_adapter(plain, tmp_path / "a")
     same(plain.eval(), model, base)
-    update = lora.read_adapter(tmp_path / "a").update("transformer.h.0.attn.c_attn", torch.float64)
-    torch.testing.assert_close(update, lora.adapter_of(model).update("transformer.h.0.attn.c_attn", torch.float64))
+    update = lora.read_adapter(tmp_path / "a").delta("transformer.h.0.attn.c_attn", torch.float64)
+    torch.testing.assert_close(update, lora.adapter_of(model).delta("transformer.h.0.attn.c_attn", torch.float64))
 
 
 @pytest.mark.parametrize(

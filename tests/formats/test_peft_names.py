@@ -75,7 +75,7 @@ def test_our_own_folders_say_which_weights_are_transposed(format, tmp_path):
         layer = model.get_submodule(name)
         update = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
         expected = update.T if name.endswith("c_proj") else update
-        torch.testing.assert_close(adapter.update(name, torch.float64), expected.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(adapter.delta(name, torch.float64), expected.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("targets", "flag"), [(["c_proj"], True), (["c_proj", "score"], None), (["q_proj"], False)])

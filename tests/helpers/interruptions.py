@@ -1,6 +1,7 @@
-"""Ctrl-C at any line of lora/: a trace function raises it there. And what a model is, to the bit."""
+"""Ctrl-C, or a kill, at any line of lora/: a trace function does it there. And what a model is, to the bit."""
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 import lora
 from lora.layers.undo import undo_on_error
 
-_PACKAGE = str(Path(lora.__file__).parent)
+HOUSE = str(Path(lora.__file__).parent)
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
 
 
 class Lines:
     """Within it, KeyboardInterrupt is raised as the n-th line of lora/ begins; never, for None. `seen` are all lines.
 
     A generator's lines, and those of context managers' exits, count as any. Of what is not lora's nothing is traced.
+
+    Args:
+        do: what is done there instead of Ctrl-C.
+        where: the files whose lines count, by how their paths begin.
     """
 
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.seen = at, []
+    def __init__(
+        self, at: int | None = None, do: Callable[[], object] = ctrl_c, where: str | tuple[str, ...] = HOUSE
+    ) -> None:
+        self.at, self.do, self.where, self.seen = at, do, where, []
         self._finaliser: Any = None
 
     def __enter__(self) -> "Lines":
@@ -33,7 +44,7 @@ class Lines:
         sys.settrace(self._before)
 
     def _call(self, frame: Any, event: str, argument: object) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(_PACKAGE) or self._finaliser is not None:
+        if not frame.f_code.co_filename.startswith(self.where) or self._finaliser is not None:
             return None
         if frame.f_code.co_name != "__del__":
             return self._line
@@ -49,18 +60,40 @@ class Lines:
         if event == "line":
             self.seen.append((frame.f_code, frame.f_lineno))
             if len(self.seen) - 1 == self.at:
-                raise KeyboardInterrupt  # which ends the tracing
+                self.do()  # what is raised ends the tracing
         return self._line
 
 
-def is_interrupted(function: Callable[[], object], at: int) -> bool:
+def is_interrupted(function: Callable[[], object], at: int, where: str | tuple[str, ...] = HOUSE) -> bool:
     """Whether a call was interrupted at its n-th line, and not at its end before that."""
     try:
-        with Lines(at):
+        with Lines(at, where=where):
             function()
     except KeyboardInterrupt:
         return True
     return False
+
+
+def is_interrupted_in_thread(function: Callable[[], object], at: int, where: str | tuple[str, ...] = HOUSE) -> bool:
+    """The same in a thread of its own.
+
+    Where a generator is interrupted in this way, CPython 3.11 takes what it was handling for what its thread is
+    handling, for ever.
+    """
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(is_interrupted(function, at, where))
+        except BaseException as error:
+            found.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return bool(found[0])
 
 
 def lines_of(function: Callable[[], object]) -> list[tuple[Any, int]]:

@@ -2,17 +2,15 @@
 
 import json
 import os
-import sys
-import threading
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from interruptions import HOUSE
 
 import lora
 
 FORMATS = ["lora", "peft", "portable"]
-HOUSE = os.path.dirname(lora.__file__)
 WRITING = tuple(os.path.join(HOUSE, *parts) for parts in (("adapters", "saving.py"), ("formats", "peft_folder.py")))
 
 
@@ -30,7 +28,7 @@ def adapter(value, r=None):
 def update(read):
     """The function: what is added to each weight, and how it would train."""
     about = {name: (settings.r, settings.lora_dropout, settings.use_dora) for name, settings in read.modules.items()}
-    return about, {name: read.update(name).tolist() for name in read.modules}, read.trained_in_full
+    return about, {name: read.delta(name).tolist() for name in read.modules}, read.trained_in_full
 
 
 def held(path, known):
@@ -51,55 +49,6 @@ def held_for_peft(folder, known):
     ours = {name: one.modules["0"].r for name, one in known.items()}
     (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     return next(name for name, r in ours.items() if r == rank == config["r"])
-
-
-def at_line(n, do, where=HOUSE):
-    """A function for sys.settrace that does something at the n-th line that runs of lora/.
-
-    Args:
-        where: the files whose lines count, by how their paths begin.
-    """
-    seen = [0]
-
-    def line(frame, event, _):
-        if event == "line":
-            seen[0] += 1
-            if seen[0] == n:
-                do()
-        return line
-
-    def call(frame, event, _):
-        return line if frame.f_code.co_filename.startswith(where) else None
-
-    return call
-
-
-def interrupted(n, call, where=HOUSE):
-    """Interrupt a call at the n-th line of lora/ that it runs; whether it was.
-
-    In a thread of its own: where a generator is interrupted in this way, CPython 3.11 takes what it was handling for
-    what its thread is handling, for ever.
-    """
-    raised = []
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    def run():
-        sys.settrace(at_line(n, interrupt, where))
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error.with_traceback(None))
-        finally:
-            sys.settrace(None)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if raised and not isinstance(raised[0], KeyboardInterrupt):
-        raise raised[0]
-    return bool(raised)
 
 
 def hidden(folder):

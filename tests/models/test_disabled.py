@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from interruptions import is_interrupted
 from toy_model import IDS, Model, snapshot
 
 import lora
@@ -485,33 +485,6 @@ def test_replicas_of_data_parallel_compute_as_their_caller(fields):
 
 # ---- interruptions ----------------------------------------------------------------------------------------------
 
-LIBRARY = str(Path(lora.__file__).parent)
-
-
-def interrupted_at(n, function):
-    """Call it with a KeyboardInterrupt at its n-th line in lora/; False if it has none."""
-    left = n
-
-    def trace(frame, event, arg):
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(LIBRARY):
-            return None if event == "call" else trace
-        if event == "line":
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left <= 0
-
 
 def small(fields):
     """A smaller model with all that is exchanged, and with a prepared layer."""
@@ -543,7 +516,7 @@ def test_it_is_entered_and_left_whole_wherever_it_is_interrupted(fields):
             with lora.disabled(model):
                 pass
 
-        reached = interrupted_at(n, use)
+        reached = is_interrupted(use, n)
         after = snapshot(model)
         assert after == before, n
         assert nothing_is_left(model), n
@@ -567,7 +540,7 @@ def test_an_interruption_within_another_block_leaves_that_open():
                 pass
 
         with lora.disabled(model):
-            reached = interrupted_at(n, use)
+            reached = is_interrupted(use, n)
             assert torch.equal(model(x), off), n
         assert torch.equal(model(x), on), n
 

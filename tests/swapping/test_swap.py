@@ -250,7 +250,7 @@ def test_loralibs_files_load_into_prepared_layers(kind, tmp_path):
     lora.load_adapter(model, tmp_path / "loralib.pt", lora_alpha=6, check_base=False)
     got, expected = lora.adapter_of(model), lora.adapter_of(other)
     assert got.modules["0"]["r"] == 3
-    torch.testing.assert_close(got.update("0"), expected.update("0"))
+    torch.testing.assert_close(got.delta("0"), expected.delta("0"))
 
 
 def test_an_adapter_of_another_form_is_refused_as_ever():
