@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: the tests run side by side
 
@@ -62,8 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alone() -> Iterator[None]:
+    """Each test starts from one seed, and leaves no mode of torch's behind for the next."""
     torch.manual_seed(0)
+    yield
+    left = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    torch.set_grad_enabled(True)
+    assert left == (True, False, False)
 
 
 @pytest.fixture(scope="session")

@@ -66,11 +66,14 @@ class Lines:
 
 def is_interrupted(function: Callable[[], object], at: int, where: str | tuple[str, ...] = HOUSE) -> bool:
     """Whether a call was interrupted at its n-th line, and not at its end before that."""
+    grad = torch.is_grad_enabled()
     try:
         with Lines(at, where=where):
             function()
     except KeyboardInterrupt:
         return True
+    finally:  # Python leaves a context as it is if it is interrupted between the block's end and the context's own
+        torch.set_grad_enabled(grad)
     return False
 
 
