@@ -99,8 +99,9 @@ class _Expression(NamedTuple):
         if not any(self.after):
             return anywhere
         # What repeats can end only before the letters that follow it: at no more places than the rarest of them has.
-        places = math.prod(min(map(name.count, letters)) if letters else len(name) + 1 for letters in self.after)
-        return min(anywhere, ends * max(places, 1) * (1 + len(name) // _SCANNED))
+        # Where it has none, all that is before them is tried nevertheless.
+        places = (min(map(name.count, letters)) if letters else len(name) + 1 for letters in self.after)
+        return min(anywhere, ends * math.prod(max(place, 1) for place in places) * (1 + len(name) // _SCANNED))
 
 
 def _literals(tokens: Sequence[str]) -> str:

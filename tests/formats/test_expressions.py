@@ -53,6 +53,14 @@ def test_many_that_are_fine_by_themselves_are_refused_together(patterns):
     assert "would take too long" in cost_problem({"rank_pattern": dict.fromkeys(patterns)}, names)
 
 
+@pytest.mark.parametrize("end", ["x", "z", "xyz", r"\.z"])
+def test_what_never_comes_is_looked_for_behind_all_that_may_be_before_it(end):
+    """2,000 names of 16 letters and one pattern, in a file of 0.5 MB, took 26 s: it was counted as none at all."""
+    names = [f"layers.{i}.a.a.q" for i in range(2000)]
+    assert cost_problem({"rank_pattern": {".*" * 9 + end: 1}}, names)
+    assert cost_problem({"rank_pattern": {".*" * 9 + end: 1}}, names[:2]) is None
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_a_file_of_many_is_refused_before_they_are_matched(option, tmp_path, monkeypatch):
     tensors = {f"base_model.model.{name}.lora_{part}.weight": torch.ones(1, 1) for name in DOTS for part in "AB"}
