@@ -35,13 +35,24 @@ def with_others(
     without its own, and other threads may compute with it meanwhile.
     """
     own = dict(vars(module))
-    twin = object.__new__(cls)
-    vars(twin).update(own, **others)  # they go before parameters of the same name
+    twin = twin_of(module, cls, others)
     output = method(twin, *args, **kwargs)
-    for name, value in vars(twin).items():  # what the method keeps on itself
+    keep(module, own, twin, others)
+    return output
+
+
+def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> Any:
+    """An instance of a class that shares everything but some attributes with a module."""
+    twin = object.__new__(cls)
+    vars(twin).update(vars(module), **others)  # they go before parameters of the same name
+    return twin
+
+
+def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[str, Any]) -> None:
+    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`."""
+    for name, value in vars(twin).items():
         if name not in others and (name not in own or own[name] is not value):
             vars(module)[name] = value
-    return output
 
 
 class LowRankWeight:
@@ -149,6 +160,8 @@ class LowRankWeight:
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense("indexing")[index]
 
+    __hash__ = object.__hash__  # `==` is of the values
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -174,5 +187,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return compute
 
 
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow", "radd", "rsub", "rmul", "rtruediv", "rmatmul", "neg"):
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARISONS, "neg", "abs"):
     setattr(LowRankWeight, f"__{_name}__", _operator(f"__{_name}__"))

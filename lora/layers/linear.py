@@ -173,15 +173,17 @@ class LinearLoRA(WithVocabulary):
         y = lora_linear(input, base, bias, W.A, W.B, W.scaling, W.dropout, self.lora_slices())
         return self.lora_magnified_beside(bias, y) if W.gain else y
 
-    def lora_taught_matmul(self, W: LowRankWeight, input: Any, weight: Any) -> Any:
+    def lora_taught_matmul(self, W: LowRankWeight, input: Any = None, weight: Any = None, **others: Any) -> Any:
         """x W, for W (in_features, out_features)."""
-        if weight is not W or input.dim() == 1:
+        if weight is not W or others or input.dim() == 1:
             return NotImplemented
         return self.lora_taught_linear(turned := W.t(), input, turned)
 
-    def lora_taught_addmm(self, W: LowRankWeight, bias: Tensor, input: Any, weight: Any, **factors: Any) -> Any:
+    def lora_taught_addmm(
+        self, W: LowRankWeight, bias: Any = None, input: Any = None, weight: Any = None, **others: Any
+    ) -> Any:
         """b + x W, for W (in_features, out_features)."""
-        if weight is not W or factors or bias.dim() != 1:
+        if weight is not W or others or bias.dim() != 1:
             return NotImplemented
         return self.lora_taught_linear(turned := W.t(), input, turned, bias)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from dis import get_instructions
+from dis import Instruction, get_instructions
 from inspect import getattr_static, isfunction, unwrap
 from types import CodeType
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from lora.layers import weights
-from lora.layers.in_place import with_others
+from lora.layers.in_place import keep, twin_of, with_others
 from lora.layers.layer import LoRALayer
 from lora.models.model import Names, has_own_forward, without_wrappers
 
@@ -56,7 +56,12 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
 
         @functools.wraps(method)  # with its signature, which trainers look at
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
-            return with_others(self, base, method, {"_modules": _with_weights(self, self.lora_reads)}, *args, **kwargs)
+            twins: list[_Twin] = []
+            others = {"_modules": _with_weights(self, self.lora_reads, twins)}
+            output = with_others(self, base, method, others, *args, **kwargs)
+            for twin in twins:
+                keep(*twin)
+            return output
 
         return call
 
@@ -69,17 +74,24 @@ def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
     return object.__new__(_class_for(base, methods))
 
 
-def _with_weights(module: nn.Module, reads: Reads) -> dict[str, nn.Module | None]:
-    """A module's children, with twins of those that are read."""
+# A module, what it had, its twin, and what that had in the place of it.
+_Twin = tuple[nn.Module, dict[str, Any], nn.Module, dict[str, Any]]
+
+
+def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[str, nn.Module | None]:
+    """A module's children, with twins of those that are read, which are added to others."""
     children = dict(module._modules)
     for name, within in reads.items():
         child = children.get(name)
+        others: dict[str, Any] = {}
+        cls: Any = type(child)
         if within is not None and child is not None:
-            children[name] = twin = object.__new__(type(child))
-            vars(twin).update(vars(child), _modules=_with_weights(child, within))
+            others = {"_modules": _with_weights(child, within, twins)}
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
-            children[name] = twin = object.__new__(child.lora_base_class)
-            vars(twin).update(vars(child), weight=child.lora_weight_now())
+            others, cls = {"weight": child.lora_weight_now()}, child.lora_base_class
+        if child is not None and others:
+            children[name] = twin = twin_of(child, cls, others)
+            twins.append((child, dict(vars(child)), twin, others))
     return children
 
 
@@ -117,13 +129,13 @@ def _readers_of(names: Names) -> dict[nn.Module, Reading]:
         for name in known if isinstance(layer, LoRALayer) and layer.r > 0 else ():
             called = {"forward"}
             for module, path in _around(modules, name):
-                cls, said = _written_class(module), {*without_wrappers(".".join(path)).split(".")}
+                cls, said = _written_class(module), without_wrappers(".".join(path)).split(".")
                 methods = [method for method in called & _methods(cls) if _reads(cls, method, said)]
                 if methods:
                     reading = found.setdefault(module, Reading())
                     reading.methods.update(methods)
                     _enter(reading.layers, path)
-                called |= _words(cls, "forward")
+                called |= {word.removesuffix("()") for word in _words(cls, "forward")}
     return found
 
 
@@ -169,10 +181,16 @@ def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]
             yield name, child
 
 
-def _reads(cls: Any, method: str, names: set[str]) -> bool:
-    """Whether a method of a class, with what it calls of its class, names a layer within it, and a weight."""
+def _reads(cls: Any, method: str, path: list[str]) -> bool:
+    """Whether a method of a class, with what it calls of its class, names a layer within it, and a weight.
+
+    A layer whose name is called wherever it stands, as in `self.proj(x)`, is not read.
+    """
     words = _words(cls, method)
-    return LoRALayer not in cls.__mro__ and "weight" in words and all(n.isdigit() or n in words for n in names)
+    if "weight" not in words or LoRALayer in cls.__mro__:
+        return False
+    *above, last = [name for name in path if not name.isdigit()] or ["weight"]
+    return last in words and all(name in words or f"{name}()" in words for name in above)
 
 
 @functools.cache
@@ -184,7 +202,7 @@ def _methods(cls: Any) -> frozenset[str]:
 
 @functools.cache
 def _words(cls: Any, method: str) -> frozenset[str]:
-    """The names and strings in the code of a method, and in what it calls of its class."""
+    """The names and strings in a method's code, and in what it calls of its class; `name()` where one is called."""
     words, waiting, seen = set[str](), [method], set[str]()
     while waiting:
         name = waiting.pop()
@@ -193,16 +211,22 @@ def _words(cls: Any, method: str) -> frozenset[str]:
             for code in _codes(getattr_static(cls, name, None)):
                 found = {*_words_of(code)}
                 words |= found
-                waiting += found - _OF_TORCH
+                waiting += {word.removesuffix("()") for word in found} - _OF_TORCH
     return frozenset(words)
 
 
 def _words_of(code: CodeType) -> Iterator[str]:
     """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
-    words = [one.argval for one in get_instructions(code) if isinstance(one.argval, str)]
-    for n, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
-        if word != "weight" or not (following in _ASKED or "isinstance" in words[max(0, n - 3) : n]):
+    words = [f"{one.argval}{_call(one)}" for one in get_instructions(code) if isinstance(one.argval, str)]
+    for n, word in enumerate(words):
+        asked = {*words[n + 1 : n + 2]} & _ASKED or "isinstance" in words[max(0, n - 3) : n]
+        if word != "weight" or not asked:
             yield word
+
+
+def _call(one: Instruction) -> str:
+    """Brackets for an attribute that is loaded to be called."""
+    return "()" if one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and "NULL|self" in one.argrepr) else ""
 
 
 _ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}

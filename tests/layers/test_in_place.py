@@ -315,6 +315,48 @@ def test_max_norm_is_refused_where_nobody_knows_what_it_bounds():
     assert type(model[0]) is ScaledWords
 
 
+OPERATORS = {
+    "compared": lambda x, W: x @ torch.where((W > 0) & (W <= 2) | (W == 0), W, 0.5 * W),
+    "negated": lambda x, W: x @ torch.where((W < 0) | (W >= 2) & (W != 0), -W, W),
+    "absolute": lambda x, W: x @ abs(W),
+    "power": lambda x, W: x @ 2**W + x @ W**2,
+    "remainder": lambda x, W: x @ (W % 0.3) + x @ (1 / W),
+    "floor": lambda x, W: x @ W + ((W // 0.3).detach() + (5.0 // W).detach()).sum(),
+    "by keywords": lambda x, W: torch.matmul(input=x, other=W) + torch.mm(input=x, mat2=W) + torch.mm(x, mat2=W),
+    "addmm by keywords": lambda x, W: torch.addmm(input=x[0], mat1=x, mat2=W) + torch.addmm(x[0], x, W, beta=2),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_are_those_of_w(operator):
+    compute = OPERATORS[operator]
+
+    class Computes(nn.Linear):
+        def forward(self, x):
+            return compute(x, self.weight)
+
+    x = torch.randn(4, 4, dtype=torch.float64)
+    model = nn.Sequential(Computes(4, 4)).double()
+    lora.inject(model, target_modules=["0"], r=2)
+    layer = moved(model)[0]
+    y, right = model(x), compute(x, layer.weight.detach() + layer.scaling * layer.lora_B @ layer.lora_A)
+    torch.testing.assert_close(y, right)
+    for got, wanted in zip(gradients(y, model), gradients(right, model), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_product_goes_where_the_forward_wants_it():
+    class Into(nn.Linear):
+        def forward(self, x):
+            return torch.mm(x, self.weight, out=torch.empty(3, 4, dtype=x.dtype))
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = nn.Sequential(Into(4, 4)).double()
+    lora.inject(model, target_modules=["0"], r=2)
+    with torch.no_grad():
+        torch.testing.assert_close(moved(model)(x), x @ model[0].lora_compute_merged())
+
+
 class Counting(nn.Linear):
     def __init__(self, *sizes):
         super().__init__(*sizes)

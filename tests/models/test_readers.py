@@ -292,6 +292,48 @@ def test_what_a_forward_keeps_on_itself_stays():
     assert reader.seen == x.shape
 
 
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Counts(nn.Module):
+    """It reads a weight two levels down, of a module that it calls as well; both keep something."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList([Counting()])
+
+    def forward(self, x):
+        for layer in self.inner:
+            self.inner.calls = getattr(self.inner, "calls", 0) + 1
+            x = F.linear(layer(x), layer.weight)
+        return x
+
+
+def test_what_forwards_within_keep_on_themselves_stays():
+    model = nn.Sequential(Counts())
+    lora.inject(model, target_modules="all-linear", r=2)
+    assert isinstance(model[0], WeightReader)
+    model(X)
+    model(X)
+    assert (model[0].inner[0].calls, model[0].inner.calls) == (2, 2)
+    assert isinstance(model[0].inner[0].weight, nn.Parameter)
+
+
+def test_a_layer_that_is_only_called_is_not_read():
+    model, *_ = adapted("fused")
+    assert model["x"].lora_reads == {"qkv": None}
+    model = nn.Sequential(Fused())
+    lora.inject(model, target_modules=["0.proj"], r=2)
+    assert type(model[0]) is Fused
+
+
 def test_only_what_reads_weights_is_touched_and_its_signature_stays():
     model, *_ = adapted("far within")
     touched = {name for name, module in model.named_modules() if isinstance(module, WeightReader)}
@@ -346,3 +388,23 @@ def test_a_refused_injection_leaves_readers_as_they_were():
     with pytest.raises(ValueError, match="y: its weight holds NaN"):
         lora.inject(model, target_modules="all-linear", r=2, init_lora_weights="pissa")
     assert type(model["x"]) is Fused
+
+
+class Nameless(nn.Module):
+    """Of its methods one has no name in its code, as that of Idefics' embedding of further words."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x) * self.share()
+
+    def share(self):
+        return 0.5
+
+
+def test_a_method_without_names_reads_nothing():
+    model = nn.Sequential(Nameless())
+    lora.inject(model, target_modules=["0.proj"], r=2)
+    assert type(model[0]) is Nameless
