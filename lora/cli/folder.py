@@ -236,19 +236,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
     beside, old = hidden(real), hidden(real, "old")
     with writing(out), ExitStack() as held:  # whose they are, others know by the locks
         clear_left_folders(real)
-        beside.mkdir()
-        held.enter_context(alone_in(beside))
         try:
+            beside.mkdir()
+            held.enter_context(alone_in(beside))
             yield beside
             if not real.exists():
                 os.replace(beside, real)
                 return
             held.enter_context(alone_in(real))
-            os.replace(real, old)
             try:
+                os.replace(real, old)
                 os.replace(beside, real)
             except BaseException:
-                os.replace(old, real)
+                if not real.exists():
+                    os.replace(old, real)
                 raise
             try:
                 shutil.rmtree(old)

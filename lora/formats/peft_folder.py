@@ -123,12 +123,12 @@ def read_folder(path: Path, check: Callable[[Config], None]) -> tuple[Path, Conf
         FileNotFoundError: a file is missing.
         AdapterError: a file is damaged, or the configuration is not the one that the weights were written with.
     """
-    for last in (*[False] * (_TRIES - 1), True):
+    for left in reversed(range(_TRIES)):
         seen = _Seen(path)
         try:
             tensors, metadata = seen.read(check)
         except (AdapterError, FileNotFoundError):
-            if last or not seen.has_changed():
+            if not left or not seen.has_changed():
                 raise
         else:
             if not (seen.edited and seen.has_changed()):

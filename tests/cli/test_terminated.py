@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from interruptions import is_interrupted_in_thread
 from torch import nn
 
 import lora
 from lora.__main__ import _Terminated, _termination, main
+from lora.adapters import saving
 from lora.adapters.saving import alone_in, clear_left_folders
 from lora.cli.folder import whole_folder
 
@@ -91,6 +93,22 @@ def test_what_was_there_before_is_put_back_if_the_exchange_was_killed(out):
     clear_left_folders(out)
     assert os.listdir(out.parent) == ["out"]
     assert (out / "model.safetensors").read_bytes() == b"old"
+
+
+def test_ctrl_c_at_any_line_leaves_the_old_folder_or_the_new_one(out, monkeypatch):
+    monkeypatch.setattr(saving, "_PATIENCE", 0)  # who is interrupted as it gives a lock back, has it until it ends
+
+    def write():
+        with whole_folder(out) as folder:
+            (folder / "model.safetensors").write_bytes(b"new")
+
+    n, found = 0, set()
+    while is_interrupted_in_thread(write, n):
+        found.add((out / "model.safetensors").read_bytes())
+        (out / "model.safetensors").write_bytes(b"old")
+        n += 1
+    assert n > 50
+    assert found == {b"old", b"new"}
 
 
 def test_what_is_there_is_not_replaced_by_what_was_there_before(out):
