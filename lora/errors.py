@@ -11,6 +11,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import TypeGuard
 
@@ -19,6 +20,7 @@ _LONGEST_CELL = 512  # as long as names of tensors may be
 _LONGEST_MESSAGE = 16_000
 _MOST_ENDS = 1000  # that a name is compared with: a comparison takes some microseconds
 _MOST = 100  # problems that one error lists
+_SOME = 8  # names in one line
 _LARGEST = 2**63 - 1  # what torch has for sizes
 
 
@@ -144,6 +146,16 @@ def raise_all(what: str, problems: Iterable[str], error: type[ValueError] = Valu
     collected = Problems(what, error, most)
     collected.add(*problems)
     collected.raise_any()
+
+
+def some(names: Iterable[str], count: int) -> str:
+    """Names in a line, of which there are this many; of very many the first, and how many more there are.
+
+    >>> some("abc", 3), some(map(str, range(1000)), 1000)[-16:]
+    ('a, b, c', '7 and 992 others')
+    """
+    more = f" and {count - _SOME} others" if count > _SOME + 1 else ""
+    return ", ".join(islice(names, _SOME if more else None)) + more
 
 
 def did_you_mean(target: str, names: Iterable[str]) -> str:

@@ -379,6 +379,26 @@ def weights_tied_to_others(n):
     return refused(lambda: lora.merge(model))
 
 
+def all_tied(n):
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(n))
+    for layer in model:
+        layer.weight = model[0].weight
+    return model
+
+
+@case("inject")
+def weights_that_are_all_one(n):
+    model = all_tied(n)
+    return lambda: str(lora.inject(model, target_modules="all-linear", r=1))
+
+
+@case("merge")
+def weights_that_all_are_one(n):
+    model = all_tied(n)
+    lora.inject(model, target_modules="all-linear", r=1)
+    return refused(lambda: lora.merge(model))
+
+
 @case("merged_state_dict")
 def of_many_layers(n):
     model = adapted(n)

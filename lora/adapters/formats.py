@@ -101,7 +101,7 @@ def rest_of(metadata: Mapping[str, str], path: Path) -> tuple[list[str], dict[st
 def object_in(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
     """The JSON object that an entry of a file's metadata holds; None if there is none."""
     try:
-        said = parsed(metadata.get(key, "null"), _LETTERS_OF_A_VALUE)
+        said = parsed(metadata.get(key, "null"), _LETTERS_OF_A_VALUE, samples=True)
     except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

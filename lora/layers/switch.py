@@ -74,6 +74,11 @@ class Switch:
     def __reduce__(self) -> tuple[type[Switch], tuple[()]]:
         return Switch, ()  # `copy_blocks` fills it
 
+    def __deepcopy__(self, memo: Any) -> Switch:
+        twin = Switch()
+        twin.blocks = self.blocks.copy()
+        return twin
+
 
 class _Off(Switch):
     """The switch of a replica, with which another thread computes, of a layer that is off for the caller."""
@@ -87,8 +92,9 @@ OFF = _Off()
 
 def copy_blocks(layer: Any) -> None:
     """Let a layer that was copied or unpickled be off in the caller's blocks, if the original was disabled."""
-    if vars(layer).pop("lora_disabled", None) is not None:
-        for block in filter(_is_open, _entered.get()):
+    switch: Switch | None = vars(layer).pop("lora_disabled", None)
+    for block in filter(_is_open, _entered.get() if switch is not None else ()):
+        if switch is not None and (block in switch.blocks or not switch.blocks):  # a pickle does not say which
             block.layers.append(layer)
             add(layer, block)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, join, table, with_article
+from lora.errors import Problems, some, table, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
@@ -96,7 +96,9 @@ class InjectionReport:
             if m.names[1:]:
                 lines.append(f"{m.names[0]} is one module with {', '.join(m.names[1:])}: they share the adapter.")
             if m.tied_to:
-                lines.append(f"{m.names[0]}.weight is tied to {', '.join(m.tied_to)}, which the adapter leaves alone.")
+                lines.append(
+                    f"{m.names[0]}.weight is tied to {some(m.tied_to, len(m.tied_to))}, which the adapter leaves alone."
+                )
         if self.saved_in_full:
             lines.append(f"trained in full: {', '.join(self.saved_in_full)}")
         lines += [f"left out: {name} {reason}" for name, reason in self.left_out.items()]
@@ -426,11 +428,9 @@ def report_of(
     model: nn.Module, names: Names, layers: Sequence[LoRALayer], saved: tuple[str, ...] = ()
 ) -> InjectionReport:
     """What `inject` reports of a model in which these layers were adapted."""
-    memory = Memory(owned_tensors(names))
+    left_alone = Memory(owned_tensors(names)).left_alone(layers)
     rows = []
     for layer in layers:
-        tied = (name for one in memory.sharing(layer.weight) for name in one.names)
-        own = {join(known, "weight") for known in names[layer]}
         rows.append(
             AdaptedModule(
                 names=names[layer],
@@ -439,7 +439,7 @@ def report_of(
                 r=layer.r,
                 scaling=layer.lora_scaling,
                 parameters=sum(parameter.numel() for _, parameter in layer.lora_parameters()),
-                tied_to=tuple(name for name in tied if name not in own),
+                tied_to=left_alone[layer],
             )
         )
     parameters = initialized_parameters(model)

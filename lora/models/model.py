@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all
+from lora.errors import join, raise_all, some
 from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.registry import kind_for
@@ -108,14 +108,19 @@ class Memory:
             storage, start, stop = _span(one.tensor)
             self._spans.setdefault(storage, []).append((start, stop, number, one))
         self._sorted: dict[int, tuple[list[_Span], list[int]]] = {}  # of storages that hold many
+        # What was found, by where it was looked for: many tensors may be one.
+        self._found: dict[tuple[int, int, int], list[Owned]] = {}
+        self._owners: dict[tuple[int, int, int], dict[nn.Module, str]] = {}
 
-    def sharing(self, tensor: Tensor) -> list[Owned]:
+    def sharing(self, tensor: Tensor) -> Sequence[Owned]:
         """All that share memory with this tensor, itself included, in the model's order."""
-        storage, start, stop = _span(tensor)
-        spans = self._spans.get(storage, [])
-        if len(spans) > _FEW:
-            spans = self._near(storage, start, stop)
-        return [one for i, j, _, one in spans if i < stop and start < j]
+        storage, start, stop = place = _span(tensor)
+        if place not in self._found:
+            spans = self._spans.get(storage, [])
+            if len(spans) > _FEW:
+                spans = self._near(storage, start, stop)
+            self._found[place] = [one for i, j, _, one in spans if i < stop and start < j]
+        return self._found[place]
 
     def _near(self, storage: int, start: int, stop: int) -> list[_Span]:
         """Those of a storage that may share memory with a part of it, in the model's order."""
@@ -129,8 +134,26 @@ class Memory:
 
     def tied_to(self, layer: LoRALayer) -> str:
         """The names of other modules whose tensors share memory with the layer's weight; empty if there are none."""
-        others = {one.module: one.names[0].rpartition(".")[0] for one in self.sharing(layer.weight)}
-        return ", ".join(name for module, name in others.items() if module is not layer)
+        place = _span(layer.weight)
+        if place not in self._owners:
+            owners = {one.module: one.names[0].rpartition(".")[0] for one in self.sharing(layer.weight)}
+            self._owners[place] = owners
+        owners = self._owners[place]
+        others = (name for module, name in owners.items() if module is not layer)
+        return some(others, len(owners) - (layer in owners))
+
+    def left_alone(self, layers: Sequence[LoRALayer]) -> dict[LoRALayer, tuple[str, ...]]:
+        """For each layer the names of tensors that share its weight's memory, and are the weight of none of these."""
+        adapted = set(layers)
+        found: dict[int, tuple[str, ...]] = {}  # by what `sharing` found, which is one list for all that are tied
+        alone: dict[LoRALayer, tuple[str, ...]] = {}
+        for layer in layers:
+            sharing = self.sharing(layer.weight)
+            if id(sharing) not in found:
+                others = (one for one in sharing if not (one.own == "weight" and one.module in adapted))
+                found[id(sharing)] = tuple(name for one in others for name in one.names)
+            alone[layer] = found[id(sharing)]
+        return alone
 
 
 def _span(tensor: Tensor) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ VALUES = {
     "objects": '{"":{"":0}}',
     "numbers": "1e9",
     "integers": "999",
+    "zeros": "0.0, 0.0, 0.0",
     "strings": '"xy"',
 }
 BOMBS = {name: f"[{repeated(value)}]" for name, value in VALUES.items()}
@@ -54,6 +55,12 @@ def test_a_configuration_that_would_grow_is_refused(bomb, tmp_path):
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_metadata_are_read_if_they_do_not_grow_too_much(bomb):
     assert peak_of(lambda: object_in({"lora": f'{{"x": {bomb}}}'}, "lora")) < 16 * len(bomb)
+
+
+def test_metadata_of_many_weights_that_are_zero_or_one_are_read():
+    """No number that we write is shorter."""
+    base = {str(i): {"shape": [4, 4], "sample": [0.0, 1.0] * 8} for i in range(50_000)}
+    assert object_in({"base": json.dumps(base)}, "base") == base
 
 
 def test_a_configuration_with_a_pattern_for_each_of_many_modules_is_read(tmp_path):

@@ -322,6 +322,26 @@ def test_a_copy_is_disabled_until_the_block_ends(copied):
     lora.merge(other)
 
 
+def test_a_copy_of_what_another_thread_disabled_is_not_disabled():
+    mine, (theirs, on, _) = trained(ADAPTERS)[0], trained(ADAPTERS)
+    with lora.disabled(mine):
+        entered, left = threading.Event(), threading.Event()
+
+        def disable():
+            with lora.disabled(theirs):
+                entered.set()
+                assert left.wait(60)
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(disable)
+            assert entered.wait(60)
+            other = copy.deepcopy(theirs)
+            left.set()
+            future.result(60)
+        assert torch.equal(other(IDS), on)
+    assert nothing_is_left(other)
+
+
 def test_what_was_pickled_in_a_block_is_not_disabled_elsewhere():
     model, on, _ = trained(ADAPTERS)
     with lora.disabled(model):
