@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from lora.layers import weights
-from lora.layers.in_place import keep, twin_of, with_others
+from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import LoRALayer
 from lora.models.model import Names, has_own_forward, without_wrappers
 
@@ -44,6 +44,8 @@ class WeightReader(nn.Module):
 
     lora_reads: Reads
     lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
+    #: Whether these apply a function of autograd's, which takes tensors alone.
+    lora_applies: ClassVar[bool]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
@@ -57,7 +59,7 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
         @functools.wraps(method)  # with its signature, which trainers look at
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
             twins: list[_Twin] = []
-            others = {"_modules": _with_weights(self, self.lora_reads, twins)}
+            others = {"_modules": _with_weights(self, self.lora_reads, self.lora_applies, twins)}
             output = with_others(self, base, method, others, *args, **kwargs)
             for twin in twins:
                 keep(*twin)
@@ -66,7 +68,8 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
         return call
 
     namespace = {name: finding_weights(name) for name in methods}
-    own = {"__module__": base.__module__, "lora_reader": (base, methods)}
+    applies = any("apply()" in _words(base, name) for name in methods)
+    own = {"__module__": base.__module__, "lora_reader": (base, methods), "lora_applies": applies}
     return type(base.__name__, (WeightReader, base), namespace | own)
 
 
@@ -78,7 +81,7 @@ def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
 _Twin = tuple[nn.Module, dict[str, Any], nn.Module, dict[str, Any]]
 
 
-def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[str, nn.Module | None]:
+def _with_weights(module: nn.Module, reads: Reads, applies: bool, twins: list[_Twin]) -> dict[str, nn.Module | None]:
     """A module's children, with twins of those that are read, which are added to others."""
     children = dict(module._modules)
     for name, within in reads.items():
@@ -86,9 +89,11 @@ def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[s
         others: dict[str, Any] = {}
         cls: Any = type(child)
         if within is not None and child is not None:
-            others = {"_modules": _with_weights(child, within, twins)}
+            others = {"_modules": _with_weights(child, within, applies, twins)}
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
-            others, cls = {"weight": child.lora_weight_now()}, child.lora_base_class
+            weight = child.lora_weight_now()
+            weight = weight.dense("`apply`") if applies and isinstance(weight, LowRankWeight) else weight
+            others, cls = {"weight": weight}, child.lora_base_class
         if child is not None and others:
             children[name] = twin = twin_of(child, cls, others)
             twins.append((child, dict(vars(child)), twin, others))

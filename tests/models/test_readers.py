@@ -155,6 +155,45 @@ class ByFunction(nn.Module):
         return project(self, x)
 
 
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Applied(nn.Module):
+    """A function of autograd's, as of fused losses, takes tensors alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return Product.apply(x, self.proj.weight)
+
+
+class AppliedItself(nn.Linear):
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+
+
+def test_a_layer_that_applies_a_function_of_autograds_learns():
+    for requires_grad in (False, True):
+        model = nn.Sequential(AppliedItself(8, 8), AppliedItself(8, 8))
+        lora.inject(model, target_modules="all-linear", r=2, init_lora_weights=False)
+        x = X.clone().requires_grad_(requires_grad)
+        y = model(x)
+        torch.testing.assert_close(y, x @ model[0].lora_compute_merged().T @ model[1].lora_compute_merged().T)
+        y.square().sum().backward()
+        assert all(p.grad.any() for layer in model for _, p in layer.lora_parameters())
+
+
 class Kernel(nn.Module):
     """As Wav2Vec2's x-vector: a linear layer's weight is a convolution's kernel."""
 
@@ -186,6 +225,7 @@ READERS = {
     "called and read": (Both, ["words"], (torch.arange(5),), lambda y: y),
     "given": (Given, ["words"], (torch.arange(5),), lambda y: y),
     "by a function": (ByFunction, "all-linear", (X,), lambda y: y),
+    "applied": (Applied, "all-linear", (X,), lambda y: y),
     "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
