@@ -67,6 +67,7 @@ class LowRankWeight:
         gain: whether the layer's magnitudes count.
         dropout: of the inputs of B A; only taught operations can have it.
         transposed: stand for the transposed matrix.
+        base: W₀, if it is not the layer's weight as it is, but in another dtype, say.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class LowRankWeight:
         gain: bool = False,
         dropout: float = 0.0,
         transposed: bool = False,
+        base: Tensor | None = None,
     ) -> None:
-        self.layer, self.base, self.A, self.B, self.scaling = layer, layer.weight, A, B, scaling
+        self.layer, self.A, self.B, self.scaling = layer, A, B, scaling
+        self.base: Tensor = layer.weight if base is None else base
         self.gain, self.dropout, self.transposed = gain, dropout, transposed
 
     def dense(self, why: str = "an operation that is not known") -> Tensor:
@@ -137,8 +140,27 @@ class LowRankWeight:
 
     def t(self) -> LowRankWeight:
         """W transposed."""
-        settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": not self.transposed}
+        return self._with(self.base, not self.transposed)
+
+    def _with(self, base: Tensor, transposed: bool) -> LowRankWeight:
+        settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": transposed, "base": base}
         return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
+        """W in another dtype, or on another device."""
+        return self._with(self.base.to(*args, **kwargs), self.transposed)
+
+    def type_as(self, other: Tensor) -> LowRankWeight:
+        """W in the dtype of another tensor."""
+        return self.to(other.dtype)
+
+    def type(self, dtype: Any = None) -> Any:
+        """W in another dtype, or the name of its own."""
+        return self.base.type() if dtype is None else self._with(self.base.type(dtype), self.transposed)
+
+    def float(self) -> LowRankWeight:
+        """W in float32."""
+        return self.to(torch.float32)
 
     def transpose(self, one: int, other: int) -> Any:
         """W with two dimensions exchanged."""

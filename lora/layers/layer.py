@@ -124,7 +124,8 @@ class LoRALayer(Magnitudes):
         for check in self.lora_checks:
             check(self, input)
         if self.lora_is_in_place():
-            return self.lora_computed_with(self.lora_weight(), input, *args, **kwargs)
+            W = self.lora_weight()
+            return self.lora_computed_with(W.dense("`apply`") if self.lora_applies else W, input, *args, **kwargs)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 
 from lora.layers import weights
-from lora.layers.in_place import keep, twin_of, with_others
+from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import LoRALayer
 from lora.models.model import Names, has_own_forward, without_wrappers
 
@@ -44,6 +44,8 @@ class WeightReader(nn.Module):
 
     lora_reads: Reads
     lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
+    #: Whether these apply a function of autograd's, which takes tensors alone.
+    lora_applies: ClassVar[bool]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
@@ -57,7 +59,7 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
         @functools.wraps(method)  # with its signature, which trainers look at
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
             twins: list[_Twin] = []
-            others = {"_modules": _with_weights(self, self.lora_reads, twins)}
+            others = {"_modules": _with_weights(self, self.lora_reads, self.lora_applies, twins)}
             output = with_others(self, base, method, others, *args, **kwargs)
             for twin in twins:
                 keep(*twin)
@@ -66,7 +68,8 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
         return call
 
     namespace = {name: finding_weights(name) for name in methods}
-    own = {"__module__": base.__module__, "lora_reader": (base, methods)}
+    applies = any("apply()" in _words(base, name) for name in methods)
+    own = {"__module__": base.__module__, "lora_reader": (base, methods), "lora_applies": applies}
     return type(base.__name__, (WeightReader, base), namespace | own)
 
 
@@ -78,7 +81,7 @@ def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
 _Twin = tuple[nn.Module, dict[str, Any], nn.Module, dict[str, Any]]
 
 
-def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[str, nn.Module | None]:
+def _with_weights(module: nn.Module, reads: Reads, applies: bool, twins: list[_Twin]) -> dict[str, nn.Module | None]:
     """A module's children, with twins of those that are read, which are added to others."""
     children = dict(module._modules)
     for name, within in reads.items():
@@ -86,9 +89,11 @@ def _with_weights(module: nn.Module, reads: Reads, twins: list[_Twin]) -> dict[s
         others: dict[str, Any] = {}
         cls: Any = type(child)
         if within is not None and child is not None:
-            others = {"_modules": _with_weights(child, within, twins)}
+            others = {"_modules": _with_weights(child, within, applies, twins)}
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
-            others, cls = {"weight": child.lora_weight_now()}, child.lora_base_class
+            weight = child.lora_weight_now()
+            weight = weight.dense("`apply`") if applies and isinstance(weight, LowRankWeight) else weight
+            others, cls = {"weight": weight}, child.lora_base_class
         if child is not None and others:
             children[name] = twin = twin_of(child, cls, others)
             twins.append((child, dict(vars(child)), twin, others))
@@ -130,7 +135,7 @@ def _readers_of(names: Names) -> dict[nn.Module, Reading]:
             called = {"forward"}
             for module, path in _around(modules, name):
                 cls, said = _written_class(module), without_wrappers(".".join(path)).split(".")
-                methods = [method for method in called & _methods(cls) if _reads(cls, method, said)]
+                methods = [method for method in called & _methods(cls) if _reads(module, cls, method, said)]
                 if methods:
                     reading = found.setdefault(module, Reading())
                     reading.methods.update(methods)
@@ -181,16 +186,37 @@ def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]
             yield name, child
 
 
-def _reads(cls: Any, method: str, path: list[str]) -> bool:
-    """Whether a method of a class, with what it calls of its class, names a layer within it, and a weight.
+def _reads(module: nn.Module, cls: Any, method: str, path: list[str]) -> bool:
+    """Whether a method of a module's class, with what it calls of it, names a layer within it, and a weight.
 
-    A layer whose name is called wherever it stands, as in `self.proj(x)`, is not read.
+    Or it names the layer, and calls a child that reads the weight of what it is given. A layer whose name is called
+    wherever it stands, as in `self.proj(x)`, is not read.
     """
     words = _words(cls, method)
-    if "weight" not in words or LoRALayer in cls.__mro__:
-        return False
     *above, last = [name for name in path if not name.isdigit()] or ["weight"]
-    return last in words and all(name in words or f"{name}()" in words for name in above)
+    if LoRALayer in cls.__mro__ or last not in words or not all(_named(name, words) for name in above):
+        return False
+    return "weight" in words or any(
+        f"{name}()" in words and _reads_what_it_is_given(_written_class(child))
+        for name, child in module._modules.items()
+        if child is not None
+    )
+
+
+def _named(name: str, words: frozenset[str]) -> bool:
+    return name in words or f"{name}()" in words
+
+
+@functools.cache
+def _reads_what_it_is_given(cls: Any) -> bool:
+    """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
+    for code in _codes(_function(getattr_static(cls, "forward"))):
+        arguments, loaded = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], None
+        for one in get_instructions(code):
+            if loaded in arguments and one.argval == "weight":
+                return LoRALayer not in cls.__mro__
+            loaded = one.argval[-1] if isinstance(one.argval, tuple) and one.argval else one.argval
+    return False
 
 
 @functools.cache
@@ -202,17 +228,29 @@ def _methods(cls: Any) -> frozenset[str]:
 
 @functools.cache
 def _words(cls: Any, method: str) -> frozenset[str]:
-    """The names and strings in a method's code, and in what it calls of its class; `name()` where one is called."""
-    words, waiting, seen = set[str](), [method], set[str]()
+    """The names and strings in a method's code, and in what it calls of its class and file; `name()` where called."""
+    words, seen = set[str](), set[object]()
+    waiting: list[Any] = [method]
     while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
-            for code in _codes(getattr_static(cls, name, None)):
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            function = _function(getattr_static(cls, one, None) if isinstance(one, str) else one)
+            for code in _codes(function):
                 found = {*_words_of(code)}
                 words |= found
-                waiting += {word.removesuffix("()") for word in found} - _OF_TORCH
+                named = {word.removesuffix("()") for word in found}
+                waiting += named - _OF_TORCH
+                waiting += _helpers(function, named)
     return frozenset(words)
+
+
+def _helpers(function: Any, names: set[str]) -> Iterator[Any]:
+    """The functions of these names that stand beside one in its file."""
+    known = getattr(function, "__globals__", {})
+    for helper in filter(isfunction, map(known.get, names)):
+        if helper.__module__ == function.__module__:
+            yield helper
 
 
 def _words_of(code: CodeType) -> Iterator[str]:
@@ -235,12 +273,17 @@ _ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
 _OF_TORCH = {*dir(nn.Module)} - {"forward"}
 
 
-def _codes(method: object) -> Iterator[CodeType]:
-    """The code of a method, or of a property, as it was written, with that of the functions in it."""
+def _function(method: object) -> Any:
+    """The function of a method or a property, as it was written."""
     if isinstance(method, property):
         method = method.fget
     function: Any = getattr(method, "__func__", method)  # of a static or a class method
-    waiting = [getattr(unwrap(function) if callable(function) else None, "__code__", None)]
+    return unwrap(function) if callable(function) else None
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """The code of a function, with that of the functions in it."""
+    waiting = [getattr(function, "__code__", None)]
     while waiting:
         code = waiting.pop()
         if isinstance(code, CodeType):

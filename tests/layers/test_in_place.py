@@ -23,6 +23,23 @@ class Matmul(nn.Linear):
         return hidden if self.bias is None else hidden + self.bias
 
 
+class Cast(nn.Linear):
+    """As openai-whisper's."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class CastKernel(nn.Conv1d):
+    """As openai-whisper's."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, self.bias)
+
+
 class Addmm(nn.Linear):
     def forward(self, x):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight.transpose(1, 0)).view(*x.shape[:-1], -1)
@@ -123,6 +140,8 @@ OWN = {
     "matmul": (lambda: Matmul(8, 4), lambda: rows((2, 3)), "beside"),
     "matmul without bias": (lambda: Matmul(8, 4, bias=False), lambda: rows((3,)), "beside"),
     "addmm": (lambda: Addmm(8, 4), lambda: rows((2, 3)), "beside"),
+    "cast": (lambda: Cast(8, 4), lambda: rows((2, 3)), "beside"),
+    "cast kernel": (lambda: CastKernel(4, 6, 3), lambda: torch.randn(2, 4, 9), "beside"),
     "scaled": (lambda: Scaled(8, 4), lambda: rows((2, 3)), "beside"),
     "router": (lambda: Router(8, 4), lambda: rows((5,)), "beside"),
     "normed": (lambda: Normed(8, 4), lambda: rows((3,)), "built"),
@@ -438,6 +457,28 @@ def test_any_shape(out, size, leading, splits, dora):
     x = torch.randn(*leading, size, dtype=torch.float64)
     right = torch.func.functional_call(base, {"0.weight": W}, (x,))
     torch.testing.assert_close(model(x), right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cast", ["to", "type", "type_as", "float", "type by name"])
+def test_a_weight_in_another_dtype_is_not_built(cast, monkeypatch):
+    class Casts(nn.Linear):
+        def forward(self, x):
+            if cast == "type by name":
+                return F.linear(x.type(self.weight.type()).type(x.type()), self.weight.type(x.type()))
+            given = {"to": (x.dtype,), "type": (x.dtype,), "type_as": (x,), "float": ()}[cast]
+            return F.linear(x, getattr(self.weight, cast)(*given))
+
+    x = torch.randn(3, 8).bfloat16().float()
+    model = nn.Sequential(Casts(8, 4, bias=False)).bfloat16()
+    lora.inject(model, target_modules=["0"], r=2, lora_dropout=0.1)
+    layer = moved(model)[0]
+    W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(model.eval()(x), x @ W.T)
+    monkeypatch.setattr(type(layer), "lora_delta", None)
+    y = model.train()(x)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert layer.lora_A.grad.any()
 
 
 def test_data_starts_are_refused():

@@ -23,8 +23,8 @@ class Net(nn.Module):
 
 
 def head_of(x, net):
-    """A function of another module reads a weight: nobody can see it."""
-    return F.linear(x, net.head.weight)
+    """It reads the weight of a layer that it does not name: nobody can see whose."""
+    return F.linear(x, [*net.children()][2].weight)
 
 
 def adapted(**settings):

@@ -123,6 +123,77 @@ class OfParts(nn.Module):
         return self.parts.correct(self.parts.predict(x))
 
 
+class Decoder(nn.Module):
+    """As Perceiver's: it reads the weight of the layer that it is given."""
+
+    def forward(self, h, embedding_layer):
+        return h @ embedding_layer.weight.transpose(0, 1)
+
+
+class Given(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs = nn.ModuleDict({"words": nn.Embedding(10, 8)})
+        self.decoder = Decoder()
+
+    def forward(self, ids):
+        return self.decoder(self.inputs.words(ids).tanh(), embedding_layer=self.inputs.words)
+
+
+def project(module, x):
+    return F.linear(x, module.proj.weight, module.proj.bias)
+
+
+class ByFunction(nn.Module):
+    """A function beside it reads the weight, and is given the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return project(self, x)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Applied(nn.Module):
+    """A function of autograd's, as of fused losses, takes tensors alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return Product.apply(x, self.proj.weight)
+
+
+class AppliedItself(nn.Linear):
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+
+
+def test_a_layer_that_applies_a_function_of_autograds_learns():
+    for requires_grad in (False, True):
+        model = nn.Sequential(AppliedItself(8, 8), AppliedItself(8, 8))
+        lora.inject(model, target_modules="all-linear", r=2, init_lora_weights=False)
+        x = X.clone().requires_grad_(requires_grad)
+        y = model(x)
+        torch.testing.assert_close(y, x @ model[0].lora_compute_merged().T @ model[1].lora_compute_merged().T)
+        y.square().sum().backward()
+        assert all(p.grad.any() for layer in model for _, p in layer.lora_parameters())
+
+
 class Kernel(nn.Module):
     """As Wav2Vec2's x-vector: a linear layer's weight is a convolution's kernel."""
 
@@ -152,6 +223,9 @@ READERS = {
     "by a helper": (ByHelper, "all-linear", (X,), lambda y: y),
     "far within": (Outer, "all-linear", (X,), lambda y: y),
     "called and read": (Both, ["words"], (torch.arange(5),), lambda y: y),
+    "given": (Given, ["words"], (torch.arange(5),), lambda y: y),
+    "by a function": (ByFunction, "all-linear", (X,), lambda y: y),
+    "applied": (Applied, "all-linear", (X,), lambda y: y),
     "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
@@ -205,7 +279,7 @@ def by_hand(model, base):
 @each_reader
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"merge_weights": True}], ids=str)
 def test_the_output_is_that_of_w(reader, settings):
-    if reader == "called and read" and "use_dora" in settings:
+    if reader in ("called and read", "given") and "use_dora" in settings:
         settings = {}  # by_hand knows no magnitudes of embeddings; test_in_place.py does
     model, inputs, of, base = adapted(reader, **settings)
     right = by_hand(model, base)
