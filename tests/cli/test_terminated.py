@@ -17,9 +17,11 @@ from lora.cli.folder import whole_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and locks of POSIX")
 
-# A merge that never ends.
+# A merge that never ends. Signals do what they do by default, also where the tests run in the background.
 SCRIPT = """
-import argparse, pathlib, sys, time
+import argparse, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import lora.__main__ as door
 from lora.cli.folder import whole_folder
 
