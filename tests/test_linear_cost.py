@@ -605,7 +605,7 @@ def tied_in_the_model(n):
 @case("Adapter")
 def looked_through(n):
     adapter = in_full(n)
-    return lambda: [*adapter.problems(), repr(adapter), *map(adapter.update, adapter.modules)]
+    return lambda: [*adapter.problems(), repr(adapter), *map(adapter.delta, adapter.modules)]
 
 
 @case("Adapter")
