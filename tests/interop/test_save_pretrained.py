@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+import transformers
 
 import lora
 
-transformers = pytest.importorskip("transformers")
 IDS = torch.arange(6)[None]
 
 
