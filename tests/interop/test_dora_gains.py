@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from conftest import randomised
@@ -60,7 +61,6 @@ def test_outputs_and_merged_weights(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gain", [0.01, 0.05, 0.3, 3.0])
 def test_the_error_is_like_pefts(gain, dtype):
-    peft = pytest.importorskip("peft")
     ours = layer_of("linear", gain, dtype)
     base = nn.Sequential(nn.Linear(64, 48, bias=False)).to(dtype)
     base[0].weight.data = ours.weight.detach().clone()

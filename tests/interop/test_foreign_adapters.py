@@ -2,6 +2,8 @@
 
 import copy
 
+import loralib
+import peft
 import pytest
 import torch
 from torch import nn
@@ -80,7 +82,6 @@ def test_classes_of_ones_own_are_adapted(module):
 @pytest.mark.parametrize("targets", ["all-linear", ["0"], ["base_layer"], r".*lora_A\.default"], ids=str)
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_pefts_models(method, targets):
-    peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     config = peft.LoraConfig(target_modules=["0"], r=2, use_dora=method == "dora", modules_to_save=["1"])
     if method == "ia3":
@@ -95,7 +96,6 @@ def test_pefts_models(method, targets):
 
 
 def test_loralibs_layers():
-    loralib = pytest.importorskip("loralib")
     model = nn.Sequential(nn.Linear(4, 4), loralib.Linear(4, 4, r=2), loralib.MergedLinear(4, 4, r=2))
     state = copy.deepcopy(model.state_dict())
     message = refused(lambda model: lora.inject(model, target_modules=["0"], r=2), model)
