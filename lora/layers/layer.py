@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -358,22 +359,27 @@ class LoRALayer(Magnitudes):
     # ---- state --------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        *_, error_msgs = args
-        weight = state_dict.get(f"{prefix}weight")
+        with self.lora_loading({own: f"{prefix}{own}" for own in ("weight", *PARAMETERS)}, state_dict, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextmanager
+    def lora_loading(self, keys: Mapping[str, str], state_dict: dict[str, Tensor], errors: list[str]) -> Iterator[None]:
+        """Load the layer's tensors from a state dict within it, in which they have these keys."""
+        weight = state_dict.get(keys["weight"])
         if self.lora_start is not None and weight is not None and not self._has_weight(weight):
-            error_msgs.append(
-                f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
+            errors.append(
+                f"{keys['weight']} is not what the adapter's start was taken out of, to which A and B belong; load the "
                 "pretrained weights first, and then `lora.initialize`."
             )
-            for name in ("weight", *PARAMETERS):  # the layer stays as it is
-                state_dict.pop(f"{prefix}{name}", None)
+            for key in keys.values():  # the layer stays as it is
+                state_dict.pop(key, None)
         # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
-        missing = weight is not None and self.use_dora and f"{prefix}lora_magnitude" not in state_dict
+        missing = weight is not None and self.use_dora and keys["lora_magnitude"] not in state_dict
         untrained = missing and not self.lora_A.is_meta and not self.weight.is_meta and self._has_untrained_magnitude()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        yield
         if untrained:
             self.reset_magnitude()
-        if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
+        if keys["lora_A"] in state_dict and keys["lora_B"] in state_dict:
             self.lora_needs_data = None
 
     def _has_weight(self, weight: Tensor) -> bool:
@@ -403,14 +409,19 @@ class LoRALayer(Magnitudes):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        super()._apply(self.lora_applied(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def lora_applied(self, fn: Any) -> Any:
+        """What `_apply` is to apply to the layer's tensors; before it does, for the caches are of what they were."""
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         self._checked = None
-        if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
-            own = self._parameters.items()
-            trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
-            fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        if self.r == 0:
+            return fn
+        # A model that is cast to float8, to be stored in it, goes on to train what trains here.
+        own = self._parameters.items()
+        trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
+        return sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
 
     def _replicate_for_data_parallel(self) -> Any:
         """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""
