@@ -20,8 +20,9 @@ from lora.layers.layer import LoRALayer, alpha_of, scaling_of
 from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_writable
-from lora.models.injection import Adaptation, refusal
+from lora.models.injection import Adaptation
 from lora.models.model import Memory, names_of, without_wrappers
+from lora.models.refusals import refusal
 from lora.models.start import pretrained_weight, to_start
 from lora.models.training import is_kept, originals
 
