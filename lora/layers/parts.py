@@ -81,9 +81,13 @@ class Part(nn.Module):
         vars(self)["_parameters"] = _Tensors(self)
 
     @property
-    def training(self) -> bool:
+    def training(self) -> bool:  # type: ignore[override]
         """Whether the owner trains."""
         return self.lora_owner.training
+
+    def is_entered(self) -> bool:
+        """Whether the owner knows of it, as it does of one that is adapted."""
+        return parts_of(self.lora_owner).get(self.lora_parameter) is self
 
     def extra_repr(self) -> str:
         """The weight's shape."""

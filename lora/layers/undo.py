@@ -118,9 +118,9 @@ class undo_on_error:
     exit begins: then the outer one undoes the block. A block that came to its end is not undone.
 
     Args:
-        modules: with their parts; their classes, attributes (also the contents of torch's own dicts: parameters, buffers, hooks) and
+        modules: their classes, attributes (also the contents of torch's own dicts: parameters, buffers, hooks) and
             parameters are put back, and what the parameters' `data`, `requires_grad` and `grad` were. Values that the
-            block wrote into tensors are not, but for those that were kept.
+            block wrote into tensors are not, but for those that were kept. The modules' parts are put back, too.
         written: tensors to keep from the start.
     """
 

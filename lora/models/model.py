@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.errors import join, raise_all, some
 from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
-from lora.layers.parts import own_name, parts_of, tensor_name, with_parts
+from lora.layers.parts import Part, own_name, parts_of, tensor_name, with_parts
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
 from lora.models.exchange import exchanged
@@ -83,6 +83,8 @@ class Owned(NamedTuple):
 def owned_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and buffer of a model; one that several modules own comes once for each of them."""
     for module, known in names.items():
+        if isinstance(module, Part) and not module.is_entered():
+            continue
         of_parts = {own_name(part, own) for part in parts_of(module).values() for own in part._parameters}
         for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and own not in of_parts:

@@ -209,7 +209,7 @@ def _around(modules: dict[str, nn.Module], name: str) -> Iterator[tuple[nn.Modul
         yield modules[".".join(parts[:n])], parts[n:]
 
 
-def _enter(reads: Reads, path: list[str], layer: LoRALayer) -> None:
+def _enter(reads: Reads, path: list[str], layer: nn.Module) -> None:
     """Note that a layer is read, or an owner by its part, which is the path's end."""
     *above, last = path
     for name in above:
