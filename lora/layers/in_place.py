@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import with_article
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -92,8 +93,8 @@ class LowRankWeight:
         exact = exact_dtype(self.base.dtype)
         if self.dropout:
             raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with "
-                f"its weight by {why}, of whose inputs none can be dropped."
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(layer)}: the forward computes with "
+                f"the weight by {why}, of whose inputs none can be dropped."
             )
         with without_autocast(self.base.device):
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
@@ -174,7 +175,7 @@ class LowRankWeight:
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise RuntimeError(
-                f"a {type(self.layer).__name__} must not write to its weight in its forward, as `weight.{name}` does: "
+                f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
                 "the weight there is W₀ + s · B A, which is made anew in each forward."
             )
         return getattr(self.dense(name), name)
@@ -193,6 +194,14 @@ class LowRankWeight:
 
 # What a weight has in common with W.
 _KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
+
+
+def _said(layer: Any) -> str:
+    """A layer's weight in words; of a part, what the owner calls it."""
+    owner = vars(layer).get("lora_owner")
+    if owner is not None:
+        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
+    return f"the weight of {with_article(type(layer).__name__)}"
 
 
 def _dense(value: Any, why: str) -> Any:
