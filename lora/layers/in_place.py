@@ -10,6 +10,7 @@ that stands for W and is not built where that can be avoided.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,17 +92,25 @@ class LowRankWeight:
         """W as a tensor, in the base weight's dtype, rounded once."""
         layer: Any = self.layer
         exact = exact_dtype(self.base.dtype)
-        if self.dropout:
-            raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(layer)}: the forward computes with "
-                f"the weight by {why}, of whose inputs none can be dropped."
-            )
+        self._no_dropout(why)
         with without_autocast(self.base.device):
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
             W = W * layer.lora_gain(exact) if self.gain else W
         rounded: Tensor = W.to(self.base.dtype)
         return rounded.transpose(0, 1) if self.transposed else rounded
+
+    def _no_dropout(self, why: str) -> None:
+        if self.dropout:
+            raise RuntimeError(
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with "
+                f"the weight by {why}, of whose inputs none can be dropped."
+            )
+
+    def taught(self, function: Any) -> Callable[..., Any] | None:
+        """What computes a function of W beside W₀; it takes the function's arguments, and may not know some."""
+        how = type(self.layer).lora_taught.get(function)
+        return None if how is None else partial(getattr(self.layer, how), self)
 
     @classmethod
     def __torch_function__(
@@ -113,8 +122,8 @@ class LowRankWeight:
     ) -> Any:
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
-            how = type(value.layer).lora_taught.get(function) if isinstance(value, cls) else None
-            result = NotImplemented if how is None else getattr(value.layer, how)(value, *args, **kwargs)
+            how = value.taught(function) if isinstance(value, LowRankWeight) else None
+            result = NotImplemented if how is None else how(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         why = getattr(function, "__name__", str(function))
@@ -143,13 +152,17 @@ class LowRankWeight:
         """W transposed."""
         return self._with(self.base, not self.transposed)
 
+    def with_base(self, base: Tensor) -> LowRankWeight:
+        """The same update of another tensor, such as W₀ in another dtype."""
+        return self._with(base, self.transposed)
+
     def _with(self, base: Tensor, transposed: bool) -> LowRankWeight:
         settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": transposed, "base": base}
         return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
         """W in another dtype, or on another device."""
-        return self._with(self.base.to(*args, **kwargs), self.transposed)
+        return self.with_base(self.base.to(*args, **kwargs))
 
     def type_as(self, other: Tensor) -> LowRankWeight:
         """W in the dtype of another tensor."""
@@ -157,7 +170,7 @@ class LowRankWeight:
 
     def type(self, dtype: Any = None) -> Any:
         """W in another dtype, or the name of its own."""
-        return self.base.type() if dtype is None else self._with(self.base.type(dtype), self.transposed)
+        return self.base.type() if dtype is None else self.with_base(self.base.type(dtype))
 
     def float(self) -> LowRankWeight:
         """W in float32."""
