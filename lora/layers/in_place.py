@@ -70,6 +70,7 @@ class LowRankWeight:
         dropout: of the inputs of B A; only taught operations can have it.
         transposed: stand for the transposed matrix.
         base: W₀, if it is not the layer's weight as it is, but in another dtype, say.
+        rows: which of the layer's outputs it has, if not all.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class LowRankWeight:
         dropout: float = 0.0,
         transposed: bool = False,
         base: Tensor | None = None,
+        rows: slice | None = None,
     ) -> None:
         self.layer, self.A, self.B, self.scaling = layer, A, B, scaling
         self.base: Tensor = layer.weight if base is None else base
-        self.gain, self.dropout, self.transposed = gain, dropout, transposed
+        self.gain, self.dropout, self.transposed, self.rows = gain, dropout, transposed, rows
 
     def dense(self, why: str = "an operation that is not known") -> Tensor:
         """W as a tensor, in the base weight's dtype, rounded once."""
@@ -97,8 +99,16 @@ class LowRankWeight:
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
             W = W * layer.lora_gain(exact) if self.gain else W
-        rounded: Tensor = W.to(self.base.dtype)
-        return rounded.transpose(0, 1) if self.transposed else rounded
+        return self._part_of(W.to(self.base.dtype))
+
+    def part(self) -> Tensor:
+        """What of W₀ it stands for."""
+        return self._part_of(self.base)
+
+    def _part_of(self, weight: Tensor) -> Tensor:
+        if self.rows is not None:
+            weight = weight.narrow(self.layer.lora_output_dims()[0], self.rows.start, self.rows.stop - self.rows.start)
+        return weight.transpose(0, 1) if self.transposed else weight
 
     def _no_dropout(self, why: str) -> None:
         if self.dropout:
@@ -134,8 +144,7 @@ class LowRankWeight:
     @property
     def shape(self) -> torch.Size:
         """The weight's shape."""
-        shape = self.base.shape
-        return torch.Size((shape[1], shape[0], *shape[2:])) if self.transposed else shape
+        return self.part().shape
 
     def size(self, dim: int | None = None) -> Any:
         """The weight's shape, or one of its sizes."""
@@ -156,9 +165,13 @@ class LowRankWeight:
         """The same update of another tensor, such as W₀ in another dtype."""
         return self._with(base, self.transposed)
 
-    def _with(self, base: Tensor, transposed: bool) -> LowRankWeight:
+    def with_rows(self, rows: slice) -> LowRankWeight:
+        """W's part for some of the layer's outputs."""
+        return self._with(self.base, self.transposed, rows)
+
+    def _with(self, base: Tensor, transposed: bool, rows: slice | None = None) -> LowRankWeight:
         settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": transposed, "base": base}
-        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
+        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings, rows=rows or self.rows)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
         """W in another dtype, or on another device."""
@@ -183,7 +196,7 @@ class LowRankWeight:
 
     def __getattr__(self, name: str) -> Any:
         if name in _KNOWN:
-            return getattr(self.base, name)
+            return getattr(self.part(), name)
         if name.startswith("__"):  # what copy, pickle and others look for
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
@@ -191,6 +204,9 @@ class LowRankWeight:
                 f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
                 "the weight there is W₀ + s · B A, which is made anew in each forward."
             )
+        method: Any = getattr(Tensor, name, None)
+        if method in type(self.layer).lora_taught:
+            return lambda *args, **kwargs: LowRankWeight.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.dense(name), name)
 
     def __getitem__(self, index: Any) -> Tensor:

@@ -146,7 +146,7 @@ OWN = {
     "router": (lambda: Router(8, 4), lambda: rows((5,)), "beside"),
     "normed": (lambda: Normed(8, 4), lambda: rows((3,)), "built"),
     "stacked": (lambda: Stacked(8, 4), lambda: rows((3,)), "built"),
-    "by rows": (lambda: ByRows(8, 4), lambda: rows((3,)), "built"),
+    "by rows": (lambda: ByRows(8, 4), lambda: rows((3,)), "beside"),
     "scaled words": (lambda: ScaledWords(10, 6), lambda: torch.randint(10, (2, 5)), "beside"),
     "padded words": (lambda: ScaledWords(10, 6, padding_idx=3), lambda: torch.randint(10, (2, 5)), "beside"),
     "positions": (lambda: Positions(10, 6), lambda: ids((2, 5)), "beside"),
