@@ -25,6 +25,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.parts import Part
 from lora.layers.registry import kind_for
+from lora.layers.stack import StackLoRA
 from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import is_given_back, pretrained_weight
 from lora.models.training import has_moved, originals
@@ -39,7 +40,9 @@ _KINDS: dict[type[LoRALayer], str] = {
     MergedConv1DLoRA: "linear",
     EmbeddingLoRA: "embedding",
     ConvLoRA: "conv",
+    StackLoRA: "stack",
 }
+_MAYBE_TRANSPOSED = ("linear", "stack")
 # How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
 # exact they are, as files of before do not.
 _SAMPLE, _TOLERANCE = 16, 0.01
@@ -105,10 +108,11 @@ class Base(Record):
     """What is known of a base weight: enough to recognise it, and to do without it.
 
     Attributes:
-        kind: "linear", "embedding", "conv", or the name of a user's kind of layer.
+        kind: "linear", "embedding", "conv", "stack", or the name of a user's kind of layer.
         shape: of the weight; None where it is packed.
         dtype: of the weight, without "torch."; None if it is not known.
-        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features); None if only the model knows.
+        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features), or a stack's of such; None if
+            only the model knows.
         groups: of a convolution.
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
         parameter: whether the layer stands for one parameter of a module, whose name is then the layer's.
@@ -138,7 +142,7 @@ class Base(Record):
             kind=name,
             shape=_shape_of(layer),
             dtype=str(layer.weight.dtype).removeprefix("torch."),
-            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name == "linear" else False,
+            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name in _MAYBE_TRANSPOSED else False,
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
@@ -151,7 +155,7 @@ class Base(Record):
         entries: dict[str, Any] = {"kind": self.kind, "shape": self.shape}
         if self.dtype is not None:
             entries["dtype"] = self.dtype
-        if self.kind == "linear":
+        if self.kind in _MAYBE_TRANSPOSED:
             entries["fan_in_fan_out"] = self.fan_in_fan_out
         if self.kind == "conv":
             entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}
