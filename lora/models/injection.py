@@ -15,6 +15,7 @@ import torch.nn as nn
 from lora.errors import Problems, some, table, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Part, enter_part
 from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_writable
@@ -261,12 +262,15 @@ def adapt(plans: Sequence[Adaptation]) -> list[LoRALayer]:
     """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
     for plan in plans:
         layer: Any = plan.module
+        part = layer if isinstance(layer, Part) else None
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
             layer.lora_remove()
         vars(layer).pop("forward", None)  # the class's own, or `why_not_yet` would have said so
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.lora_add(**plan.settings)
         layer.lora_injected = True
+        if part is not None:
+            enter_part(part)
     return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
 
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 from lora.errors import with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Part
 from lora.layers.registry import adapted_class, keys_of, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded
 from lora.models.model import Names, by_tensor, has_own_forward, is_lazy, owned_tensors
@@ -29,6 +30,8 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
         return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
+    if isinstance(module, Part):
+        names, module = [name.rpartition(".")[0] for name in names], module.lora_owner
     parts = names[0].split(".")
     around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
     if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
