@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import torch.nn as nn
+
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import parsed, read_tensors
 from lora.adapters.paths import as_path, kind, open_file
@@ -36,6 +38,7 @@ class Format(NamedTuple):
         read: reads what is at a path; the second argument is the `lora_alpha` that a user gave, or None.
         reads: whether what is at a path is of this format.
         claims: whether a file would be read in this format for its name, whatever is in it.
+        losses: warnings of what its own library would lose of an adapter to a model, though all is written.
         files: the names of the files by which a folder is of this format.
     """
 
@@ -44,6 +47,7 @@ class Format(NamedTuple):
     read: Callable[[Path, float | None], Adapter] | None = None
     reads: Callable[[Path], bool] = lambda path: False
     claims: Callable[[Path], bool] = lambda path: False
+    losses: Callable[[nn.Module, Adapter], Iterable[str]] = lambda model, adapter: ()
     files: tuple[str, ...] = ()
 
 

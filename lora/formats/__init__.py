@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora.adapters.formats import FORMATS, Format
 from lora.formats import loralib, peft, peft_folder
+from lora.formats.peft_losses import losses
 from lora.formats.portable import portable
 
 
@@ -16,9 +17,13 @@ def enter() -> None:
         read=lambda path, lora_alpha: peft.read(path),
         reads=peft_folder.reads,
         claims=peft_folder.claims,
+        losses=losses,
         files=files,
     )
     FORMATS["portable"] = Format(
-        "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files
+        "PEFT",
+        write=lambda adapter, path, names: peft.write(portable(adapter), path, names),
+        losses=losses,
+        files=files,
     )
     FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)
