@@ -30,8 +30,9 @@ from lora.models.blocks import (
     tensors_of,
 )
 from lora.models.config import LoraConfig, find_targets
-from lora.models.injection import adapter_dtype, refusal
+from lora.models.injection import adapter_dtype
 from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of, owned_tensors, without_wrappers
+from lora.models.refusals import refusal
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
 _FORMS = ("linear", "embedding", "conv")
@@ -101,7 +102,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
 
 def _resized(layer: LoRALayer, r: int | None, energy: float | None) -> tuple[list[Pair], float]:
     """The blocks at another rank, and the share of the energy that they keep."""
-    now, pairs = layer.lora_B.shape[1], pairs_of(layer)
+    now, pairs = layer.lora_block_rank(), pairs_of(layer)
     q = 0 if r is None else block_rank(layer, r)
     if q >= now:
         return [padded(B, A, q) for B, A in pairs], 1.0

@@ -22,7 +22,7 @@ from lora.errors import AdapterError, Problems, is_number, short
 from lora.formats import diffusion, loralib, peft
 from lora.formats.peft_folder import CONFIG
 from lora.formats.torch_files import read_torch
-from lora.layers.layer import alpha_of
+from lora.layers.settings import alpha_of
 
 ALPHA = "alpha"
 _METADATA_OF_OURS = "lora"
@@ -174,7 +174,7 @@ def _parts(*endings: str, alpha: str = "") -> dict[str, re.Pattern[str]]:
     return {part: re.compile(f"(?:{ending})$") for part, ending in by_part.items()}
 
 
-_ADAPTER = r"(?:\.\w+)?"  # an adapter's name, as raw state dicts have it
+_ADAPTER = r"(?:\.(?!weight$)[^.]+)?"  # an adapter's name, as raw state dicts have it
 _OLD = r"(?:[._]lora|\.lora_linear_layer)"  # diffusers' word, before it took PEFT's
 _OLD_PARTS = (rf"{_OLD}\.down\.weight", rf"{_OLD}\.up\.weight")
 _OLD_ALPHA = rf"(?:{_OLD}(?:\.down)?)?\.(?:network_)?alpha"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import Base
 from lora.errors import AdapterError, join, raise_all
-from lora.layers.layer import scaling_of
+from lora.layers.settings import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"

@@ -11,12 +11,15 @@ import torch
 import torch.nn as nn
 
 from lora.errors import Problems, did_you_mean, last_parts, short
-from lora.layers.layer import settings_problems
 from lora.layers.linear import LinearLoRA
+from lora.layers.parts import Part
 from lora.layers.registry import kind_for
+from lora.layers.settings import settings_problems
 from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
+from lora.models.parameters import find_parameters
 from lora.models.patterns import Patterns, at_end, ends_of, is_plain
+from lora.models.peft_words import in_layers, layer_expressions, layers_problems, takes_peft_words, tell_of_layout
 from lora.models.training import BIAS_CHOICES
 
 #: PEFT's task types, each with the ends of the names of the heads that it trains in full, as PEFT finds them.
@@ -37,12 +40,18 @@ _BY_PATTERN = {
     "enable_lora": "{'qkv_proj': (True, False, True)}",
 }
 
+_FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
+
 _MOST_HINTS = 10  # for one field
 
 
+@takes_peft_words
 @dataclass(kw_only=True)
 class LoraConfig:
     """What `lora.inject` is to do. The fields are PEFT's, with PEFT's meanings and defaults, and a few more.
+
+    All words of PEFT's configuration are taken: ``lora.LoraConfig(**config.to_dict())`` is one of PEFT's. A word that
+    means nothing here is an error that says what to do, unless it asks for nothing.
 
     A *name* matches a module whose full name equals it or ends with a dot and it (`"q_proj"`, `"self_attn.q_proj"`). A
     *pattern* is a name that may be a regular expression (`r"layers\\.[01]\\..*"`); the first that matches is used.
@@ -55,11 +64,21 @@ class LoraConfig:
         target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
             entirely; or "all-linear", every linear layer but the output embedding, routers, and those that cannot be
             adapted, which the report lists with the reason.
+        target_parameters: names of parameters to adapt that a module keeps for itself and no layer has, such as a
+            mixture's experts ("experts.gate_up_proj", a stack of matrices), as in PEFT; with dropout and DoRA, which
+            PEFT has not. Default: None.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
+        layers_to_transform: the numbers of the layers, one or a list, that targets must be in, unless they are named in
+            full; not with a regular expression in `target_modules`. Default: None, all layers.
+        layers_pattern: the names of the lists in which `layers_to_transform` counts: "h", "layers". Default: None, the
+            first number in a module's name with two names before it ("model.layers.3.q_proj").
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
         modules_to_save: names of modules to train in full and to save with the adapter. Default: None.
         bias: biases to train: "none", "all" or "lora_only". Default: "none".
+        fan_in_fan_out: how a layer stores its weight is known from its class; said of other layers, a warning.
+            Default: False.
+        inference_mode: let nothing train. Default: False.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude for each output (arXiv:2402.09353; `lora.Linear`). Default: False.
         freeze_A: leave lora_A as it starts (LoRA-FA, arXiv:2308.03303; `lora.mark_only_lora_as_trainable`).
@@ -94,11 +113,16 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
+    fan_in_fan_out: bool = False
+    inference_mode: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     freeze_A: bool = False
@@ -122,18 +146,20 @@ class LoraConfig:
             problems.add(*dict.fromkeys(self._value_problems()))
 
     def _type_problems(self) -> Iterator[str]:
-        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
             if not (value is None or isinstance(value, str) or _are_names(value)):
                 yield f"`{option}` must be a list of names, got {short(value)}."
-        if isinstance(self.modules_to_save, str):
-            yield f"`modules_to_save` must be a list of names, got the string {short(self.modules_to_save)}."
+        for option in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, option), str):
+                yield f"`{option}` must be a list of names, got the string {short(getattr(self, option))}."
         for option in _BY_PATTERN:
             value = getattr(self, option)
             if not isinstance(value, Mapping) or not _are_names(list(value)):
                 yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {short(value)}."
         yield from filter(None, [init_problem(self.init_lora_weights)])
-        for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
+        yield from layers_problems(self)
+        for option in _FLAGS:
             if not isinstance(getattr(self, option), bool):
                 yield f"`{option}` must be True or False, got {short(getattr(self, option))}."
         if self.task_type is not None and self.task_type not in (*HEADS,):
@@ -149,8 +175,8 @@ class LoraConfig:
             yield from settings_problems(self.r, alpha, self.lora_dropout, self.use_rslora)
         if self.r == 0 or 0 in self.rank_pattern.values():
             yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
-        if not self.target_modules:
-            yield "`target_modules` must name the modules to adapt, or be 'all-linear'."
+        if not self.target_modules and not self.target_parameters:
+            yield "`target_modules` must name the modules to adapt, or be 'all-linear', where no parameters are named."
         if self.bias not in BIAS_CHOICES:
             yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {short(self.bias)}."
         for given, used in self._expressions():
@@ -164,6 +190,7 @@ class LoraConfig:
         yield from ((p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str))
         for option in _BY_PATTERN:
             yield from ((pattern, at_end(pattern)) for pattern in getattr(self, option) if not is_plain(pattern))
+        yield from layer_expressions(self).items()
 
 
 class Settings(TypedDict, total=False):
@@ -173,11 +200,16 @@ class Settings(TypedDict, total=False):
     lora_alpha: float
     lora_dropout: float
     target_modules: str | Sequence[str] | None
+    target_parameters: Sequence[str] | None
     exclude_modules: str | Sequence[str] | None
+    layers_to_transform: int | Sequence[int] | None
+    layers_pattern: str | Sequence[str] | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: Sequence[str] | None
     bias: str
+    fan_in_fan_out: bool
+    inference_mode: bool
     use_rslora: bool
     use_dora: bool
     freeze_A: bool
@@ -205,7 +237,10 @@ def _are_names(value: object) -> bool:
 def find_targets(
     model: nn.Module, names: Names, config: LoraConfig, saved: Sequence[nn.Module], problems: Problems
 ) -> list[nn.Module]:
-    """The modules to adapt; a name or pattern that matches none is a problem. "all-linear" leaves `saved` alone."""
+    """The modules to adapt; a name or pattern that matches none is a problem. "all-linear" leaves `saved` alone.
+
+    Parts that stand for parameters are among them, and in `names` from now on.
+    """
     found = len(problems.found)
     if config.target_modules == "all-linear":
         kinds = {module: kind_for(type(module)) for module in names}
@@ -218,8 +253,12 @@ def find_targets(
         targets = [module for module in targets if module not in in_full]
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
+    parameters = find_parameters(names, config.target_parameters or (), problems)
+    targets = [*dict.fromkeys([*targets, *parameters])]
     excluded = set(_select("exclude_modules", config.exclude_modules or (), names, problems))
     targets = [module for module in targets if module not in excluded]
+    targets = in_layers(config, targets, names, problems)
+    tell_of_layout(config, targets)
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted = {module: names[module] for module in targets}
@@ -247,13 +286,17 @@ def check_saved(
     to_adapt = set(targets)
     known = {module: names[module] for module in targets if not is_lazy(module)}
     adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
+    parts: dict[nn.Module, list[Part]] = {}
+    for part in targets:
+        if isinstance(part, Part):
+            parts.setdefault(part.lora_owner, []).append(part)
     order, asked = {module: number for number, module in enumerate(names)}, {*(config.modules_to_save or ())}
     for module in saved:
         name = names[module][0]
         if is_lazy(module):
             problems.add(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
             continue
-        inside = {part for part in module.modules() if part in to_adapt}
+        inside = {part for each in module.modules() for part in (each, *parts.get(each, ())) if part in to_adapt}
         tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - inside
         wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
         for hold, found in wrong.items():
