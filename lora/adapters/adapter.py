@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import join, short
-from lora.layers.layer import LoRALayer, alpha_of, scaling_problem, settings_problems
+from lora.layers.layer import LoRALayer
 from lora.layers.registry import kind_for
+from lora.layers.settings import alpha_of, scaling_problem, settings_problems
 from lora.models.injection import Adaptation, adapt
 
 PARAMETERS = ("lora_A", "lora_B")

@@ -23,6 +23,7 @@ from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA, renormed
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
+from lora.layers.parts import Part
 from lora.layers.registry import kind_for
 from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import is_given_back, pretrained_weight
@@ -110,6 +111,7 @@ class Base(Record):
         fan_in_fan_out: whether a linear layer's weight is (in_features, out_features); None if only the model knows.
         groups: of a convolution.
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
+        parameter: whether the layer stands for one parameter of a module, whose name is then the layer's.
         beyond_weight: what of the merged layer's function its weight alone cannot say, in words.
         sample: values from all over the weight; None where it has no plain, finite ones.
         margin: by how much a value of the sample may be off: 0 where the weight was never written; None if it is not
@@ -123,6 +125,7 @@ class Base(Record):
     groups: int = 1
     beyond_peft: str = ""
     beyond_weight: str | None = None
+    parameter: bool = False
     sample: tuple[float, ...] | None = None
     margin: float | None = None
 
@@ -139,6 +142,7 @@ class Base(Record):
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
+            parameter=isinstance(layer, Part),
             **_sampled(layer),
         )
 
@@ -153,9 +157,15 @@ class Base(Record):
             entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}
         if self.beyond_weight:
             entries["beyond_weight"] = self.beyond_weight
+        if self.parameter:
+            entries["parameter"] = True
         if self.margin is not None:
             entries["margin"] = self.margin
         return {**entries, **self.more, "sample": self.sample}
+
+    def weight_name(self, name: str) -> str:
+        """The full name of the weight of a layer of this name."""
+        return name if self.parameter else join(name, "weight")
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the description, whatever the model."""
@@ -166,6 +176,8 @@ class Base(Record):
             yield f"`groups` are for convolutions, got {short(self.groups)} for {short(self.kind)}."
         if not isinstance(self.fan_in_fan_out, (bool, type(None))):
             yield f"`fan_in_fan_out` must be true, false or unknown, got {short(self.fan_in_fan_out)}."
+        if not isinstance(self.parameter, bool):
+            yield f"`parameter` must be true or false, got {short(self.parameter)}."
         shape, sample = self.shape, self.sample
         sizes = [self.groups, *(shape if isinstance(shape, tuple) else () if shape is None else [None])]
         if not all(is_count(size, 1) for size in sizes) or math.prod(sizes) > _LARGEST:
@@ -357,7 +369,8 @@ def differences(
         ours = describe_tensor(originals(module).get(own, tensor), module, own)
         what = _NOT_THERE if name is None else difference(rest[name], ours)
         if what:
-            found.setdefault(known[0].rpartition(".")[0], {}).setdefault(what, []).append(own)
+            owner, _, own = known[0].rpartition(".")
+            found.setdefault(owner, {}).setdefault(what, []).append(own)
     for name in rest:
         if name not in seen:
             owner, _, own = name.rpartition(".")

@@ -17,6 +17,7 @@ from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import tensor_name
 from lora.layers.undo import undo_on_error
 from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.model import (
@@ -231,7 +232,7 @@ def _adapter_of(model: nn.Module, names: Names, what: str, keep: bool) -> Adapte
     tensors: dict[str, Tensor] = {}
     for name, layer in adapted.items():
         about[name], its = _own(layer)
-        if join(name, "weight") in full:
+        if tensor_name(layer, name, "weight") in full:
             about[name] = replace(about[name], base=replace(about[name].base, sample=None))  # the file holds all of it
         tensors |= {join(name, own): tensor for own, tensor in its.items() if keep}
     for name, (module, own) in full.items():
@@ -239,7 +240,7 @@ def _adapter_of(model: nn.Module, names: Names, what: str, keep: bool) -> Adapte
         tensors |= {name: whole} if keep else {}
     modules_to_save = [without_wrappers(known[0]) for module, known in names.items() if trains_in_full(module)]
     held = {id(getattr(module, own)) for module, own in full.values()}
-    others = describe(names, held, {join(name, "weight") for name in adapted})
+    others = describe(names, held, {tensor_name(layer, name, "weight") for name, layer in adapted.items()})
     return Adapter(about, tensors, list(full), modules_to_save, name_of(model), kept=kept, rest=others)
 
 
@@ -274,7 +275,8 @@ def _in_parts(names: Names) -> Iterator[str]:
     for layer, known in names.items():
         if isinstance(layer, LoRALayer):
             yield from weights.split_up_problems(
-                (join(without_wrappers(known[0]), own), parameter) for own, parameter in layer.lora_parameters()
+                (tensor_name(layer, without_wrappers(known[0]), own), parameter)
+                for own, parameter in layer.lora_parameters()
             )
     yield from weights.split_up_problems((name, getattr(module, own)) for name, module, own in trained_in_full(names))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,21 +12,24 @@ from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import beyond_peft, differences, own_tensors, tied, trained_in_full
+from lora.adapters.renaming import renamed
 from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.conv import ConvLoRA
-from lora.layers.layer import LoRALayer, alpha_of, scaling_of
+from lora.layers.layer import LoRALayer
 from lora.layers.linear import MergedLinearLoRA
+from lora.layers.parts import tensor_name
 from lora.layers.registry import adapted_class, kind_for
+from lora.layers.settings import alpha_of, scaling_of
 from lora.layers.weights import is_writable
-from lora.models.injection import Adaptation, refusal
+from lora.models.injection import Adaptation
 from lora.models.model import Memory, names_of, without_wrappers
+from lora.models.parameters import all_parts, part_for
+from lora.models.refusals import refusal
 from lora.models.start import pretrained_weight, to_start
 from lora.models.training import is_kept, originals
 
-# What wrappers put in front of every name.
-_PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
 _NO_ROOM = "`r` is {} in the file, and the model is prepared for at most {}."
 # The share of rows that a resized embedding has in common with the one of the same base model, at least.
 _COMMON_ROWS, _NEAR = 0.01, 0.01  # and how near a row is that was rounded
@@ -55,6 +58,9 @@ class Fit:
     def __init__(self, model: nn.Module, adapter: Adapter, check_base: bool, what: str) -> None:
         self.model, self.check_base = model, check_base
         self.names = names_of(model)
+        if any(settings.base.parameter for settings in adapter.modules.values()):  # of parts that are not there yet
+            for owner, parameter in [*all_parts(self.names)]:
+                part_for(owner, parameter, self.names)
         self.modules = {without_wrappers(name): module for module, known in self.names.items() for name in known}
         self.plans: list[Adaptation] = []
         self.as_before: list[Target] = []
@@ -116,7 +122,7 @@ class Fit:
             self._compare(name, module, settings)
         else:
             self._plan(name, module, settings)
-        if self.check_base and join(name, "weight") not in self._in_full:
+        if self.check_base and tensor_name(module, name, "weight") not in self._in_full:
             settings.base.check(module)
 
     def _compare(self, name: str, module: nn.Module, settings: ModuleAdapter) -> None:
@@ -260,7 +266,7 @@ class Fit:
 
     def _compare_rest(self) -> None:
         held = {id(self._target(name)[2]) for name in self.adapter.trained_in_full}
-        adapted = {join(name, "weight") for name in self.adapter.modules}
+        adapted = {about.base.weight_name(name) for name, about in self.adapter.modules.items()}
         found = [*differences(self.adapter.rest, self.names, held, adapted)]
         if found:
             self.problems.add(
@@ -277,48 +283,6 @@ class Fit:
         exact = name.endswith(MAGNITUDE) and torch.promote_types(tensor.dtype, dtype) == dtype
         if tensor.dtype != dtype and not exact:
             self.problems.add(f"{name} must be of dtype {dtype}, got {tensor.dtype}.")
-
-
-# ---- names -----------------------------------------------------------------------------------------------------
-
-
-def renamed(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Problems) -> Adapter:
-    """The adapter with the model's names, where only prefixes of wrappers differ; as it is, where names clash."""
-    names = {name: _known(name, modules) for name in (*adapter.modules, *adapter.modules_to_save)}
-    for key in (*adapter.tensors, *adapter.rest):
-        owner, _, own = key.rpartition(".")
-        names[key] = join(_known(owner, modules), own)
-    clashes = []
-    for group in (adapter.modules, [*adapter.tensors, *adapter.rest]):
-        meant: dict[str, list[str]] = {}
-        for old in group:
-            meant.setdefault(names[old], []).append(old)
-        clashes += [f"{', '.join(olds)}: several names for {new}." for new, olds in meant.items() if olds[1:]]
-    if clashes:
-        problems.add(*sorted(clashes))
-        return adapter
-    known = adapter.rest
-    if adapter.modules and all(names[name] != name for name in adapter.modules):
-        known = {key: about for key, about in known.items() if names[key] != key}  # the rest is the wrapper's own
-    return replace(
-        adapter,
-        modules={names[name]: settings for name, settings in adapter.modules.items()},
-        tensors={names[key]: tensor for key, tensor in adapter.tensors.items()},
-        trained_in_full=[names[key] for key in adapter.trained_in_full],
-        modules_to_save=[names[name] for name in adapter.modules_to_save],
-        kept=[names[key] for key in adapter.kept],
-        rest={names[key]: about for key, about in known.items()},
-    )
-
-
-def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The model's name for what a file calls `name`; `name` itself if the model has none."""
-    if name in modules:
-        return name
-    bare = f"{without_wrappers(name)}."  # the root's own parameters have a prefix for their module's name
-    while bare[:-1] not in modules and bare.startswith(_PREFIXES):
-        bare = bare.removeprefix(next(prefix for prefix in _PREFIXES if bare.startswith(prefix)))
-    return bare[:-1] if bare[:-1] in modules else name
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------

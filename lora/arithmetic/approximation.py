@@ -30,8 +30,9 @@ from lora.models.blocks import (
     tensors_of,
 )
 from lora.models.config import LoraConfig, find_targets
-from lora.models.injection import adapter_dtype, refusal
+from lora.models.injection import adapter_dtype
 from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of, owned_tensors, without_wrappers
+from lora.models.refusals import refusal
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
 _FORMS = ("linear", "embedding", "conv")

@@ -13,7 +13,7 @@ from lora.adapters.files import read_header, read_tensors
 from lora.adapters.paths import open_file, reading
 from lora.errors import AdapterError, join, raise_all
 from lora.formats.torch_files import read_torch
-from lora.layers.layer import scaling_of
+from lora.layers.settings import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"

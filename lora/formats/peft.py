@@ -21,7 +21,7 @@ from lora.errors import AdapterError, is_number, join, raise_all, short
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
-from lora.layers.layer import alpha_of, scaling_of, settings_problems
+from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
 

@@ -14,8 +14,9 @@ from lora.errors import Problems, is_number, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Step, observe
-from lora.layers.layer import LoRALayer, alpha_of
+from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
+from lora.layers.settings import alpha_of
 from lora.layers.undo import undo_on_error
 from lora.models.blocks import tensors_of
 from lora.models.model import Names, lora_layers, names_of, sharded_problems

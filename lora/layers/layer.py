@@ -9,9 +9,9 @@ magnitudes in dora.py.
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,59 +19,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import is_count, is_number, short
+from lora.errors import short
 from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.dora import Magnitudes
 from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
+from lora.layers.settings import scaling_of, settings_problems
 from lora.layers.weights import same_values, sparing
 
 #: What the parameters of an adapter are called in its layer.
 PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
-_LARGEST_SCALING = torch.finfo(torch.float32).max
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
     *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked", "_in_place"),
 )
-
-
-def scaling_of(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
-    """s = lora_alpha / r, or lora_alpha / √r (rsLoRA, arXiv:2312.03732)."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
-    """The lora_alpha that gives a scaling at rank `r`."""
-    lora_alpha = scaling * (math.sqrt(r) if use_rslora else r)
-    if not is_number(lora_alpha):
-        raise ValueError(f"a scaling of {scaling} at rank {r} takes a `lora_alpha` beyond floats.")
-    return lora_alpha
-
-
-def scaling_problem(scaling: Any) -> str | None:
-    """What is wrong with a scaling, if anything: torch multiplies no tensor by what float32 does not hold."""
-    if is_number(scaling) and abs(scaling) <= _LARGEST_SCALING:
-        return None
-    at_most = f" of at most {_LARGEST_SCALING:.2g}" if is_number(scaling) else ""
-    return f"`scaling` must be a finite number{at_most}, got {short(scaling)}."
-
-
-def settings_problems(r: Any, lora_alpha: Any, lora_dropout: Any, use_rslora: Any = False) -> list[str]:
-    """What is wrong with settings that no layer can take; nothing if they are fine."""
-    problems = []
-    if not is_count(r):
-        problems.append(f"`r` must be an integer of at least 0, got {short(r)}.")
-    if not is_number(lora_alpha):
-        problems.append(f"`lora_alpha` must be a finite number, got {short(lora_alpha)}.")
-    if not is_number(lora_dropout) or not 0 <= lora_dropout < 1:
-        problems.append(f"`lora_dropout` must be at least 0 and below 1, got {short(lora_dropout)}.")
-    if not problems and r > 0 and scaling_problem(scaling_of(lora_alpha, r, bool(use_rslora))):
-        said = f"{short(lora_alpha)} at `r` = {r}"
-        problems.append(f"`lora_alpha` must make a scaling of at most {_LARGEST_SCALING:.2g}, got {said}.")
-    return problems
 
 
 def needs_no_data(layer: LoRALayer, input: Tensor) -> None:
@@ -358,22 +322,27 @@ class LoRALayer(Magnitudes):
     # ---- state --------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        *_, error_msgs = args
-        weight = state_dict.get(f"{prefix}weight")
+        with self.lora_loading({own: f"{prefix}{own}" for own in ("weight", *PARAMETERS)}, state_dict, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextmanager
+    def lora_loading(self, keys: Mapping[str, str], state_dict: dict[str, Tensor], errors: list[str]) -> Iterator[None]:
+        """Load the layer's tensors from a state dict within it, in which they have these keys."""
+        weight = state_dict.get(keys["weight"])
         if self.lora_start is not None and weight is not None and not self._has_weight(weight):
-            error_msgs.append(
-                f"{prefix}weight is not what the adapter's start was taken out of, to which A and B belong; load the "
+            errors.append(
+                f"{keys['weight']} is not what the adapter's start was taken out of, to which A and B belong; load the "
                 "pretrained weights first, and then `lora.initialize`."
             )
-            for name in ("weight", *PARAMETERS):  # the layer stays as it is
-                state_dict.pop(f"{prefix}{name}", None)
+            for key in keys.values():  # the layer stays as it is
+                state_dict.pop(key, None)
         # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
-        missing = weight is not None and self.use_dora and f"{prefix}lora_magnitude" not in state_dict
+        missing = weight is not None and self.use_dora and keys["lora_magnitude"] not in state_dict
         untrained = missing and not self.lora_A.is_meta and not self.weight.is_meta and self._has_untrained_magnitude()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        yield
         if untrained:
             self.reset_magnitude()
-        if f"{prefix}lora_A" in state_dict and f"{prefix}lora_B" in state_dict:
+        if keys["lora_A"] in state_dict and keys["lora_B"] in state_dict:
             self.lora_needs_data = None
 
     def _has_weight(self, weight: Tensor) -> bool:
@@ -403,14 +372,19 @@ class LoRALayer(Magnitudes):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        super()._apply(self.lora_applied(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def lora_applied(self, fn: Any) -> Any:
+        """What `_apply` is to apply to the layer's tensors; before it does, for the caches are of what they were."""
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         self._checked = None
-        if self.r > 0:  # a model that is cast to float8, to be stored in it, goes on to train what trains here
-            own = self._parameters.items()
-            trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
-            fn = sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        if self.r == 0:
+            return fn
+        # A model that is cast to float8, to be stored in it, goes on to train what trains here.
+        own = self._parameters.items()
+        trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
+        return sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
 
     def _replicate_for_data_parallel(self) -> Any:
         """A twin for one of `nn.DataParallel`'s threads, which have no context of their own."""

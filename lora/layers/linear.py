@@ -18,6 +18,7 @@ from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Matrix
 from lora.layers.registry import Kind, register
 from lora.layers.starts import Init
 from lora.layers.taught import TaughtLinear
@@ -232,6 +233,7 @@ class MergedConv1DLoRA(Conv1DLoRA, MergedLinearLoRA):
 LinearLoRA.lora_merged_kind = MergedLinearLoRA
 Conv1DLoRA.lora_merged_kind = MergedConv1DLoRA
 register(nn.Linear, LinearLoRA)
+register(Matrix, LinearLoRA)
 register("transformers.pytorch_utils.Conv1D", Conv1DLoRA)
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lora.layers.kind import Place
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import with_parts
 
 # The dicts and sets that torch's modules, and ours, keep and change in place.
 _CONTAINERS = (
@@ -119,12 +120,12 @@ class undo_on_error:
     Args:
         modules: their classes, attributes (also the contents of torch's own dicts: parameters, buffers, hooks) and
             parameters are put back, and what the parameters' `data`, `requires_grad` and `grad` were. Values that the
-            block wrote into tensors are not, but for those that were kept.
+            block wrote into tensors are not, but for those that were kept. The modules' parts are put back, too.
         written: tensors to keep from the start.
     """
 
     def __init__(self, modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> None:
-        self._modules = [_Module.of(module) for module in modules]
+        self._modules = [_Module.of(module) for module in with_parts(modules)]
         own = {id(p): p for one in self._modules for p in one.attributes.get("_parameters", {}).values()}
         self._parameters = [_Parameter.of(p) for p in own.values() if p is not None]
         self._kept: dict[int, _Value] = {}

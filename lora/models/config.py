@@ -11,11 +11,13 @@ import torch
 import torch.nn as nn
 
 from lora.errors import Problems, did_you_mean, last_parts, short
-from lora.layers.layer import settings_problems
 from lora.layers.linear import LinearLoRA
+from lora.layers.parts import Part
 from lora.layers.registry import kind_for
+from lora.layers.settings import settings_problems
 from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
+from lora.models.parameters import find_parameters
 from lora.models.patterns import Patterns, at_end, ends_of, is_plain
 from lora.models.training import BIAS_CHOICES
 
@@ -55,6 +57,9 @@ class LoraConfig:
         target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
             entirely; or "all-linear", every linear layer but the output embedding, routers, and those that cannot be
             adapted, which the report lists with the reason.
+        target_parameters: names of parameters to adapt that a module keeps for itself and no layer has, such as a
+            mixture's experts ("experts.gate_up_proj", a stack of matrices), as in PEFT; with dropout and DoRA, which
+            PEFT has not. Default: None.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
@@ -94,6 +99,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -122,12 +128,13 @@ class LoraConfig:
             problems.add(*dict.fromkeys(self._value_problems()))
 
     def _type_problems(self) -> Iterator[str]:
-        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        for option in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, option)
             if not (value is None or isinstance(value, str) or _are_names(value)):
                 yield f"`{option}` must be a list of names, got {short(value)}."
-        if isinstance(self.modules_to_save, str):
-            yield f"`modules_to_save` must be a list of names, got the string {short(self.modules_to_save)}."
+        for option in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, option), str):
+                yield f"`{option}` must be a list of names, got the string {short(getattr(self, option))}."
         for option in _BY_PATTERN:
             value = getattr(self, option)
             if not isinstance(value, Mapping) or not _are_names(list(value)):
@@ -149,8 +156,8 @@ class LoraConfig:
             yield from settings_problems(self.r, alpha, self.lora_dropout, self.use_rslora)
         if self.r == 0 or 0 in self.rank_pattern.values():
             yield "`r` must be at least 1 to adapt a module; leave the module out of `target_modules` instead."
-        if not self.target_modules:
-            yield "`target_modules` must name the modules to adapt, or be 'all-linear'."
+        if not self.target_modules and not self.target_parameters:
+            yield "`target_modules` must name the modules to adapt, or be 'all-linear', where no parameters are named."
         if self.bias not in BIAS_CHOICES:
             yield f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {short(self.bias)}."
         for given, used in self._expressions():
@@ -173,6 +180,7 @@ class Settings(TypedDict, total=False):
     lora_alpha: float
     lora_dropout: float
     target_modules: str | Sequence[str] | None
+    target_parameters: Sequence[str] | None
     exclude_modules: str | Sequence[str] | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
@@ -205,7 +213,10 @@ def _are_names(value: object) -> bool:
 def find_targets(
     model: nn.Module, names: Names, config: LoraConfig, saved: Sequence[nn.Module], problems: Problems
 ) -> list[nn.Module]:
-    """The modules to adapt; a name or pattern that matches none is a problem. "all-linear" leaves `saved` alone."""
+    """The modules to adapt; a name or pattern that matches none is a problem. "all-linear" leaves `saved` alone.
+
+    Parts that stand for parameters are among them, and in `names` from now on.
+    """
     found = len(problems.found)
     if config.target_modules == "all-linear":
         kinds = {module: kind_for(type(module)) for module in names}
@@ -218,6 +229,8 @@ def find_targets(
         targets = [module for module in targets if module not in in_full]
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
+    parameters = find_parameters(names, config.target_parameters or (), problems)
+    targets = [*dict.fromkeys([*targets, *parameters])]
     excluded = set(_select("exclude_modules", config.exclude_modules or (), names, problems))
     targets = [module for module in targets if module not in excluded]
     if not targets and len(problems.found) == found:
@@ -247,13 +260,17 @@ def check_saved(
     to_adapt = set(targets)
     known = {module: names[module] for module in targets if not is_lazy(module)}
     adapted = Memory(one for one in owned_tensors(known) if one.own == "weight")
+    parts: dict[nn.Module, list[Part]] = {}
+    for part in targets:
+        if isinstance(part, Part):
+            parts.setdefault(part.lora_owner, []).append(part)
     order, asked = {module: number for number, module in enumerate(names)}, {*(config.modules_to_save or ())}
     for module in saved:
         name = names[module][0]
         if is_lazy(module):
             problems.add(f"{name}: is lazy and has no values to train yet; run one forward pass first.")
             continue
-        inside = {part for part in module.modules() if part in to_adapt}
+        inside = {part for each in module.modules() for part in (each, *parts.get(each, ())) if part in to_adapt}
         tied = {one.module for parameter in module.parameters() for one in adapted.sharing(parameter)} - inside
         wrong = {"be adapted, or hold a module that is": inside, "share a weight with one adapted": tied}
         for hold, found in wrong.items():

@@ -7,27 +7,24 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, some, table, with_article
+from lora.errors import Problems, some, table
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.registry import Kind, adapted_class, class_for, keys_of, kind_for
+from lora.layers.parts import Part, enter_part
+from lora.layers.registry import Kind, adapted_class, class_for, kind_for
 from lora.layers.undo import undo_on_error
-from lora.layers.weights import is_fully_sharded, is_sharded, is_writable
+from lora.layers.weights import is_writable
 from lora.models.config import LoraConfig, Settings, check_saved, find_saved, find_targets, patterns_of
 from lora.models.model import (
     Memory,
     Names,
-    by_tensor,
     forget_children,
-    has_own_forward,
     initialized_parameters,
-    is_lazy,
     lora_layers,
     names_of,
     obstacles,
@@ -39,6 +36,7 @@ from lora.models.model import (
 )
 from lora.models.patterns import Patterns
 from lora.models.readers import let_read, let_read_no_more
+from lora.models.refusals import unfit, unreached, why_alone, why_not_yet
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -172,14 +170,16 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         patterns = patterns_of(config)
         left_out = {}
         for module in targets:
-            name = names[module][0]
-            if config.target_modules == "all-linear" and (reason := _left_out(model, names[module], module)):
+            name, why_never = names[module][0], unfit(model, names[module], module)
+            if config.target_modules == "all-linear" and (reason := why_never or why_alone(module)):
                 left_out[name] = reason
                 continue
             with problems.at(name):
-                plans.append(_plan(model, names[module], module, config, patterns))
+                if reason := why_not_yet(model, names[module], module) or why_never:
+                    raise ValueError(reason)
+                plans.append(_plan(names[module], module, config, patterns))
         if left_out and len(left_out) == len(targets):
-            problems.add(*(f"{name}: {reason}" for name, reason in left_out.items()))
+            problems.add(*(f"{name or 'the model'}: {reason}" for name, reason in left_out.items()))
         problems.add(*obstacles(names))
         for module, known in names.items():  # adapted or not: gradients have to come through all of them
             if "weight" in module._parameters and (reason := weights.why_not_train(module)):
@@ -197,7 +197,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     report = report_of(model, names, layers, tuple(names[module][0] for module in saved))
     if config.target_modules != "all-linear":
         return report
-    return replace(report, left_out=left_out, unreached=_unreached(names))
+    return replace(report, left_out=left_out, unreached=unreached(names))
 
 
 def eject(model: nn.Module) -> None:
@@ -258,145 +258,27 @@ def adapt(plans: Sequence[Adaptation]) -> list[LoRALayer]:
     """Carry out plans: the modules become LoRA layers, whose adapters have no values yet."""
     for plan in plans:
         layer: Any = plan.module
+        part = layer if isinstance(layer, Part) else None
         if isinstance(layer, LoRALayer):  # with r = 0: a base layer by another name
             layer.lora_remove()
-        vars(layer).pop("forward", None)  # the class's own, or `refusal` would have said so
+        vars(layer).pop("forward", None)  # the class's own, or `why_not_yet` would have said so
         layer.__class__ = class_for(plan.kind, type(layer))
         layer.lora_add(**plan.settings)
         layer.lora_injected = True
+        if part is not None:
+            enter_part(part)
     return [plan.module for plan in plans if isinstance(plan.module, LoRALayer)]
-
-
-# ---- which modules cannot be adapted ---------------------------------------------------------------------------
-
-
-def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
-    """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
-    if isinstance(module, LoRALayer) and module.r > 0:
-        return "has LoRA already; eject or merge it first."
-    kind = kind_for(type(module))
-    if kind is None:
-        return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
-    if is_lazy(module):
-        return "is lazy and has no shape yet; run one forward pass first."
-    parts = names[0].split(".")
-    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
-    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
-        return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
-    if has_own_forward(module):
-        return (
-            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
-            "remove the hook first."
-        )
-    return _unfit(model, names, module, kind)
-
-
-def _unfit(model: nn.Module, names: Sequence[str], module: Any, kind: Kind) -> str | None:
-    """The reason why a module is none that can be adapted, whatever is done to the model first."""
-    if "weight" not in {**module._parameters, **module._buffers}:
-        return "its `weight` is computed (by a parametrization, or pruning); make that permanent first."
-    shape = weights.whole_shape(module.weight)
-    if 0 in shape:
-        return f"has a weight of the shape {tuple(shape)}, in which there is nothing to adapt."
-    if getattr(module, "max_norm", None) is not None and not adapted_class(kind, module).lora_dense:
-        return "has a forward of its own, and nobody knows what its `max_norm` bounds there; set that to None first."
-    clash = clashing_names(module)
-    if clash:
-        return f"uses names that LoRA needs for itself: {', '.join(clash)}."
-    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
-    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
-
-
-def _left_out(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
-    """The reason why "all-linear" leaves a linear layer alone; None if it adapts it."""
-    kind = kind_for(type(module))
-    if kind is None or isinstance(module, LoRALayer) or is_lazy(module):
-        return None  # a mistake is an error
-    if type(module).__name__.endswith("Router"):
-        return "is a router, which decides where tokens go; name it in `target_modules` to adapt it."
-    return _unfit(model, names, module, kind)
-
-
-def _unreached(names: Names) -> dict[str, int]:
-    """Matrices, and stacks of them, of modules that no kind of LoRA layer adapts, by name, with their sizes."""
-    return {
-        one.names[0]: one.tensor.numel()
-        for one, *_ in by_tensor(owned_tensors(names))
-        if one.own in one.module._parameters
-        and not one.tensor.requires_grad
-        and not nn.parameter.is_lazy(one.tensor)
-        and sum(size > 1 for size in one.tensor.shape) > 1
-        and kind_for(type(one.module)) is None
-    }
-
-
-def clashing_names(module: nn.Module) -> list[str]:
-    """Names that the module uses and that its kind of LoRA layer needs for the adapter."""
-    kind = kind_for(type(module))
-    if kind is None or isinstance(module, LoRALayer):
-        return []
-    cls: Any = type(module)
-    needed, found = _needed(kind.__mro__), _in_class(kind.__mro__, cls)
-    for own in (vars(module), module._parameters, module._buffers, module._modules):
-        found = found | needed.intersection(own)
-    return sorted(found)
-
-
-@cache
-def _needed(classes: tuple[type, ...]) -> frozenset[str]:
-    """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
-    names = {name for cls in classes for name in vars(cls)}
-    return frozenset(names - {*dir(nn.Module), "reset_parameters", "scaling", "__annotations__"})
-
-
-@cache
-def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
-    """Those of them that a class has for itself."""
-    return frozenset(name for name in _needed(classes) if hasattr(cls, name))
-
-
-# Classes of modules that give the weights of these children to kernels, which take nothing but tensors, and never call
-# the children: LoRA there would silently do nothing. By full name, so that packages need not be installed; subclasses
-# count as well.
-_BYPASSED: dict[type | str, str] = {
-    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
-    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
-    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
-}
-
-
-def bypass_of(parent: nn.Module, child: str) -> str | None:
-    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
-    for owner, key in keys_of(type(parent)):
-        if child in _BYPASSED.get(key, "").split():
-            way_out = "leave it out with `exclude_modules`"
-            return f"its parent, a {owner.__name__}, reads its weight and bypasses its forward; {way_out}."
-    return None
 
 
 # ---- one module's adapter, and the report ----------------------------------------------------------------------
 
 
 def _plan(
-    model: nn.Module,
-    names: Sequence[str],
-    module: nn.Module,
-    config: LoraConfig,
-    patterns: Mapping[str, Patterns[Any]],
+    names: Sequence[str], module: nn.Module, config: LoraConfig, patterns: Mapping[str, Patterns[Any]]
 ) -> Adaptation:
-    """The adapter that `config` gives to the module of these names; ValueError where it cannot have it."""
-    reason = refusal(model, names, module)
-    if reason:
-        raise ValueError(reason)
+    """The adapter that `config` gives to the module of these names; ValueError where its settings do not fit."""
     kind = kind_for(type(module))
-    assert kind is not None, "refusal() has looked"
+    assert kind is not None, "why_not_yet() has looked"
     kind, own = kind.lora_configure(
         module,
         splits=patterns["splits"].value(names, None),

@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import Problems, join, table
+from lora.errors import Problems, table
 from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import tensor_name
 from lora.layers.registry import plain_base
 from lora.layers.undo import undo_on_error
 from lora.models.model import (
@@ -162,9 +163,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         merged = layer.lora_compute_merged()
         for known in names[layer]:
             name = without_wrappers(known)
-            state[join(name, "weight")] = merged
+            state[tensor_name(layer, name, "weight")] = merged
             for own, _ in layer.lora_parameters():
-                del state[join(name, own)]
+                del state[tensor_name(layer, name, own)]
     return state
 
 
@@ -226,7 +227,7 @@ def _check(layers: list[LoRALayer], names: Names, problems: Problems) -> None:
     instead = "save the adapter (`lora.save_adapter`), and merge that in one process, as `python -m lora merge` does"
     problems.add(*sharded_problems(layers, names, instead))
     for layer in layers:
-        own = ((join(names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
+        own = ((tensor_name(layer, names[layer][0], own), tensor) for own, tensor in layer._parameters.items())
         problems.add(*weights.split_up_problems(own))
     for layer in [] if problems else layers:
         with problems.at(names[layer][0]):

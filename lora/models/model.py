@@ -15,6 +15,7 @@ from torch import Tensor
 from lora.errors import join, raise_all, some
 from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
+from lora.layers.parts import Part, own_name, parts_of, tensor_name, with_parts
 from lora.layers.registry import kind_for
 from lora.layers.weights import is_sharded, reshard
 from lora.models.exchange import exchanged
@@ -26,10 +27,12 @@ Names = dict[nn.Module, tuple[str, ...]]
 
 
 def names_of(model: nn.Module) -> Names:
-    """Every module with all the names by which it is reached, in the model's order."""
+    """Every module, and every part of one, with all the names by which it is reached, in the model's order."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+        for parameter, part in parts_of(module).items():
+            names.setdefault(part, []).append(join(name, parameter))
     return {module: tuple(known) for module, known in names.items()}
 
 
@@ -60,7 +63,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class Owned(NamedTuple):
-    """A parameter or buffer: the module that owns it, what it is called there, and all its names in the model."""
+    """A parameter or buffer: the module that owns it, what it is called there, and all its names in the model.
+
+    What belongs to a part, the owner's parameter too, is the part's.
+    """
 
     names: tuple[str, ...]
     module: nn.Module
@@ -77,9 +83,12 @@ class Owned(NamedTuple):
 def owned_tensors(names: Names) -> Iterator[Owned]:
     """Every parameter and buffer of a model; one that several modules own comes once for each of them."""
     for module, known in names.items():
+        if isinstance(module, Part) and not module.is_entered():
+            continue
+        of_parts = {own_name(part, own) for part in parts_of(module).values() for own in part._parameters}
         for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                yield Owned(tuple(join(name, own) for name in known), module, own, tensor)
+            if tensor is not None and own not in of_parts:
+                yield Owned(tuple(tensor_name(module, name, own) for name in known), module, own, tensor)
 
 
 def is_persistent(one: Owned) -> bool:
@@ -207,7 +216,7 @@ def lora_layers(
     _adopt(model)
     if not replaced:
         check_none_replaced(model, what)
-    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    layers = [module for module in with_parts(model.modules()) if isinstance(module, LoRALayer)]
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if not inside_disabled:
@@ -222,7 +231,7 @@ def lora_layers(
 
 def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
     """ValueError if the model is within a block of `lora.disabled`; or, for what `reads`, if tensors are exchanged."""
-    modules = [*model.modules()]
+    modules = [*with_parts(model.modules())]
     if any(map(exchanged, modules)):
         raise ValueError(
             f"{what}: LoRA is disabled in this {type(model).__name__}, in which the base's values stand where others "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from dis import Instruction, get_instructions
 from inspect import getattr_static, isfunction, unwrap
@@ -16,10 +17,12 @@ from types import CodeType
 from typing import Any, ClassVar
 
 import torch.nn as nn
+from torch import Tensor
 
 from lora.layers import weights
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import PARAMETERS, LoRALayer
+from lora.layers.parts import Part, forget_parts, own_name, own_weights, parts_of, replicate_parts
 from lora.models.model import Names, has_own_forward, without_wrappers
 
 # The children that are read, by name: None for a layer, or what is read within them.
@@ -38,7 +41,7 @@ class WeightReader(nn.Module):
     """In front of a module's class: what its methods read of the weights within it is W.
 
     Attributes:
-        lora_reads: the layers whose weights it reads, by their names.
+        lora_reads: the layers whose weights it reads, by their names; its own parts it reads in any case.
         lora_reader: its class, and the methods that read.
     """
 
@@ -46,6 +49,35 @@ class WeightReader(nn.Module):
     lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
     #: Whether these apply a function of autograd's, which takes tensors alone.
     lora_applies: ClassVar[bool]
+
+    def extra_repr(self) -> str:
+        """The module's own words, then those of its parts."""
+        parts = (f"{name}: {part.lora_repr()}" for name, part in parts_of(self).items())
+        return "\n".join(filter(None, [super().extra_repr(), *parts]))
+
+    def train(self, mode: bool = True) -> WeightReader:
+        """Set training mode; leaving `eval()` drops the merged weights."""
+        super().train(mode)
+        for part in parts_of(self).values() if mode else ():
+            part._merged = None
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for part in parts_of(self).values():
+            fn = part.lora_applied(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        with ExitStack() as stack:
+            for part in parts_of(self).values():
+                keys = {own: f"{prefix}{own_name(part, own)}" for own in ("weight", *PARAMETERS)}
+                stack.enter_context(part.lora_loading(keys, state_dict, args[-1]))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replicate_parts(self, replica)
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
@@ -59,7 +91,9 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
         @functools.wraps(method)  # with its signature, which trainers look at
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
             twins: list[_Twin] = []
-            others = {"_modules": _with_weights(self, self.lora_reads, self.lora_applies, twins)}
+            others: dict[str, Any] = {**own_weights(self, "`apply`" if self.lora_applies else None)}
+            if self.lora_reads:
+                others["_modules"] = _with_weights(self, self.lora_reads, self.lora_applies, twins)
             output = with_others(self, base, method, others, *args, **kwargs)
             for twin in twins:
                 keep(*twin)
@@ -89,7 +123,8 @@ def _with_weights(module: nn.Module, reads: Reads, applies: bool, twins: list[_T
         others: dict[str, Any] = {}
         cls: Any = type(child)
         if within is not None and child is not None:
-            others = {"_modules": _with_weights(child, within, applies, twins)}
+            others = {**own_weights(child, "`apply`" if applies else None)}
+            others["_modules"] = _with_weights(child, within, applies, twins)
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
             weight = child.lora_weight_now()
             weight = weight.dense("`apply`") if applies and isinstance(weight, LowRankWeight) else weight
@@ -122,6 +157,7 @@ def let_read_no_more(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, WeightReader):
         vars(module).pop("lora_reads")
+        forget_parts(module)
         reader: Any = module
         reader.__class__ = _written_class(module)
 
@@ -135,11 +171,14 @@ def _readers_of(names: Names) -> dict[nn.Module, Reading]:
             called = {"forward"}
             for module, path in _around(modules, name):
                 cls, said = _written_class(module), without_wrappers(".".join(path)).split(".")
-                methods = [method for method in called & _methods(cls) if _reads(module, cls, method, said)]
+                tensor = said.pop() if isinstance(layer, Part) else "weight"
+                methods = {method for method in called & _methods(cls) if _reads(module, cls, method, said, tensor)}
+                if not said:  # the owner itself, by whatever way it gets at its parameter
+                    methods.add("forward")
                 if methods:
                     reading = found.setdefault(module, Reading())
                     reading.methods.update(methods)
-                    _enter(reading.layers, path)
+                    _enter(reading.layers, path, layer)
                 called |= {word.removesuffix("()") for word in _words(cls, "forward")}
     return found
 
@@ -170,11 +209,13 @@ def _around(modules: dict[str, nn.Module], name: str) -> Iterator[tuple[nn.Modul
         yield modules[".".join(parts[:n])], parts[n:]
 
 
-def _enter(reads: Reads, path: list[str]) -> None:
+def _enter(reads: Reads, path: list[str], layer: nn.Module) -> None:
+    """Note that a layer is read, or an owner by its part, which is the path's end."""
     *above, last = path
     for name in above:
         reads = reads.setdefault(name, {})
-    reads[last] = None
+    if not isinstance(layer, Part):
+        reads[last] = None
 
 
 def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]:
@@ -186,17 +227,17 @@ def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]
             yield name, child
 
 
-def _reads(module: nn.Module, cls: Any, method: str, path: list[str]) -> bool:
-    """Whether a method of a module's class, with what it calls of it, names a layer within it, and a weight.
+def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: str) -> bool:
+    """Whether a method of a module's class, with what it calls of it, names a layer within it, and its weight.
 
     Or it names the layer, and calls a child that reads the weight of what it is given. A layer whose name is called
     wherever it stands, as in `self.proj(x)`, is not read.
     """
     words = _words(cls, method)
-    *above, last = [name for name in path if not name.isdigit()] or ["weight"]
+    *above, last = [name for name in path if not name.isdigit()] or [tensor]
     if LoRALayer in cls.__mro__ or last not in words or not all(_named(name, words) for name in above):
         return False
-    return "weight" in words or any(
+    return tensor in words or any(
         f"{name}()" in words and _reads_what_it_is_given(_written_class(child))
         for name, child in module._modules.items()
         if child is not None

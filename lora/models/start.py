@@ -16,6 +16,7 @@ from lora.errors import Problems
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Part
 from lora.layers.starts import Init
 from lora.layers.undo import undo_on_error
 from lora.models import spectral
@@ -97,7 +98,14 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
     """Why layers cannot start in this way, as far as can be told before it is tried."""
     if how in starts.OF_ORIGINAL:
         yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
-    if not isinstance(how, str) or how in starts.OF_DATA:  # what waits for data writes later
+    if isinstance(how, str) and how in starts.OF_DATA:  # what waits for data writes later
+        yield from (
+            f"{names[layer][0]}: is a parameter, to which nobody gives inputs that could be looked at; {how!r} is for "
+            "layers."
+            for layer in layers
+            if isinstance(layer, Part)
+        )
+    if not isinstance(how, str) or how in starts.OF_DATA:
         return
     if starts.needs_more(how):
         yield from unwritable(layers, names)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.errors import Problems, is_number, join
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import parts_of, with_parts
 from lora.layers.undo import undo_on_error
 from lora.layers.weights import is_writable
 from lora.models.exchange import trained_in
@@ -71,13 +72,13 @@ def let_train(model: nn.Module, bias: str = "none", freeze_A: bool = False) -> N
     """Let the adapters and biases train, and freeze everything else; who calls this undoes it on an error."""
     trained = _trained(model, bias)
     if freeze_A:  # a layer learns with its A as it started if that is not zero
-        layers = (layer for layer in model.modules() if isinstance(layer, LoRALayer) and layer.r > 0)
+        layers = (layer for layer in with_parts(model.modules()) if isinstance(layer, LoRALayer) and layer.r > 0)
         trained -= {id(layer.lora_A) for layer in layers if layer.lora_starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them
         weights.prepare_training(module, True)
-    if any(isinstance(module, LoRALayer) and module.lora_injected for module in model.modules()):
+    if any(isinstance(module, LoRALayer) and module.lora_injected for module in with_parts(model.modules())):
         _remember_trained(model)
 
 
@@ -131,9 +132,9 @@ def _trained(model: nn.Module, bias: str) -> set[int]:
     if bias not in BIAS_CHOICES:
         raise ValueError(f"`bias` must be one of {', '.join(map(repr, BIAS_CHOICES))}, got {bias!r}.")
     trained = set()
-    for module in model.modules():
+    for module in with_parts(model.modules()):
         adapter = dict(module.lora_parameters()) if isinstance(module, LoRALayer) else {}
-        with_bias = bias == "all" or (bias == "lora_only" and bool(adapter))
+        with_bias = bias == "all" or (bias == "lora_only" and bool(adapter or parts_of(module)))
         for name, parameter in module._parameters.items():
             wanted = name in adapter or trains_in_full(module) or (with_bias and is_bias(name))
             if wanted and parameter is not None:

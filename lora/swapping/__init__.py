@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora.errors import raise_all
 from lora.functional.fused import exact_dtype
-from lora.layers.layer import LoRALayer, alpha_of
+from lora.layers.layer import LoRALayer
 from lora.layers.registry import class_for
+from lora.layers.settings import alpha_of
 from lora.layers.undo import undo_on_error
 from lora.models.blocks import at_block_rank, block_rank, factor_blocks, layer_rank
 from lora.models.model import lora_layers, names_of, sharded_problems

@@ -27,7 +27,7 @@ from torch import nn
 from toy_model import snapshot
 
 import lora
-from lora.adapters.fitting import renamed
+from lora.adapters.renaming import renamed
 from lora.errors import Problems
 
 # ---- into models -----------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""Layers that stand for one parameter of a module: a matrix or a stack of matrices that it keeps for itself.
+
+A mixture's experts, attention and recurrent layers keep several weights and are no linear layers. Such a module is the
+*owner* of its *parts*: a part is a layer whose `weight` is one of the owner's parameters. Its A and B are the owner's
+too, by the names `<parameter>_lora_A` and `<parameter>_lora_B`. So a part can be whatever a layer can be, and adds no
+module and no key to the model. The owner's forward finds W in the place of the parameter (`lora.models.readers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+
+from lora.errors import join
+from lora.layers.in_place import LowRankWeight
+
+#: What a part has of its owner, each by the end of its name there.
+_TENSORS = {"weight": "", "lora_A": "_lora_A", "lora_B": "_lora_B", "lora_magnitude": "_lora_magnitude"}
+_PARTS = "lora_parts"
+
+
+class _Tensors(MutableMapping[str, Any]):
+    """A part's parameters: those of its owner, by the names that they have in a layer."""
+
+    def __init__(self, part: Part) -> None:
+        self._owner, self._parameter = part.lora_owner, part.lora_parameter
+
+    def _name(self, own: str) -> str:
+        return f"{self._parameter}{_TENSORS[own]}" if own in _TENSORS else own
+
+    def __getitem__(self, own: str) -> Any:
+        if own not in _TENSORS:
+            raise KeyError(own)
+        return self._owner._parameters[self._name(own)]
+
+    def __setitem__(self, own: str, tensor: Any) -> None:
+        self._owner._parameters[self._name(own)] = tensor
+
+    def __delitem__(self, own: str) -> None:
+        del self._owner._parameters[self._name(own)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (own for own in _TENSORS if self._name(own) in self._owner._parameters)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def copy(self) -> dict[str, Any]:
+        """What a dict's `copy` is."""
+        return dict(self)
+
+
+def _of_owner(own: str) -> Any:
+    def get(part: Part) -> Any:
+        return getattr(part.lora_owner, f"{part.lora_parameter}{_TENSORS[own]}")
+
+    return property(get)
+
+
+class Part(nn.Module):
+    """A layer that stands for one parameter of another module.
+
+    Attributes:
+        lora_owner: the module.
+        lora_parameter: what the parameter is called there.
+    """
+
+    lora_owner: nn.Module
+    lora_parameter: str
+
+    weight, lora_A, lora_B, lora_magnitude = (_of_owner(own) for own in _TENSORS)
+    bias: ClassVar[None] = None
+
+    def __init__(self, owner: nn.Module, parameter: str) -> None:
+        # Past `nn.Module`, which would make the owner a child.
+        vars(self).update(vars(nn.Module()), lora_owner=owner, lora_parameter=parameter)
+        del vars(self)["training"]
+        vars(self)["_parameters"] = _Tensors(self)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Whether the owner trains."""
+        return self.lora_owner.training
+
+    def is_entered(self) -> bool:
+        """Whether the owner knows of it, as it does of one that is adapted."""
+        return parts_of(self.lora_owner).get(self.lora_parameter) is self
+
+    def extra_repr(self) -> str:
+        """The weight's shape."""
+        return " × ".join(map(str, self.weight.shape))
+
+
+class Matrix(Part):
+    """A matrix (out_features, in_features) that a module keeps for itself."""
+
+    @property
+    def in_features(self) -> int:
+        """The size of what the matrix is multiplied with."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """The size of the product."""
+        return int(self.weight.shape[0])
+
+
+class Stack(Part):
+    """A stack (n, out_features, in_features) of matrices that a module keeps for itself: a mixture's experts."""
+
+
+#: The kinds of part, by the number of a parameter's dimensions.
+PARTS: dict[int, type[Part]] = {2: Matrix, 3: Stack}
+
+
+def parts_of(module: nn.Module) -> dict[str, Any]:
+    """The adapted parameters of a module, as LoRA layers, by name."""
+    parts: dict[str, Any] = vars(module).get(_PARTS, {})
+    return parts
+
+
+def with_parts(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """These modules, each with its parts after it."""
+    for module in modules:
+        yield module
+        yield from parts_of(module).values()
+
+
+def enter_part(part: Part) -> None:
+    """Let the owner know of a part that was adapted."""
+    vars(part.lora_owner)[_PARTS] = {**parts_of(part.lora_owner), part.lora_parameter: part}
+
+
+def replicate_parts(owner: nn.Module, replica: nn.Module) -> None:
+    """Give a replica of an owner, which shares its attributes, parts of its own."""
+    for name, part in parts_of(owner).items():
+        twin: Any = part._replicate_for_data_parallel()
+        vars(twin)["lora_owner"] = replica
+        vars(twin)["_parameters"] = _Tensors(twin)
+        vars(replica)[_PARTS] = {**parts_of(replica), name: twin}
+
+
+def forget_parts(module: nn.Module) -> None:
+    """Let an owner have no parts."""
+    vars(module).pop(_PARTS, None)
+
+
+def own_name(layer: nn.Module, own: str) -> str:
+    """What one of a layer's tensors is called in the module that has it."""
+    return f"{layer.lora_parameter}{_TENSORS[own]}" if isinstance(layer, Part) else own
+
+
+def tensor_name(layer: nn.Module, name: str, own: str) -> str:
+    """The full name, as state dicts have it, of a tensor of the layer of this name."""
+    owner = name.rpartition(".")[0] if isinstance(layer, Part) else name
+    return join(owner, own_name(layer, own))
+
+
+def own_weights(owner: nn.Module, why_dense: str | None = None) -> dict[str, Tensor | LowRankWeight]:
+    """What an owner's forward is to find in the places of its adapted parameters.
+
+    Args:
+        owner: the module.
+        why_dense: why it can compute with nothing but tensors, if so.
+    """
+    weights = {name: part.lora_weight_now() for name, part in parts_of(owner).items()}
+    if why_dense is None:
+        return weights
+    return {name: W.dense(why_dense) if isinstance(W, LowRankWeight) else W for name, W in weights.items()}

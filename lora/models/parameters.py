@@ -1,0 +1,85 @@
+"""Which parameters of a model's modules are to be adapted: PEFT's `target_parameters`, and those that a file names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch.nn as nn
+
+from lora.errors import Problems, did_you_mean, join, last_parts
+from lora.layers import weights
+from lora.layers.layer import LoRALayer
+from lora.layers.parts import PARTS, Part
+from lora.layers.registry import kind_for
+from lora.models.model import Memory, Names, Owned, owned_tensors
+from lora.models.patterns import ends_of
+
+_MOST_HINTS = 10
+
+
+def find_parameters(names: Names, wanted: Iterable[str], problems: Problems) -> list[nn.Module]:
+    """The parts that stand for these parameters, which `names` knows from now on; of a layer's weight, the layer.
+
+    A parameter that cannot be adapted, and a name that matches none, are problems.
+
+    Args:
+        names: of the model's modules.
+        wanted: full names of parameters, or their ends: "experts.down_proj".
+    """
+    targets = dict.fromkeys(wanted)
+    if not targets:
+        return []
+    own = [one for one in owned_tensors(names) if one.own in one.module._parameters]
+    ends = [{end for name in one.names for end in ends_of(name)} for one in own]
+    there = set[str]().union(*ends)
+    found = [one for one, its in zip(own, ends, strict=True) if not its.isdisjoint(targets)]
+    known = last_parts(name for one in own for name in one.names)
+    for number, target in enumerate(target for target in targets if target not in there):
+        hint = did_you_mean(target, known) if number < _MOST_HINTS else ""
+        problems.add(f"`target_parameters` {target!r} matches no parameter{hint}.")
+    memory = Memory(own)
+    modules: list[nn.Module] = []
+    for one in found:
+        if one.own == "weight" and kind_for(type(one.module)) is not None:
+            modules.append(one.module)
+        elif reason := _unfit(one, memory):
+            problems.add(f"{one.names[0]}: {reason}")
+        else:
+            modules.append(part_for(one.module, one.own, names))
+    return modules
+
+
+def part_for(owner: nn.Module, parameter: str, names: Names) -> Part:
+    """A part that stands for a parameter of a module, which `names` knows from now on."""
+    part = PARTS[len(weights.whole_shape(owner._parameters[parameter]))](owner, parameter)
+    names[part] = tuple(join(name, parameter) for name in names[owner])
+    return part
+
+
+def all_parts(names: Names) -> Iterator[tuple[nn.Module, str]]:
+    """Each parameter that a part could stand for: its module, and what it is called there."""
+    for one in owned_tensors(names):
+        is_known = kind_for(type(one.module)) is not None
+        if one.own in one.module._parameters and not is_known and len(weights.whole_shape(one.tensor)) in PARTS:
+            yield one.module, one.own
+
+
+def _unfit(one: Owned, memory: Memory) -> str | None:
+    """The reason why a part cannot stand for a parameter."""
+    shape = weights.whole_shape(one.tensor)
+    if isinstance(one.module, LoRALayer):
+        return "is of a LoRA layer, which has its adapter already."
+    if len(shape) not in PARTS:
+        return f"has the shape {tuple(shape)}; LoRA adapts matrices, and stacks of them."
+    others = [name for other in memory.sharing(one.tensor) if other.module is not one.module for name in other.names]
+    if others:
+        return f"is tied to {', '.join(others)}, which the update would leave out, or change too."
+    twins = [other.own for other in memory.sharing(one.tensor) if other.own != one.own]
+    if twins:
+        return f"shares its memory with {', '.join(twins)} of the same module."
+    taken = [name for name in (f"{one.own}_lora_A", f"{one.own}_lora_B") if hasattr(one.module, name)]
+    if taken:
+        return f"its module has {' and '.join(taken)} already, which LoRA needs for itself."
+    if weights.is_packed(PARTS[len(shape)](one.module, one.own)):
+        return f"its numbers are packed in {one.tensor.dtype}, and its module reads them as they are."
+    return None

@@ -1,0 +1,134 @@
+"""Which modules cannot be adapted, and why: what must be done first, what never can be, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch.nn as nn
+
+from lora.errors import with_article
+from lora.layers import weights
+from lora.layers.layer import LoRALayer
+from lora.layers.parts import Part
+from lora.layers.registry import adapted_class, keys_of, kind_for
+from lora.layers.weights import is_fully_sharded, is_sharded
+from lora.models.model import Names, by_tensor, has_own_forward, is_lazy, owned_tensors
+
+
+def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
+    """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
+    return why_not_yet(model, names, module) or unfit(model, names, module)
+
+
+def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
+    """What the user must do before a module can be adapted; None if nothing."""
+    if isinstance(module, LoRALayer) and module.r > 0:
+        return "has LoRA already; eject or merge it first."
+    if kind_for(type(module)) is None:
+        return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
+    if is_lazy(module):
+        return "is lazy and has no shape yet; run one forward pass first."
+    if isinstance(module, Part):
+        names, module = [name.rpartition(".")[0] for name in names], module.lora_owner
+    parts = names[0].split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1))
+    if is_sharded(module._parameters.get("weight")) or any(map(is_fully_sharded, around)):
+        return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
+    if has_own_forward(module):
+        return (
+            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
+            "remove the hook first."
+        )
+    return None
+
+
+def unfit(model: nn.Module, names: Sequence[str], module: Any) -> str | None:
+    """What a module is, and what around it, that no adapter fits; None if nothing, or if that cannot be said yet."""
+    kind = kind_for(type(module))
+    if kind is None or is_lazy(module) or (isinstance(module, LoRALayer) and module.r > 0):
+        return None
+    if "weight" not in {**module._parameters, **module._buffers}:
+        return "its `weight` is computed (by a parametrization, or pruning); make that permanent first."
+    shape = weights.whole_shape(module.weight)
+    if 0 in shape:
+        return f"has a weight of the shape {tuple(shape)}, in which there is nothing to adapt."
+    if getattr(module, "max_norm", None) is not None and not adapted_class(kind, module).lora_dense:
+        return "has a forward of its own, and nobody knows what its `max_norm` bounds there; set that to None first."
+    clash = clashing_names(module)
+    if clash:
+        return f"uses names that LoRA needs for itself: {', '.join(clash)}."
+    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
+    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
+
+
+def why_alone(module: nn.Module) -> str | None:
+    """Why "all-linear" leaves a linear layer alone that it could adapt; None if it does not."""
+    if type(module).__name__.endswith("Router"):
+        return "is a router, which decides where tokens go; name it in `target_modules` to adapt it."
+    return None
+
+
+def unreached(names: Names) -> dict[str, int]:
+    """Matrices, and stacks of them, of modules that no kind of LoRA layer adapts, by name, with their sizes."""
+    return {
+        one.names[0]: one.tensor.numel()
+        for one, *_ in by_tensor(owned_tensors(names))
+        if one.own in one.module._parameters
+        and not one.tensor.requires_grad
+        and not nn.parameter.is_lazy(one.tensor)
+        and sum(size > 1 for size in one.tensor.shape) > 1
+        and kind_for(type(one.module)) is None
+    }
+
+
+def clashing_names(module: nn.Module) -> list[str]:
+    """Names that the module uses and that its kind of LoRA layer needs for the adapter."""
+    kind = kind_for(type(module))
+    if kind is None or isinstance(module, LoRALayer):
+        return []
+    cls: Any = type(module)
+    needed, found = _needed(kind.__mro__), _in_class(kind.__mro__, cls)
+    for own in (vars(module), module._parameters, module._buffers, module._modules):
+        found = found | needed.intersection(own)
+    return sorted(found)
+
+
+@cache
+def _needed(classes: tuple[type, ...]) -> frozenset[str]:
+    """The names that a kind of LoRA layer, made of these classes, has beyond every module's."""
+    names = {name for cls in classes for name in vars(cls)}
+    return frozenset(names - {*dir(nn.Module), "reset_parameters", "scaling", "__annotations__"})
+
+
+@cache
+def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
+    """Those of them that a class has for itself."""
+    return frozenset(name for name in _needed(classes) if hasattr(cls, name))
+
+
+# Classes of modules that give the weights of these children to kernels, which take nothing but tensors, and never call
+# the children: LoRA there would silently do nothing. By full name, so that packages need not be installed; subclasses
+# count as well.
+_BYPASSED: dict[type | str, str] = {
+    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
+    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
+    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
+}
+
+
+def bypass_of(parent: nn.Module, child: str) -> str | None:
+    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
+    for owner, key in keys_of(type(parent)):
+        if child in _BYPASSED.get(key, "").split():
+            way_out = "leave it out with `exclude_modules`"
+            return f"its parent, {with_article(owner.__name__)}, reads its weight and bypasses its forward; {way_out}."
+    return None
