@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from zoo.rows import Row, ids, of, words, words_twice
 
 ENCODER: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from zoo.language import BOTH, DECODER, ENCODER, GPT, without
 from zoo.rows import Row, config, ids, image, of, random, sound, words
 
