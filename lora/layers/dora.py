@@ -31,9 +31,10 @@ class Magnitudes(LayerKind):
         """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
         return self.lora_magnified_beside(self._parameters.get("bias"), y)
 
-    def lora_magnified_beside(self, bias: Tensor | None, y: Tensor) -> Tensor:
-        """The same for a bias that need not be the layer's."""
+    def lora_magnified_beside(self, bias: Tensor | None, y: Tensor, outputs: slice | None = None) -> Tensor:
+        """The same for a bias that need not be the layer's, and for some of the outputs."""
         gain = self.lora_expand_to_outputs(self.lora_gains(), 1.0).to(exact_dtype(y.dtype))
+        gain = gain if outputs is None else gain[outputs]
         _, dim = self.lora_output_dims()
         return magnify(y, gain, None if bias is None else bias.to(y.dtype), dim)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import with_article
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -69,6 +70,7 @@ class LowRankWeight:
         dropout: of the inputs of B A; only taught operations can have it.
         transposed: stand for the transposed matrix.
         base: W₀, if it is not the layer's weight as it is, but in another dtype, say.
+        rows: which of the layer's outputs it has, if not all.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class LowRankWeight:
         dropout: float = 0.0,
         transposed: bool = False,
         base: Tensor | None = None,
+        rows: slice | None = None,
     ) -> None:
         self.layer, self.A, self.B, self.scaling = layer, A, B, scaling
         self.base: Tensor = layer.weight if base is None else base
-        self.gain, self.dropout, self.transposed = gain, dropout, transposed
+        self.gain, self.dropout, self.transposed, self.rows = gain, dropout, transposed, rows
 
     def dense(self, why: str = "an operation that is not known") -> Tensor:
         """W as a tensor, in the base weight's dtype, rounded once."""
@@ -96,14 +99,22 @@ class LowRankWeight:
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
             W = W * layer.lora_gain(exact) if self.gain else W
-        rounded: Tensor = W.to(self.base.dtype)
-        return rounded.transpose(0, 1) if self.transposed else rounded
+        return self._part_of(W.to(self.base.dtype))
+
+    def part(self) -> Tensor:
+        """What of W₀ it stands for."""
+        return self._part_of(self.base)
+
+    def _part_of(self, weight: Tensor) -> Tensor:
+        if self.rows is not None:
+            weight = weight.narrow(self.layer.lora_output_dims()[0], self.rows.start, self.rows.stop - self.rows.start)
+        return weight.transpose(0, 1) if self.transposed else weight
 
     def _no_dropout(self, why: str) -> None:
         if self.dropout:
             raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(self.layer).__name__}: its forward computes "
-                f"with its weight by {why}, of whose inputs none can be dropped."
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with "
+                f"the weight by {why}, of whose inputs none can be dropped."
             )
 
     def taught(self, function: Any) -> Callable[..., Any] | None:
@@ -133,8 +144,7 @@ class LowRankWeight:
     @property
     def shape(self) -> torch.Size:
         """The weight's shape."""
-        shape = self.base.shape
-        return torch.Size((shape[1], shape[0], *shape[2:])) if self.transposed else shape
+        return self.part().shape
 
     def size(self, dim: int | None = None) -> Any:
         """The weight's shape, or one of its sizes."""
@@ -155,9 +165,13 @@ class LowRankWeight:
         """The same update of another tensor, such as W₀ in another dtype."""
         return self._with(base, self.transposed)
 
-    def _with(self, base: Tensor, transposed: bool) -> LowRankWeight:
+    def with_rows(self, rows: slice) -> LowRankWeight:
+        """W's part for some of the layer's outputs."""
+        return self._with(self.base, self.transposed, rows)
+
+    def _with(self, base: Tensor, transposed: bool, rows: slice | None = None) -> LowRankWeight:
         settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": transposed, "base": base}
-        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
+        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings, rows=rows or self.rows)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
         """W in another dtype, or on another device."""
@@ -182,14 +196,17 @@ class LowRankWeight:
 
     def __getattr__(self, name: str) -> Any:
         if name in _KNOWN:
-            return getattr(self.base, name)
+            return getattr(self.part(), name)
         if name.startswith("__"):  # what copy, pickle and others look for
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise RuntimeError(
-                f"a {type(self.layer).__name__} must not write to its weight in its forward, as `weight.{name}` does: "
+                f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
                 "the weight there is W₀ + s · B A, which is made anew in each forward."
             )
+        method: Any = getattr(Tensor, name, None)
+        if method in type(self.layer).lora_taught:
+            return lambda *args, **kwargs: LowRankWeight.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.dense(name), name)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -206,6 +223,14 @@ class LowRankWeight:
 
 # What a weight has in common with W.
 _KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
+
+
+def _said(layer: Any) -> str:
+    """A layer's weight in words; of a part, what the owner calls it."""
+    owner = vars(layer).get("lora_owner")
+    if owner is not None:
+        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
+    return f"the weight of {with_article(type(layer).__name__)}"
 
 
 def _dense(value: Any, why: str) -> Any:
