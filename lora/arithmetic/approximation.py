@@ -102,7 +102,7 @@ def resize(adapter: Adapter, r: int | None = None, *, energy: float | None = Non
 
 def _resized(layer: LoRALayer, r: int | None, energy: float | None) -> tuple[list[Pair], float]:
     """The blocks at another rank, and the share of the energy that they keep."""
-    now, pairs = layer.lora_B.shape[1], pairs_of(layer)
+    now, pairs = layer.lora_block_rank(), pairs_of(layer)
     q = 0 if r is None else block_rank(layer, r)
     if q >= now:
         return [padded(B, A, q) for B, A in pairs], 1.0

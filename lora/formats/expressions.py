@@ -23,14 +23,19 @@ _STEPS_OF_A_MATCH, _STEPS_OF_A_LOOKUP, _STEPS_OF_A_LETTER = 100, 50, 500  # of a
 _SCANNED = 16  # letters that are passed over in one step
 _TOKENS = re.compile(r"\\.|\[[^\]]*\]|\{[^}]*\}|.", re.DOTALL)
 _QUANTIFIERS = "*+?{"
+# Groups that capture nothing, or by name, and looks ahead and back; what is escaped or in a set is none.
+_MARKS = re.compile(r"\\.|\[[^\]]*\]|(?P<mark>\(\?(?::|P<\w+>|=|!|<=|<!))", re.DOTALL)
+# A group, in a bare pattern, that repeats letters which match in one way: as many times as they fit, like one letter.
+# What matches no letter, or none for sure, must not be in it: nothing would end that.
+_EMPTY = re.compile(r"(?<!\\)(?:\\\\)*\\[AbBZz0-9]")
+_REPEATED = re.compile(r"\([^()|*+?{^$]+\)[*+{]")
 
 
 def pattern_problem(pattern: str, length: int = 1) -> str | None:
     """Why a regular expression is not matched with names of up to this length; None if it is."""
     if is_plain(pattern):  # it is looked up
         return None
-    bare = _bare(pattern)
-    if len(pattern) > _LONGEST_PATTERN or re.search(r"\)[*+?{]|\(\?", bare) or ways(pattern, length) > _MOST_WAYS:
+    if len(pattern) > _LONGEST_PATTERN or _nested(pattern) or ways(pattern, length) > _MOST_WAYS:
         long = " with a name so long" if length > 1 else ""
         return f"{short(pattern)} is too intricate to be matched safely{long}."
     try:
@@ -79,23 +84,25 @@ class _Expression(NamedTuple):
 
     Attributes:
         choices: in how many ways its alternatives and what may be absent can be chosen.
+        looks: whether it looks ahead or back.
         after: for each part that repeats a letter the letters that must follow it, which may be none.
     """
 
     choices: int
+    looks: bool
     after: list[str]
 
     @classmethod
     def of(cls, pattern: str) -> _Expression:
-        tokens = _TOKENS.findall(pattern)
-        after = [_literals(tokens[n + 1 :]) for n, token in enumerate(tokens) if token[0] in "*+{"]
+        tokens, looks = _TOKENS.findall(_unmarked(pattern)), _looks(pattern)
+        after = [_literals(tokens[n + 1 :], looks) for n, token in enumerate(tokens) if token[0] in "*+{"]
         odd = "[]" in pattern or "[^]" in pattern  # sets that begin with a bracket
-        return cls(_choices(_bare(pattern)), [""] * _repeats(_bare(pattern)) if odd else after)
+        return cls(_choices(_bare(pattern)), looks, [""] * _repeats(_bare(pattern)) if odd else after)
 
     def steps(self, name: str) -> int:
         """How many steps a match with this name takes at most."""
         ends = self.choices * (1 + name.count("."))  # `at_end` lets a match begin after any dot
-        anywhere = ends * math.comb(len(name) + len(self.after), len(self.after))
+        anywhere = ends * _places(len(name), len(self.after), self.looks)
         if not any(self.after):
             return anywhere
         # What repeats can end only before the letters that follow it: at no more places than the rarest of them has.
@@ -104,16 +111,43 @@ class _Expression(NamedTuple):
         return min(anywhere, ends * math.prod(max(place, 1) for place in places) * (1 + len(name) // _SCANNED))
 
 
-def _literals(tokens: Sequence[str]) -> str:
-    """The letters that must come first in these, past the end of a group; one that may be absent does not count."""
-    found = ""
-    tokens = [*itertools.dropwhile(lambda token: token in ("?", "+", ")"), tokens)]
+def _literals(tokens: Sequence[str], looks: bool) -> str:
+    """The letters that must come first in these, past the end of a group; one that may be absent does not count.
+
+    Where there are looks the group may be one, and what follows it does not come after what is in it.
+    """
+    found, passed = "", ("?", "+") if looks else ("?", "+", ")")
+    tokens = [*itertools.dropwhile(lambda token: token in passed, tokens)]
     for token, following in itertools.zip_longest(tokens, tokens[1:], fillvalue=" "):
         escaped = len(token) == 2 and not token[1].isalnum()
         if (not escaped and (len(token) > 1 or token in ".^$|()*+?{[")) or following[0] in _QUANTIFIERS:
             break
         found += token[-1]
     return found
+
+
+def _places(length: int, repeats: int, looks: bool) -> int:
+    """In how many ways parts that repeat a letter may end in a name: one after the other, or, in looks, anywhere."""
+    return int((length + 1) ** repeats if looks else math.comb(length + repeats, repeats))
+
+
+def _nested(pattern: str) -> bool:
+    """Whether a group is repeated that may match in several ways, or nothing, or is of a kind that is not counted."""
+    said = _MARKS.sub(lambda found: "(^" if _is_look(found) else found[0], _EMPTY.sub("^", pattern))
+    return re.search(r"\)[*+{]|\(\?", _REPEATED.sub("x*", _bare(said))) is not None
+
+
+def _looks(pattern: str) -> bool:
+    return any(map(_is_look, _MARKS.finditer(pattern)))
+
+
+def _is_look(found: re.Match[str]) -> bool:
+    return bool(found["mark"]) and found["mark"][2] in "=!<"
+
+
+def _unmarked(pattern: str) -> str:
+    """A pattern whose groups of a known kind are plain ones."""
+    return _MARKS.sub(lambda found: "(" if found["mark"] else found[0], pattern)
 
 
 def _repeats(bare: str) -> int:
@@ -125,4 +159,5 @@ def _choices(bare: str) -> int:
 
 
 def _bare(pattern: str) -> str:
-    return re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets of characters stand for one character
+    """A pattern in which escapes and sets of characters stand for one character, and groups have no marks."""
+    return re.sub(r"\\.|\[[^\]]*\]", "x", _unmarked(pattern))

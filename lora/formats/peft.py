@@ -17,9 +17,9 @@ from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAd
 from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
-from lora.errors import AdapterError, is_number, join, raise_all, short
+from lora.errors import AdapterError, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
-from lora.formats.peft_folder import CONFIG, check_folder, read_folder, write_folder
+from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
@@ -35,11 +35,11 @@ PREFIX = "base_model.model."
 _MAYBE_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 # The tensors of an adapter, by how their names end; saved from a raw state dict they bear the adapter's name as well.
 _PARTS = {
-    "lora_A": re.compile(r"\.lora_A(\.default)?\.weight$|\.lora_embedding_A(\.default)?$"),
-    "lora_B": re.compile(r"\.lora_B(\.default)?\.weight$|\.lora_embedding_B(\.default)?$"),
-    MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$"),
+    "lora_A": re.compile(r"\.lora_A(\.[^.]+)?\.weight$|\.lora_embedding_A(\.[^.]+)?$"),
+    "lora_B": re.compile(r"\.lora_B(\.[^.]+)?\.weight$|\.lora_embedding_B(\.[^.]+)?$"),
+    MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.(?!weight$)[^.]+)?(?:\.weight)?$"),
 }
-_BIAS_OF_B = re.compile(r"\.lora_B(\.default)?\.bias$")
+_BIAS_OF_B = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
     *("use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
@@ -171,6 +171,7 @@ def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
 
 def read(path: Path) -> Adapter:
     """Read a folder of PEFT's, or one of the files in it; AdapterError if it is something else, or more than LoRA."""
+    path = adapter_in(path)
     folder = path if kind(path) == "folder" else path.parent
     what = f"read_adapter: {folder} is not loaded"
 
@@ -219,9 +220,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
         yield f"`init_lora_weights` is {short(init)}, which changes the base weight; let PEFT convert it first."
-    yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0))
+    yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout") or 0.0)
     for option in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(option, False), bool):
+        if not isinstance(config.get(option) or False, bool):
             yield f"`{option}` must be true or false, got {short(config[option])}."
     for option in _PATTERNS:
         patterns = config.get(option) or {}
@@ -248,18 +249,26 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     pairs: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     problems = []
+    called: set[str] = set()  # the adapters, by the names that raw keys bear
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        part = next((part for part, ending in _PARTS.items() if ending.search(name)), None)
+        part, found = next(((p, match) for p, ending in _PARTS.items() if (match := ending.search(name))), (None, None))
+        called.update({next(filter(None, found.groups()), "")} if found else ())
         if _BIAS_OF_B.search(name):
             problems.append(f"{key}: a bias of lora_B (`lora_bias`) has no place here.")
         elif part is None:
-            full[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
+            full[name] = tensor
         else:
             module = _PARTS[part].sub("", name)
             kind = "embedding" if "lora_embedding_" in name[len(module) :] else "linear"
             pairs.setdefault(module, {})[part] = tensor
             pairs[module][kind] = tensor
+    if len(called) > 1:
+        names = some((name.removeprefix(".") or "one without a name" for name in sorted(called)), len(called))
+        problems.append(f"it holds several adapters ({names}); save each by itself, as PEFT's `save_pretrained` does.")
+    elif called - {""}:
+        full = {name.replace(f".modules_to_save{min(called)}.", "."): tensor for name, tensor in full.items()}
+    full = {re.sub(r"\.(base_layer|modules_to_save)\.", ".", name): tensor for name, tensor in full.items()}
     return pairs, full, problems
 
 
@@ -301,7 +310,7 @@ def _adapter(
     saved = _owners(config.get("modules_to_save") or [], full)
     said = config.get("base_model_name_or_path")
     base_model = said if isinstance(said, str) else None
-    biases_train = config.get("bias", "none") != "none"
+    biases_train = (config.get("bias") or "none") != "none"
     whole = {*saved}
     kept = [
         name
@@ -331,13 +340,13 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)
-    use_rslora = config.get("use_rslora", False)
+    use_rslora = config.get("use_rslora") or False
     return ModuleAdapter(
         r=r,
         lora_alpha=lora_alpha,
-        lora_dropout=config.get("lora_dropout", 0.0),
+        lora_dropout=config.get("lora_dropout") or 0.0,
         use_rslora=use_rslora,
-        use_dora=config.get("use_dora", False),
+        use_dora=config.get("use_dora") or False,
         factored=True if A.dim() > 2 else None,
         scaling=scaling_of(lora_alpha, r, use_rslora),
         base=base,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lora.adapters.files import object_from, packed, read_bytes, read_header, read_tensors
 from lora.adapters.formats import FILE, object_in
-from lora.adapters.paths import check_place, kind, writing
+from lora.adapters.paths import check_place, kind, reading, writing
 from lora.adapters.saving import alone_in, remove_left_over, replace_files
-from lora.errors import AdapterError, raise_all, short
+from lora.errors import AdapterError, raise_all, short, some
 from lora.formats.torch_files import read_torch
 
 CONFIG = "adapter_config.json"
@@ -107,6 +107,21 @@ def claims(path: Path) -> bool:
 def reads(path: Path) -> bool:
     """Whether a path is a folder, or a file of PEFT's; other formats have been asked about the folder before."""
     return kind(path) == "folder" or claims(path)
+
+
+def adapter_in(path: Path) -> Path:
+    """The one adapter in a folder that has a folder of its own, as PEFT saves all but "default"; else the path."""
+    if kind(path) != "folder" or any(kind(path / name) for name in (CONFIG, *READERS)):
+        return path
+    with reading(path):
+        inner = sorted(entry for entry in path.iterdir() if kind(entry / CONFIG) == "file")
+    if len(inner) > 1:
+        names = some((entry.name for entry in inner), len(inner))
+        raise FileNotFoundError(
+            f"there is no adapter in {path} itself, and one in each of its folders {names}: name the one that is "
+            f"meant, as {inner[0]}."
+        )
+    return inner[0] if inner else path
 
 
 def read_folder(path: Path, check: Callable[[Config], None]) -> tuple[Path, Config, dict[str, Tensor], dict[str, str]]:

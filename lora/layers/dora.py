@@ -62,9 +62,8 @@ class Magnitudes(LayerKind):
             weight, rows, s = self.lora_base_weight(), self.lora_block_rows(), self.lora_read_scaling()
             dtype = exact_dtype(weight.dtype)
             with without_autocast(weight.device):
-                Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
-                As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))
-                added = []
+                flat_A, flat_B = self.lora_flat(self.lora_A.to(dtype), self.lora_B.to(dtype))
+                Bs, As, added = torch.split(flat_B, rows), flat_A.chunk(len(rows)), []
                 # (rows, columns), (q, columns), (rows, q)
                 for W, A, B in zip(self.lora_weight_blocks(weight), As, Bs, strict=True):
                     cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype

@@ -10,6 +10,7 @@ that stands for W and is not built where that can be avoided.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import with_article
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -120,11 +122,7 @@ class LowRankWeight:
         """W as a tensor, in the base weight's dtype, rounded once."""
         layer: Any = self.layer
         exact = exact_dtype(self.base.dtype)
-        if self.dropout:
-            raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with "
-                f"its weight by {why}, of whose inputs none can be dropped."
-            )
+        self._no_dropout(why)
         with without_autocast(self.base.device):
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
@@ -140,6 +138,18 @@ class LowRankWeight:
             weight = weight.narrow(self.layer.lora_output_dims()[0], self.rows.start, self.rows.stop - self.rows.start)
         return weight.transpose(0, 1) if self.transposed else weight
 
+    def _no_dropout(self, why: str) -> None:
+        if self.dropout:
+            raise RuntimeError(
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with "
+                f"the weight by {why}, of whose inputs none can be dropped."
+            )
+
+    def taught(self, function: Any) -> Callable[..., Any] | None:
+        """What computes a function of W beside W₀; it takes the function's arguments, and may not know some."""
+        how = type(self.layer).lora_taught.get(function)
+        return None if how is None else partial(getattr(self.layer, how), self)
+
     @classmethod
     def __torch_function__(
         cls,
@@ -150,8 +160,8 @@ class LowRankWeight:
     ) -> Any:
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
-            how = type(value.layer).lora_taught.get(function) if isinstance(value, cls) else None
-            result = NotImplemented if how is None else getattr(value.layer, how)(value, *args, **kwargs)
+            how = value.taught(function) if isinstance(value, LowRankWeight) else None
+            result = NotImplemented if how is None else how(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         why = getattr(function, "__name__", str(function))
@@ -179,6 +189,10 @@ class LowRankWeight:
         """W transposed."""
         return self._with(self.base, not self.transposed)
 
+    def with_base(self, base: Tensor) -> LowRankWeight:
+        """The same update of another tensor, such as W₀ in another dtype."""
+        return self._with(base, self.transposed)
+
     def with_rows(self, rows: slice) -> LowRankWeight:
         """W's part for some of the layer's outputs."""
         return self._with(self.base, self.transposed, rows)
@@ -189,7 +203,7 @@ class LowRankWeight:
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
         """W in another dtype, or on another device."""
-        return self._with(self.base.to(*args, **kwargs), self.transposed)
+        return self.with_base(self.base.to(*args, **kwargs))
 
     def type_as(self, other: Tensor) -> LowRankWeight:
         """W in the dtype of another tensor."""
@@ -197,7 +211,7 @@ class LowRankWeight:
 
     def type(self, dtype: Any = None) -> Any:
         """W in another dtype, or the name of its own."""
-        return self.base.type() if dtype is None else self._with(self.base.type(dtype), self.transposed)
+        return self.base.type() if dtype is None else self.with_base(self.base.type(dtype))
 
     def float(self) -> LowRankWeight:
         """W in float32."""
@@ -215,7 +229,7 @@ class LowRankWeight:
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise RuntimeError(
-                f"a {type(self.layer).__name__} must not write to its weight in its forward, as `weight.{name}` does: "
+                f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
                 "the weight there is W₀ + s · B A, which is made anew in each forward."
             )
         method: Any = getattr(Tensor, name, None)
@@ -237,6 +251,14 @@ class LowRankWeight:
 
 # What a weight has in common with W.
 _KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
+
+
+def _said(layer: Any) -> str:
+    """A layer's weight in words; of a part, what the owner calls it."""
+    owner = vars(layer).get("lora_owner")
+    if owner is not None:
+        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
+    return f"the weight of {with_article(type(layer).__name__)}"
 
 
 def _dense(value: Any, why: str) -> Any:

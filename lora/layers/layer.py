@@ -66,6 +66,7 @@ class LoRALayer(Magnitudes):
     From "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
     """
 
+    lora_value: ClassVar[type[LowRankWeight]] = LowRankWeight
     #: What is checked before each forward with LoRA: wings add functions of a layer and its input, which raise.
     lora_checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
 
@@ -144,7 +145,7 @@ class LoRALayer(Magnitudes):
     def lora_weight(self) -> LowRankWeight:
         """W, in the place of the weight that the base class's own forward reads."""
         dropout = self.lora_dropout if self.training else 0.0
-        return LowRankWeight(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
+        return self.lora_value(self, self.lora_A, self.lora_B, self.lora_scaling, gain=self.use_dora, dropout=dropout)
 
     def lora_weight_now(self) -> Tensor | LowRankWeight:
         """The weight that the layer computes with now, for a parent that reads it and does not call the layer."""
@@ -154,7 +155,7 @@ class LoRALayer(Magnitudes):
             if start is None:
                 return weight
             A, B, scaling = start
-            return LowRankWeight(self, A.to(weight.device), B.to(weight.device), scaling)
+            return self.lora_value(self, A.to(weight.device), B.to(weight.device), scaling)
         if self._serves_merged():
             return self.lora_merged_weight()
         for check in self.lora_checks:

@@ -16,10 +16,14 @@ import torch.nn as nn
 from lora.errors import join
 from lora.layers.in_place import LowRankWeight, exchanged_in
 
-#: What a part has of its owner, each by the end of its name there.
-_TENSORS = {"weight": "", "lora_A": "_lora_A", "lora_B": "_lora_B", "lora_magnitude": "_lora_magnitude"}
+# What a part has of its owner.
+_TENSORS = "weight", "lora_A", "lora_B", "lora_magnitude"
 _PARTS = "lora_parts"
 _OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _beside(parameter: str, own: str) -> str:
+    return parameter if own == "weight" else f"{parameter}_{own}"
 
 
 class _Tensors(MutableMapping[str, Any]):
@@ -29,7 +33,7 @@ class _Tensors(MutableMapping[str, Any]):
         self._owner, self._parameter = part.lora_owner, part.lora_parameter
 
     def _name(self, own: str) -> str:
-        return f"{self._parameter}{_TENSORS[own]}" if own in _TENSORS else own
+        return _beside(self._parameter, own)
 
     def __getitem__(self, own: str) -> Any:
         if own not in _TENSORS:
@@ -55,7 +59,7 @@ class _Tensors(MutableMapping[str, Any]):
 
 def _of_owner(own: str) -> Any:
     def get(part: Part) -> Any:
-        return getattr(part.lora_owner, f"{part.lora_parameter}{_TENSORS[own]}")
+        return getattr(part.lora_owner, _beside(part.lora_parameter, own))
 
     return property(get)
 
@@ -150,7 +154,7 @@ def forget_parts(module: nn.Module) -> None:
 
 def own_name(layer: nn.Module, own: str) -> str:
     """What one of a layer's tensors is called in the module that has it."""
-    return f"{layer.lora_parameter}{_TENSORS[own]}" if isinstance(layer, Part) else own
+    return _beside(layer.lora_parameter, own) if isinstance(layer, Part) else own
 
 
 def tensor_name(layer: nn.Module, name: str, own: str) -> str:

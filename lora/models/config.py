@@ -19,6 +19,7 @@ from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
 from lora.models.parameters import find_parameters, known_by, once, within
 from lora.models.patterns import Patterns, at_end, ends_of, is_plain
+from lora.models.peft_words import in_layers, layer_expressions, layers_problems, takes_peft_words, tell_of_layout
 from lora.models.training import BIAS_CHOICES
 
 #: PEFT's task types, each with the ends of the names of the heads that it trains in full, as PEFT finds them.
@@ -41,13 +42,18 @@ _BY_PATTERN = {
 
 # Those of them that may name a module for what it keeps for itself.
 _BY_MODULE = ("rank_pattern", "alpha_pattern")
+_FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
 
 _MOST_HINTS = 10  # for one field
 
 
+@takes_peft_words
 @dataclass(kw_only=True)
 class LoraConfig:
     """What `lora.inject` is to do. The fields are PEFT's, with PEFT's meanings and defaults, and a few more.
+
+    All words of PEFT's configuration are taken: ``lora.LoraConfig(**config.to_dict())`` is one of PEFT's. A word that
+    means nothing here is an error that says what to do, unless it asks for nothing.
 
     A *name* matches a module whose full name equals it or ends with a dot and it (`"q_proj"`, `"self_attn.q_proj"`). A
     *pattern* is a name that may be a regular expression (`r"layers\\.[01]\\..*"`); the first that matches is used.
@@ -65,10 +71,17 @@ class LoraConfig:
             mixture's experts ("experts.gate_up_proj", a stack of matrices), as in PEFT; with dropout and DoRA, which
             PEFT has not. Default: None.
         exclude_modules: names, or one regular expression, of modules to leave alone. Default: None.
+        layers_to_transform: the numbers of the layers, one or a list, that targets must be in, unless they are named in
+            full; not with a regular expression in `target_modules`. Default: None, all layers.
+        layers_pattern: the names of the lists in which `layers_to_transform` counts: "h", "layers". Default: None, the
+            first number in a module's name with two names before it ("model.layers.3.q_proj").
         rank_pattern: r for modules that match a pattern. Default: {}.
         alpha_pattern: lora_alpha for modules that match a pattern. Default: {}.
         modules_to_save: names of modules to train in full and to save with the adapter. Default: None.
         bias: biases to train: "none", "all" or "lora_only". Default: "none".
+        fan_in_fan_out: how a layer stores its weight is known from its class; said of other layers, a warning.
+            Default: False.
+        inference_mode: let nothing train. Default: False.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude for each output (arXiv:2402.09353; `lora.Linear`). Default: False.
         freeze_A: leave lora_A as it starts (LoRA-FA, arXiv:2308.03303; `lora.mark_only_lora_as_trainable`).
@@ -105,10 +118,14 @@ class LoraConfig:
     target_modules: str | Sequence[str] | None = None
     target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
+    fan_in_fan_out: bool = False
+    inference_mode: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     freeze_A: bool = False
@@ -144,7 +161,8 @@ class LoraConfig:
             if not isinstance(value, Mapping) or not _are_names(list(value)):
                 yield f"`{option}` must map patterns to values, for example {_BY_PATTERN[option]}; got {short(value)}."
         yield from filter(None, [init_problem(self.init_lora_weights)])
-        for option in ("use_rslora", "use_dora", "freeze_A", "factored", "merge_weights"):
+        yield from layers_problems(self)
+        for option in _FLAGS:
             if not isinstance(getattr(self, option), bool):
                 yield f"`{option}` must be True or False, got {short(getattr(self, option))}."
         if self.task_type is not None and self.task_type not in (*HEADS,):
@@ -175,6 +193,7 @@ class LoraConfig:
         yield from ((p, p) for p in (self.target_modules, self.exclude_modules) if isinstance(p, str))
         for option in _BY_PATTERN:
             yield from ((pattern, at_end(pattern)) for pattern in getattr(self, option) if not is_plain(pattern))
+        yield from layer_expressions(self).items()
 
 
 class Settings(TypedDict, total=False):
@@ -186,10 +205,14 @@ class Settings(TypedDict, total=False):
     target_modules: str | Sequence[str] | None
     target_parameters: Sequence[str] | None
     exclude_modules: str | Sequence[str] | None
+    layers_to_transform: int | Sequence[int] | None
+    layers_pattern: str | Sequence[str] | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: Sequence[str] | None
     bias: str
+    fan_in_fan_out: bool
+    inference_mode: bool
     use_rslora: bool
     use_dora: bool
     freeze_A: bool
@@ -238,6 +261,8 @@ def find_targets(
     targets = once([*targets, *find_parameters(names, config.target_parameters or (), problems)])
     excluded |= set(_select("exclude_modules", config.exclude_modules or (), names, problems))  # parts, too
     targets = [each for each in targets if each not in excluded and getattr(each, "lora_owner", None) not in excluded]
+    targets = in_layers(config, targets, names, problems)
+    tell_of_layout(config, targets)
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted, known = {module: names[module] for module in targets}, known_by(targets, names)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from lora.errors import Problems, some, table
+from lora.errors import Problems, some, table, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part, enter_part
@@ -159,7 +159,9 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
     if (config is None) == (not settings):
         raise TypeError("inject takes either a LoraConfig or its fields as keywords.")
     if not isinstance(config, (LoraConfig, type(None))):
-        raise TypeError(f"`config` must be a lora.LoraConfig, got a {type(config).__module__}.{type(config).__name__}.")
+        hint = "; `lora.LoraConfig(**config.to_dict())` is one" if hasattr(config, "peft_type") else ""
+        got = f"{type(config).__module__}.{type(config).__name__}"
+        raise TypeError(f"`config` must be a lora.LoraConfig, got {with_article(got)}{hint}.")
     config = config or LoraConfig(**settings)
     lora_layers(model, "inject", none=True, replaced=True)
     names = names_of(model)
@@ -193,6 +195,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for module in saved:
             train_in_full(module)
         let_train(model, config.bias, config.freeze_A)
+        if config.inference_mode:
+            model.requires_grad_(False)
         remember_values(names)
         begin(layers, config.init_lora_weights, undo)
     report = report_of(model, names, layers, tuple(names[module][0] for module in saved))

@@ -65,7 +65,10 @@ class WeightReader(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for part in parts_of(self).values():
             fn = part.lora_applied(fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part in parts_of(self).values():
+            part.lora_refresh()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         with ExitStack() as stack:

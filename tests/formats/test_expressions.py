@@ -1,6 +1,7 @@
 """What all regular expressions of a file may cost, with all of its names: known before any of them is matched."""
 
 import json
+import time
 
 import pytest
 import safetensors.torch
@@ -9,6 +10,7 @@ import torch
 import lora
 from lora.formats import peft
 from lora.formats.expressions import _MOST_STEPS, _costs, cost_problem, pattern_problem
+from lora.models.patterns import Patterns
 
 MODULES = [f"model.layers.{i}.mlp.experts.{j}.gate_proj" for i in range(24) for j in range(128)]
 DOTS = ["a." * 190 + f"a{i:03d}" for i in range(50)]
@@ -19,6 +21,9 @@ USUAL = [
     r"layers\.[0-9]+\..*",
     r"^model\.layers\.([0-9]|1[0-9])\..*_proj$",
     r".*experts.*",
+    r"(?:model\.)?(?:layers\.)?(?:[0-9]|1[0-9])\..*",
+    r"^(?!.*vision).*\.(?P<which>gate|up)_proj",
+    r"(?<=model\.)layers\.(\d)*\.mlp.*",
 ]
 
 
@@ -31,6 +36,33 @@ def test_usual_ones_are_matched_with_many_names(pattern):
 def test_names_of_modules_are_matched_with_as_many_names():
     for patterns in (dict.fromkeys(MODULES), {f"^{name}": 1 for name in MODULES}):
         assert cost_problem({"rank_pattern": patterns, "alpha_pattern": patterns}, MODULES) is None
+
+
+@pytest.mark.parametrize("pattern", [r"(model\.)*(layers\.){1,2}[0-9]+.*", r"(?:ab){3}", r"((ab)*)?", "(.)+", "[(?:]a"])
+def test_a_group_that_matches_letters_in_one_way_may_be_repeated(pattern):
+    assert pattern_problem(pattern, 40) is None
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"(a|b)*", r"(a?)+", r"((a)b)*", r"(a*)*", r"(?:a+)+", r"(?:.*a){5}", "()*", r"(\b)*x", r"(?=a){60000}"),
+        *(r"(a)(\1)*", r"(?i:q)", r"(?>a)", r"(?(1)a|b)", r"(?#)a", r"(^){60000}", r"(?P=n)*"),
+    ],
+)
+def test_a_group_is_repeated_only_if_it_matches_letters_in_one_way(pattern):
+    assert "too intricate" in pattern_problem(pattern, 40)
+
+
+@pytest.mark.parametrize("unit", [r"(?:a)*", r"(?:aa)*", r"(?=.*a.*a).*", r"(?<=a)a*", r"(?:a.)*", r"(.*b)?"])
+def test_groups_cost_what_is_counted(unit):
+    name = "a" * 50
+    patterns = [unit * n + "[b]" for n in range(1, 12)]
+    fine = [p for p in patterns if not (pattern_problem(p, 50) or cost_problem({"rank_pattern": {p: 1}}, [name] * 50))]
+    began = time.perf_counter()
+    lookup = Patterns({fine[-1]: 1})
+    assert [lookup.value([name], 0) for _ in range(50)] == [0] * 50
+    assert time.perf_counter() - began < 5  # 0.1 s where it was measured
 
 
 # Each of them, and each name, is fine by itself.

@@ -50,7 +50,7 @@ WRONG = {
         "1: there is no such module",
     ),
     "a tensor that is not there": ({"0.gate": torch.ones(3)}, {}, "0.gate: there is no such parameter or buffer"),
-    "a weight of another adapter": ({"0.lora_A.other.weight": torch.ones(2, 4)}, {}, "0.lora_A.other.weight: there"),
+    "a weight of another adapter": ({"0.lora_A.other.weight": torch.ones(2, 4)}, {}, "(one without a name, other)"),
     "DoRA without magnitudes": ({}, {"use_dora": True}, "0.lora_magnitude is missing."),
     "magnitudes without DoRA": ({"0.lora_magnitude_vector": torch.ones(3)}, {}, "0.lora_magnitude is unexpected."),
     "a bias of B": ({"0.lora_B.bias": torch.ones(3)}, {}, "0.lora_B.bias: a bias of lora_B (`lora_bias`) has no place"),
@@ -69,7 +69,7 @@ WRONG = {
     "a catastrophe": ({}, {"rank_pattern": {"(a+)+$": 2}}, "`rank_pattern`: '(a+)+$' is too intricate"),
     "a catastrophe of alphas": ({}, {"alpha_pattern": {"(a|aa)+$": 2}}, "`alpha_pattern`: '(a|aa)+$' is too intr"),
     "no expression": ({}, {"rank_pattern": {"(": 2}}, "`rank_pattern`: '(' is no regular expression"),
-    "a lookahead": ({}, {"rank_pattern": {"(?=0)0": 2}}, "`rank_pattern`: '(?=0)0' is too intricate"),
+    "a lookahead, repeated": ({}, {"rank_pattern": {"(?=0)*0": 2}}, "`rank_pattern`: '(?=0)*0' is too intricate"),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Adapters that PEFT wrote: we load them and compute the same, or refuse them with the reason."""
 
 import copy
+import json
 
 import peft
 import pytest
@@ -34,6 +35,11 @@ THEIRS = {
         "target_modules": MERGEABLE,
         "rank_pattern": {"o": 3, "^conv2": 8},
         "alpha_pattern": {"emb|conv[12]": 1, r"block\.o": 2},
+    },
+    "grouped patterns": {
+        "target_modules": MERGEABLE,
+        "rank_pattern": {r"(?:block\.)+o": 3, r"^(?!.*emb|o).*": 8},
+        "alpha_pattern": {r"(block\.)?o": 1, r"(?P<which>qkv|conv2)": 2},
     },
     "an expression": {"target_modules": r"block\..|qkv"},
     "all linear": {"target_modules": "all-linear"},
@@ -190,15 +196,61 @@ def test_target_parameters_are_refused(tmp_path):
         lora.load_adapter(base, tmp_path / "a")
 
 
-def test_a_raw_state_dict_of_pefts_has_the_adapters_name(tmp_path):
+NAMED = {"default": "default", "another": "mine", "like a key": "weight_1"}
+
+
+@pytest.mark.parametrize("name", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_raw_state_dict_of_pefts_has_the_adapters_name(tmp_path, name, use_dora):
     base = Net()
-    model = by_peft(base, tmp_path / "a", r=2, target_modules=["emb", "o"])
-    raw = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
-    assert f"{PREFIX}o.lora_A.default.weight" in raw
-    safetensors.torch.save_file(raw, tmp_path / "a" / "adapter_model.safetensors")
+    fields = {"r": 2, "target_modules": ["o", "qkv"] if use_dora else ["emb", "o"], "modules_to_save": ["head"]}
+    config = peft.LoraConfig(**fields, use_dora=use_dora)
+    model = train(peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    folder = tmp_path if name == "default" else tmp_path / name
+    for path in {folder, tmp_path}:  # PEFT saves all but "default" in a folder of its own
+        plain = copy.deepcopy(base)
+        lora.load_adapter(plain, path)
+        same(plain.eval(), model, base)
+    state = model.state_dict()
+    raw = {key: tensor.clone() for key, tensor in state.items() if "lora_" in key or "modules_to_save" in key}
+    assert f"{PREFIX}o.lora_A.{name}.weight" in raw
+    assert f"{PREFIX}head.modules_to_save.{name}.weight" in raw
+    safetensors.torch.save_file(raw, folder / "adapter_model.safetensors")
+    plain = copy.deepcopy(base)
+    lora.load_adapter(plain, folder)
+    same(plain.eval(), model, base)
+
+
+def test_of_several_adapters_one_must_be_named(tmp_path):
+    base = Net()
+    config = peft.LoraConfig(r=2, target_modules=["o"])
+    model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="one")
+    model.add_adapter("two", config)
+    train(model).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"one in each of its folders one, two: name the one that is meant, as"):
+        lora.load_adapter(base, tmp_path)
+    raw = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" in key}
+    raw |= {key.replace(".one.", "."): tensor.clone() for key, tensor in raw.items() if ".one." in key}
+    safetensors.torch.save_file(raw, tmp_path / "one" / "adapter_model.safetensors")
+    with pytest.raises(lora.AdapterError, match=r"it holds several adapters \(one without a name, one, two\)"):
+        lora.load_adapter(base, tmp_path / "one")
+
+
+def test_what_is_null_in_a_configuration_is_as_it_is_by_default(tmp_path):
+    base = Net()
+    model = by_peft(base, tmp_path / "a", r=2, target_modules=["o"], bias="none")
+    path = tmp_path / "a" / "adapter_config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    nulls = dict.fromkeys(said.keys() - {"peft_type", "r", "lora_alpha"})
+    path.write_text(json.dumps(said | nulls), encoding="utf-8")
     plain = copy.deepcopy(base)
     lora.load_adapter(plain, tmp_path / "a")
     same(plain.eval(), model, base)
+    for name in ("r", "lora_alpha"):  # nobody could guess these
+        path.write_text(json.dumps(said | {name: None}), encoding="utf-8")
+        with pytest.raises(lora.AdapterError, match=f"`{name}` must be"):
+            lora.read_adapter(tmp_path / "a")
 
 
 def test_pefts_torch_files(tmp_path):
