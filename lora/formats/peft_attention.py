@@ -125,9 +125,9 @@ def attention_among(places: Iterable[str], version: object) -> dict[str, Place]:
             found[place] = Place(join(owner, _OUT), owner, times=1 if newer else TIMES)
     if found and newer:
         warnings.warn(
-            f"PEFT {short(version)} has written LoRA of nn.MultiheadAttention, and is newer than what is known here. Up "
-            f"to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this version is taken to "
-            "add it once. Compare its outputs with these.",
+            f"PEFT {short(version)} has written LoRA of nn.MultiheadAttention, and is newer than what is known here. "
+            f"Up to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this version is taken "
+            "to add it once. Compare its outputs with these.",
             stacklevel=2,
         )
     return found
