@@ -19,6 +19,15 @@ from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
+from lora.formats.peft_attention import (
+    Place,
+    attention_among,
+    attention_in,
+    attention_problems,
+    is_follower,
+    place_in,
+    placed,
+)
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
@@ -67,10 +76,25 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
     check_folder(path)
+    layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
+    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
+    forms = placed(forms, attention_in(adapter))
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
+<<<<<<< HEAD
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
+=======
+    for name, (settings, A, B) in forms.items():
+        embedding = settings.base.kind == "embedding"
+        A = over_all_channels(A, settings.base.groups)
+        for part, tensor in (("A", A), ("B", B)):
+            tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+        magnitude = adapter.magnitude(name) if settings.use_dora else None
+        if magnitude is not None:
+            shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
+>>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
@@ -98,6 +122,11 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    attentive = {name for names in attention_in(adapter).values() for name in names}
+    for name, settings in adapter.modules.items():
+        if settings.base.parameter and name not in attentive:
+            yield f"{name}: is a parameter, for which PEFT's format has no place here."
+    yield from attention_problems(adapter)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -128,11 +157,12 @@ def _saved(adapter: Adapter) -> dict[str, None]:
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
     owner, _, own = name.rpartition(".")
+    owner = place_in(owner, forms)
     return f"{owner}.base_layer.{own}" if owner in forms else name
 
 
 def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
-    about = {name: settings for name, (settings, _, _) in forms.items()}
+    about = {name: settings for name, (settings, _, _) in forms.items() if not is_follower(name)}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
@@ -303,6 +333,7 @@ def modules_of(
     """The settings and the tensors of modules, from what a file has for each, and says of each."""
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
+<<<<<<< HEAD
     for name, pair in pairs.items():
         wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
         wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
@@ -316,6 +347,27 @@ def modules_of(
             tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                 tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
+=======
+    ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
+    attention = attention_among(pairs, config.get("peft_version"))
+    for told, pair in pairs.items():
+        place = attention.get(told, Place(told, told))
+        name = place.name
+        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
+        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
+        problems += wrong
+        if not wrong:
+            try:
+                r = ranks.value([place.by], config.get("r", 8))
+                lora_alpha = alphas.value([place.by], config.get("lora_alpha", 8)) * place.times
+                modules[name] = _settings(config, r, lora_alpha, pair, place.parameter)
+                A = within_groups(pair["lora_A"], modules[name].base.groups)
+                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+                if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
+                    tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+>>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
     if not pairs:
         problems.add("it adapts no module.")
     return modules, tensors
@@ -360,14 +412,16 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
+def _settings(
+    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], parameter: bool
+) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
     if A.dim() == 2:
-        base = Base(kind="embedding" if "embedding" in pair else "linear")
+        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=parameter)
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)
