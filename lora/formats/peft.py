@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,21 +81,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
     forms = placed(forms, attention_in(adapter))
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
-<<<<<<< HEAD
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
-    layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
-    known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
-=======
-    for name, (settings, A, B) in forms.items():
-        embedding = settings.base.kind == "embedding"
-        A = over_all_channels(A, settings.base.groups)
-        for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
-        magnitude = adapter.magnitude(name) if settings.use_dora else None
-        if magnitude is not None:
-            shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
->>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
@@ -328,46 +315,33 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def modules_of(
-    pairs: Mapping[str, Mapping[str, Tensor]], said: Said, problems: Problems
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    said: Said,
+    problems: Problems,
+    places: Mapping[str, Place] = MappingProxyType({}),
 ) -> tuple[dict[str, ModuleAdapter], dict[str, Tensor]]:
-    """The settings and the tensors of modules, from what a file has for each, and says of each."""
+    """The settings and the tensors of modules, from what a file has for each, and says of each.
+
+    Args:
+        places: what those of the file's names stand for that are no layer's.
+    """
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-<<<<<<< HEAD
-    for name, pair in pairs.items():
+    for told, pair in pairs.items():
+        place = places.get(told, Place(told, told))
+        name = place.name
         wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
         wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
         problems.add(*wrong)
         if wrong:
             continue
         with problems.at(name):
-            config, r, lora_alpha = said(name)
-            modules[name] = _settings(config, r, lora_alpha, pair)
+            config, r, lora_alpha = said(place.by)
+            modules[name] = _settings(config, r, lora_alpha, pair, place)
             A = within_groups(pair["lora_A"], modules[name].base.groups)
             tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                 tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
-=======
-    ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
-    attention = attention_among(pairs, config.get("peft_version"))
-    for told, pair in pairs.items():
-        place = attention.get(told, Place(told, told))
-        name = place.name
-        wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
-        wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
-        problems += wrong
-        if not wrong:
-            try:
-                r = ranks.value([place.by], config.get("r", 8))
-                lora_alpha = alphas.value([place.by], config.get("lora_alpha", 8)) * place.times
-                modules[name] = _settings(config, r, lora_alpha, pair, place.parameter)
-                A = within_groups(pair["lora_A"], modules[name].base.groups)
-                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
-                if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
-                    tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
->>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
     if not pairs:
         problems.add("it adapts no module.")
     return modules, tensors
@@ -380,7 +354,8 @@ def _adapter(
     full: dict[str, Tensor],
     problems: Problems,
 ) -> Adapter:
-    modules, tensors = modules_of(pairs, said, problems)
+    places = attention_among(pairs, config.get("peft_version"))
+    modules, tensors = modules_of(pairs, said, problems, places)
     # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
     for name in full:
         owner, _, own = name.rpartition(".")
@@ -413,15 +388,16 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
 
 
 def _settings(
-    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], parameter: bool
+    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
 ) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
+    lora_alpha *= place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
     if A.dim() == 2:
-        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=parameter)
+        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=place.parameter)
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)

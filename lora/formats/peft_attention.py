@@ -126,7 +126,7 @@ def attention_among(places: Iterable[str], version: object) -> dict[str, Place]:
     if found and newer:
         warnings.warn(
             f"PEFT {short(version)} has written LoRA of nn.MultiheadAttention, and is newer than what is known here. "
-            f"Up to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this version is taken "
+            f"Up to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this one is taken "
             "to add it once. Compare its outputs with these.",
             stacklevel=2,
         )

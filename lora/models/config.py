@@ -39,15 +39,8 @@ _BY_PATTERN = {
     "splits": "{'qkv_proj': (64, 16, 16)}",
     "enable_lora": "{'qkv_proj': (True, False, True)}",
 }
-<<<<<<< HEAD
 # Those of them that may name a module for what it keeps for itself.
 _BY_MODULE = ("rank_pattern", "alpha_pattern")
-=======
-
-# Those of them that may name a module for what it keeps for itself.
-_BY_MODULE = ("rank_pattern", "alpha_pattern")
-_FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
->>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
 
 _FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
 _MOST_HINTS = 10  # for one field
@@ -270,11 +263,6 @@ def find_targets(
     )
     excluded |= set(_select("exclude_modules", config.exclude_modules or (), names, problems))  # parts, too
     targets = [each for each in targets if each not in excluded and getattr(each, "lora_owner", None) not in excluded]
-<<<<<<< HEAD
-=======
-    targets = in_layers(config, targets, names, problems)
-    tell_of_layout(config, targets)
->>>>>>> 8f0a4a7fcc88422265c5047e118208b10adbc2a5
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted, known = {module: names[module] for module in targets}, known_by(targets, names)
