@@ -99,19 +99,6 @@ class Named(nn.Linear):
         return super().forward(x) * self.use_dora
 
 
-class Mixer(nn.Module):
-    """Called as transformers' class, whose kernels are given the weights."""
-
-    __module__, __qualname__ = "transformers.models.mamba.modeling_mamba", "MambaMixer"
-
-    def __init__(self):
-        super().__init__()
-        self.conv1d = nn.Conv1d(4, 4, 2)
-
-
-Mixer.__name__ = "MambaMixer"
-
-
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -147,11 +134,6 @@ CANNOT = {
     "a container": (Model, "layers", "no kind of LoRA layer adapts a ModuleList"),
     "lazy": (lambda: nn.ModuleDict({"x": nn.LazyLinear(4)}), "x", "is lazy and has no shape yet"),
     "lazy convolution": (lambda: nn.ModuleDict({"x": nn.LazyConv2d(4, 3)}), "x", "is lazy and has no shape yet"),
-    "read by kernels": (
-        lambda: nn.ModuleDict({"mixer": Mixer()}),
-        "conv1d",
-        "a MambaMixer, reads its weight and bypass",
-    ),
     "read, with a forward on the instance": (
         reader_on_instance,
         "x",
