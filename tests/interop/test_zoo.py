@@ -207,9 +207,6 @@ def ejects(case: Case, tmp_path) -> None:
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-QUICK = [starts, computes, learns, saves, merges, is_disabled, ejects]
-
-
 def goes_to_peft(case: Case, tmp_path) -> None:
     """PEFT computes the same with our adapter."""
     lora.save_adapter(case.adapted, tmp_path / "ours", format="peft")
@@ -260,7 +257,8 @@ def generates(case: Case, tmp_path) -> None:
     close(list(got.logits), list(expected.logits), 1e-4)
 
 
-SLOW = [goes_to_peft, comes_from_peft, recomputes, generates]
+QUICK = [starts, computes, learns, is_disabled]
+SLOW = [saves, merges, ejects, goes_to_peft, comes_from_peft, recomputes, generates]
 
 
 def run(case: Case, checks: list[Callable[..., None]], tmp_path) -> None:
@@ -286,7 +284,7 @@ def test_a_model_with_adapters_is_that_of_w(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.ROWS)
-def test_it_is_checkpointed_generates_and_is_exchanged_with_peft(name, tmp_path):
+def test_it_is_saved_merged_ejected_checkpointed_and_exchanged_with_peft_and_generates(name, tmp_path):
     run(Case(zoo.ROWS[name]), SLOW, tmp_path)
 
 

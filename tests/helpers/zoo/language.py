@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from zoo.rows import DEAD, REFUSED, REWRITTEN, Row, ids, in_peft, of, words, words_twice
 
 ENCODER: dict[str, Any] = {
@@ -80,14 +81,14 @@ GEMMA_4 = {
 }
 
 
+RESCALED = dict.fromkeys(
+    ("starts", "computes", "learns", "saves", "goes_to_peft", "comes_from_peft", "generates"),
+    "eval() divides weights in place, which is an error that says how it is switched off; in PEFT only W₀ is divided",
+)
 SINGLE = {"dtype": torch.float32}  # torch multiplies groups of experts in no float64
 
 
 RWKV = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 32}
-RESCALED = {
-    check: "eval() divides some weights in place, which is an error that says so, and how that is switched off"
-    for check in ("starts", "computes", "learns", "saves", "goes_to_peft", "comes_from_peft", "generates")
-}
 
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from zoo.language import BOTH, DECODER, ENCODER, GPT, without
 from zoo.rows import DEAD, Row, config, ids, image, in_peft, of, random, sound, words
 
