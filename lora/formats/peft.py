@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lora.adapters.paths import kind
 from lora.errors import AdapterError, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
+from lora.formats.peft_parameters import config_problems, homeless, names_in_file, packed, parameters_in, unpacked
 from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
@@ -43,7 +44,7 @@ _BIAS_OF_B = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
     *("use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
-    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices"),
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
@@ -62,14 +63,17 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     """
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
-    raise_all(what, _homeless(adapter), AdapterError)
+    raise_all(what, [*_homeless(adapter), *homeless(adapter.modules, names)], AdapterError)
     check_folder(path)
+    called = names_in_file(adapter.modules)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     for name, (settings, A, B) in forms.items():
         embedding = settings.base.kind == "embedding"
-        A = over_all_channels(A, settings.base.groups)
+        A, B = packed((settings, over_all_channels(A, settings.base.groups), B))
         for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{PREFIX}{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+            tensors[f"{PREFIX}{called[name]}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = (
+                tensor
+            )
         magnitude = adapter.magnitude(name)
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
@@ -127,7 +131,8 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    linear = [settings.base for settings in about.values() if settings.base.kind == "linear"]
+    parameters = [name for name, settings in about.items() if settings.base.parameter]
+    linear = [s.base for name, s in about.items() if s.base.kind == "linear" and not parameters]
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -137,11 +142,13 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        "lora_dropout": max(settings.lora_dropout for settings in about.values()),
+        # PEFT makes none of a parameter that would have dropout.
+        "lora_dropout": 0.0 if parameters else max(settings.lora_dropout for settings in about.values()),
         "use_rslora": rslora,
         "use_dora": any(settings.use_dora for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
-        "target_modules": _targets(list(about), names),
+        "target_modules": _targets([name for name in about if not about[name].base.parameter], names),
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": [*_saved(adapter)] or None,
@@ -180,13 +187,15 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, check)
     pairs, full, problems = _sort(tensors)
+    own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
+    pairs = {own.get(name, name): pair for name, pair in pairs.items()}
     longest = max(map(len, pairs), default=1)
     patterns = {option: config.get(option) or {} for option in _PATTERNS}
     raise_all(
         what, (p for option in _PATTERNS for p in _pattern_problems(option, patterns[option], longest)), AdapterError
     )
     raise_all(what, filter(None, [cost_problem(patterns, [*pairs])]), AdapterError)
-    adapter = _adapter(config, pairs, full, problems)
+    adapter = _adapter(config, pairs, full, {*own.values()}, problems)
     raise_all(what, problems, AdapterError)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
@@ -204,8 +213,12 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
         facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
-        if settings.base.kind == "linear":
-            sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+        if settings.base.kind in ("linear", "stack"):
+            sure = (
+                settings.base.kind == "linear"
+                and not config.get("fan_in_fan_out")
+                and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+            )
             layout = (False if sure else None) if layouts is None else layouts.get(name)
             facts["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
         adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
@@ -235,6 +248,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             for p, v in patterns.items()
             if not is_number(v)
         )
+    yield from config_problems(config)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
@@ -276,6 +290,7 @@ def _adapter(
     config: Mapping[str, Any],
     pairs: Mapping[str, Mapping[str, Tensor]],
     full: dict[str, Tensor],
+    parameters: Container[str],
     problems: list[str],
 ) -> Adapter:
     modules: dict[str, ModuleAdapter] = {}
@@ -289,9 +304,13 @@ def _adapter(
             try:
                 r = ranks.value([name], config.get("r", 8))
                 lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
-                modules[name] = _settings(config, r, lora_alpha, pair)
-                A = within_groups(pair["lora_A"], modules[name].base.groups)
-                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+                A, B = pair["lora_A"], pair["lora_B"]
+                if name in parameters:
+                    modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
+                else:
+                    modules[name] = _settings(config, r, lora_alpha, pair)
+                    A = within_groups(A, modules[name].base.groups)
+                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
                 if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                     tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
             except ValueError as error:
