@@ -113,7 +113,12 @@ class Matrix(Part):
 
 
 class Stack(Part):
-    """A stack (n, out_features, in_features) of matrices that a module keeps for itself: a mixture's experts."""
+    """A stack of matrices that a module keeps for itself: a mixture's experts."""
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is (n, in_features, out_features), and not (n, out_features, in_features): transformers' word."""
+        return bool(getattr(self.lora_owner, "is_transposed", False))
 
 
 #: The kinds of part, by the number of a parameter's dimensions.

@@ -39,11 +39,10 @@ _BY_PATTERN = {
     "splits": "{'qkv_proj': (64, 16, 16)}",
     "enable_lora": "{'qkv_proj': (True, False, True)}",
 }
-
 # Those of them that may name a module for what it keeps for itself.
 _BY_MODULE = ("rank_pattern", "alpha_pattern")
-_FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
 
+_FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
 _MOST_HINTS = 10  # for one field
 
 
@@ -257,12 +256,13 @@ def find_targets(
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
     excluded, _ = _matching(config.exclude_modules or (), names)
-    targets = within([module for module in targets if module not in excluded], names, problems)
-    targets = once([*targets, *find_parameters(names, config.target_parameters or (), problems)])
+    targets = in_layers(config, [module for module in targets if module not in excluded], names, problems)
+    tell_of_layout(config, targets)
+    targets = once(
+        [*within(targets, names, problems), *find_parameters(names, config.target_parameters or (), problems)]
+    )
     excluded |= set(_select("exclude_modules", config.exclude_modules or (), names, problems))  # parts, too
     targets = [each for each in targets if each not in excluded and getattr(each, "lora_owner", None) not in excluded]
-    targets = in_layers(config, targets, names, problems)
-    tell_of_layout(config, targets)
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
     adapted, known = {module: names[module] for module in targets}, known_by(targets, names)
