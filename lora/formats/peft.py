@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_attention import (
+    Place,
     attention_among,
     attention_in,
     attention_problems,
     is_follower,
     place_in,
     placed,
-    settled,
 )
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
@@ -93,7 +94,7 @@ def named(adapter: Adapter, forms: Mapping[str, Form]) -> dict[str, Tensor]:
         A = over_all_channels(A, settings.base.groups)
         for part, tensor in (("A", A), ("B", B)):
             tensors[f"{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
-        magnitude = adapter.magnitude(name) if settings.use_dora else None
+        magnitude = adapter.magnitude(name)
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
             tensors[f"{name}.lora_magnitude_vector"] = magnitude.view(shape)
@@ -314,20 +315,29 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def modules_of(
-    pairs: Mapping[str, Mapping[str, Tensor]], said: Said, problems: Problems
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    said: Said,
+    problems: Problems,
+    places: Mapping[str, Place] = MappingProxyType({}),
 ) -> tuple[dict[str, ModuleAdapter], dict[str, Tensor]]:
-    """The settings and the tensors of modules, from what a file has for each, and says of each."""
+    """The settings and the tensors of modules, from what a file has for each, and says of each.
+
+    Args:
+        places: what those of the file's names stand for that are no layer's.
+    """
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    for name, pair in pairs.items():
+    for told, pair in pairs.items():
+        place = places.get(told, Place(told, told))
+        name = place.name
         wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
         wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
         problems.add(*wrong)
         if wrong:
             continue
         with problems.at(name):
-            config, r, lora_alpha = said(name)
-            modules[name] = _settings(config, r, lora_alpha, pair)
+            config, r, lora_alpha = said(place.by)
+            modules[name] = _settings(config, r, lora_alpha, pair, place)
             A = within_groups(pair["lora_A"], modules[name].base.groups)
             tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
@@ -345,8 +355,7 @@ def _adapter(
     problems: Problems,
 ) -> Adapter:
     places = attention_among(pairs, config.get("peft_version"))
-    modules, tensors = modules_of(pairs, lambda name: said(places[name].by if name in places else name), problems)
-    modules, tensors = settled(modules, tensors, places)
+    modules, tensors = modules_of(pairs, said, problems, places)
     # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
     for name in full:
         owner, _, own = name.rpartition(".")
@@ -378,14 +387,17 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
+def _settings(
+    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
+) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
+    lora_alpha *= place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
     if A.dim() == 2:
-        base = Base(kind="embedding" if "embedding" in pair else "linear")
+        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=place.parameter)
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)

@@ -12,12 +12,9 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
-
-from lora.adapters.adapter import Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import Adapter, Form
 from lora.errors import join, short
 from lora.functional.fused import exact_dtype
 from lora.models.blocks import padded
@@ -129,26 +126,11 @@ def attention_among(places: Iterable[str], version: object) -> dict[str, Place]:
     if found and newer:
         warnings.warn(
             f"PEFT {short(version)} has written LoRA of nn.MultiheadAttention, and is newer than what is known here. "
-            f"Up to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this one is taken to "
-            "add it once. Compare its outputs with these.",
+            f"Up to {'.'.join(map(str, _TWICE_UP_TO))}, PEFT adds the update of `out_proj` twice; this one is taken "
+            "to add it once. Compare its outputs with these.",
             stacklevel=2,
         )
     return found
-
-
-def settled(
-    modules: Mapping[str, ModuleAdapter], tensors: Mapping[str, Tensor], places: Mapping[str, Place]
-) -> tuple[dict[str, ModuleAdapter], dict[str, Tensor]]:
-    """The same by the names of what PEFT's names stand for, with what PEFT makes of the scaling."""
-    by_name = {}
-    for told, settings in modules.items():
-        place = places.get(told, Place(told, told))
-        lora_alpha, scaling = settings.lora_alpha * place.times, settings.scaling * place.times
-        base = replace(settings.base, parameter=place.parameter)
-        by_name[place.name] = replace(settings, lora_alpha=lora_alpha, scaling=scaling, base=base)
-    keys = (key.rpartition(".") for key in tensors)
-    named = [join(places[told].name if told in places else told, own) for told, _, own in keys]
-    return by_name, dict(zip(named, tensors.values(), strict=True))
 
 
 def _number(version: str) -> tuple[int, ...]:
