@@ -14,8 +14,8 @@ from lora.models.model import lora_layers, names_of, without_wrappers
 
 _NO_GRADIENT = (
     "no gradient came to it: it was not called, or its weight was read where nobody could see it, or "
-    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient (`use_reentrant=False` lets it come, and "
-    "so does transformers' `model.enable_input_require_grads()`)"
+    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient (`use_reentrant=False` lets it come, "
+    "and so does transformers' `model.enable_input_require_grads()`)"
 )
 _ZERO = "its gradient is zero: what it adds changed nothing in the loss, as an expert's that saw no token"
 _NOT_MOVED = "it is as it started, and others have moved; a training step before this says more"
