@@ -59,8 +59,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
         model: a model with LoRA layers.
         path: the file, `.safetensors` by custom, or a folder that exists, in which the file is adapter.safetensors; a
             folder for PEFT's formats.
-        format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
-            converter and others read alike (`lora.write_adapter`). Default: "lora".
+        format: "lora"; "peft"; "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
+            converter and others read alike; or "diffusers" (`lora.write_adapter`). Default: "lora".
 
     Warns:
         UserWarning: adapters are as they started, while others have learnt since `lora.inject`; or PEFT would lose
@@ -135,7 +135,7 @@ def load_adapter(
         model: the base model, or a model with the same modules adapted.
         source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read; of a sharded
             model what the first rank says counts.
-        lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
+        lora_alpha: the numerator of the scaling, for files that do not say it, as loralib's. Default: None.
         check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
             is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
@@ -195,7 +195,7 @@ def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, t
         path = as_path(source, "source", " or a lora.Adapter")
         return read_adapter(path, lora_alpha=lora_alpha), f"load_adapter: {path} is not loaded"
     if lora_alpha is not None:
-        raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
+        raise TypeError("`lora_alpha` is for files that do not say it; an adapter that was read has its scaling.")
     what = "load_adapter: the adapter is not loaded"
     raise_all(what, source.problems(), AdapterError)
     if to_send:  # without its device, its graph, and what else shares its memory

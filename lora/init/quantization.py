@@ -184,7 +184,7 @@ def _start(layer: LoRALayer, weight: Tensor, steps: int, niter: int | None) -> t
 def _fit(layer: LoRALayer, weight: Tensor, niter: int | None) -> tuple[list[Pair], float]:
     """The best s · B A for what the base lacks, and the norm of what is left."""
     lost = weight - layer.lora_base_weight()
-    q = layer.lora_B.shape[1]
+    q = layer.lora_block_rank()
     pairs = split(layer, [decomposed(block, q, niter) for block in weight_blocks(layer, lost)])
     return pairs, float((lost - _update(layer, pairs)).norm())
 

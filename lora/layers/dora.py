@@ -31,9 +31,10 @@ class Magnitudes(LayerKind):
         """g ⊙ (y − b) + b, for y = (W₀ + s · B A) x + b."""
         return self.lora_magnified_beside(self._parameters.get("bias"), y)
 
-    def lora_magnified_beside(self, bias: Tensor | None, y: Tensor) -> Tensor:
-        """The same for a bias that need not be the layer's."""
+    def lora_magnified_beside(self, bias: Tensor | None, y: Tensor, outputs: slice | None = None) -> Tensor:
+        """The same for a bias that need not be the layer's, and for some of the outputs."""
         gain = self.lora_expand_to_outputs(self.lora_gains(), 1.0).to(exact_dtype(y.dtype))
+        gain = gain if outputs is None else gain[outputs]
         _, dim = self.lora_output_dims()
         return magnify(y, gain, None if bias is None else bias.to(y.dtype), dim)
 
@@ -61,9 +62,8 @@ class Magnitudes(LayerKind):
             weight, rows, s = self.lora_base_weight(), self.lora_block_rows(), self.lora_read_scaling()
             dtype = exact_dtype(weight.dtype)
             with without_autocast(weight.device):
-                Bs = torch.split(self.lora_B.to(dtype).flatten(1), rows)
-                As = self.lora_A.to(dtype).flatten(1).chunk(len(rows))
-                added = []
+                flat_A, flat_B = self.lora_flat(self.lora_A.to(dtype), self.lora_B.to(dtype))
+                Bs, As, added = torch.split(flat_B, rows), flat_A.chunk(len(rows)), []
                 # (rows, columns), (q, columns), (rows, q)
                 for W, A, B in zip(self.lora_weight_blocks(weight), As, Bs, strict=True):
                     cross = (W @ A.T.to(W.dtype)).to(dtype)  # (rows, q): no copy of W in another dtype

@@ -10,12 +10,15 @@ that stands for W and is not built where that can be avoided.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import with_article
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -49,10 +52,37 @@ def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> 
 
 
 def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[str, Any]) -> None:
-    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`."""
+    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`.
+
+    It is not given what holds the others, as when recurrent layers note which weights they have seen.
+    """
     for name, value in vars(twin).items():
-        if name not in others and (name not in own or own[name] is not value):
+        changed = name not in others and (name not in own or own[name] is not value)
+        if changed and not _holds(value, [*others.values()]):
             vars(module)[name] = value
+
+
+def _holds(value: Any, others: list[Any]) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds(each, others) for each in (value.values() if isinstance(value, dict) else value))
+    value = value() if isinstance(value, ref) else value
+    return any(value is other for other in others)
+
+
+def exchanged_in(value: Any, others: list[tuple[Any, Any]]) -> Any:
+    """A list, tuple or dict with others in the places of what it holds; anything else, and if it holds none, itself.
+
+    Args:
+        value: what may hold some, itself or further within.
+        others: what may be held, each with the other that is to stand in its place.
+    """
+    if type(value) in (list, tuple):
+        new = type(value)(exchanged_in(each, others) for each in value)
+        return value if all(a is b for a, b in zip(value, new, strict=True)) else new
+    if type(value) is dict:
+        new = {key: exchanged_in(each, others) for key, each in value.items()}
+        return value if all(a is b for a, b in zip(value.values(), new.values(), strict=True)) else new
+    return next((new for old, new in others if value is old), value)
 
 
 class LowRankWeight:
@@ -68,6 +98,7 @@ class LowRankWeight:
         dropout: of the inputs of B A; only taught operations can have it.
         transposed: stand for the transposed matrix.
         base: W₀, if it is not the layer's weight as it is, but in another dtype, say.
+        rows: which of the layer's outputs it has, if not all.
     """
 
     def __init__(
@@ -81,26 +112,43 @@ class LowRankWeight:
         dropout: float = 0.0,
         transposed: bool = False,
         base: Tensor | None = None,
+        rows: slice | None = None,
     ) -> None:
         self.layer, self.A, self.B, self.scaling = layer, A, B, scaling
         self.base: Tensor = layer.weight if base is None else base
-        self.gain, self.dropout, self.transposed = gain, dropout, transposed
+        self.gain, self.dropout, self.transposed, self.rows = gain, dropout, transposed, rows
 
     def dense(self, why: str = "an operation that is not known") -> Tensor:
         """W as a tensor, in the base weight's dtype, rounded once."""
         layer: Any = self.layer
         exact = exact_dtype(self.base.dtype)
-        if self.dropout:
-            raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for a {type(layer).__name__}: its forward computes with "
-                f"its weight by {why}, of whose inputs none can be dropped."
-            )
+        self._no_dropout(why)
         with without_autocast(self.base.device):
             update = layer.lora_delta(self.A.to(exact), self.B.to(exact)) * self.scaling
             W = self.base.to(exact) + update
             W = W * layer.lora_gain(exact) if self.gain else W
-        rounded: Tensor = W.to(self.base.dtype)
-        return rounded.transpose(0, 1) if self.transposed else rounded
+        return self._part_of(W.to(self.base.dtype))
+
+    def part(self) -> Tensor:
+        """What of W₀ it stands for."""
+        return self._part_of(self.base)
+
+    def _part_of(self, weight: Tensor) -> Tensor:
+        if self.rows is not None:
+            weight = weight.narrow(self.layer.lora_output_dims()[0], self.rows.start, self.rows.stop - self.rows.start)
+        return weight.transpose(0, 1) if self.transposed else weight
+
+    def _no_dropout(self, why: str) -> None:
+        if self.dropout:
+            raise RuntimeError(
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with "
+                f"the weight by {why}, of whose inputs none can be dropped."
+            )
+
+    def taught(self, function: Any) -> Callable[..., Any] | None:
+        """What computes a function of W beside W₀; it takes the function's arguments, and may not know some."""
+        how = type(self.layer).lora_taught.get(function)
+        return None if how is None else partial(getattr(self.layer, how), self)
 
     @classmethod
     def __torch_function__(
@@ -112,8 +160,8 @@ class LowRankWeight:
     ) -> Any:
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
-            how = type(value.layer).lora_taught.get(function) if isinstance(value, cls) else None
-            result = NotImplemented if how is None else getattr(value.layer, how)(value, *args, **kwargs)
+            how = value.taught(function) if isinstance(value, LowRankWeight) else None
+            result = NotImplemented if how is None else how(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         why = getattr(function, "__name__", str(function))
@@ -124,8 +172,7 @@ class LowRankWeight:
     @property
     def shape(self) -> torch.Size:
         """The weight's shape."""
-        shape = self.base.shape
-        return torch.Size((shape[1], shape[0], *shape[2:])) if self.transposed else shape
+        return self.part().shape
 
     def size(self, dim: int | None = None) -> Any:
         """The weight's shape, or one of its sizes."""
@@ -142,13 +189,21 @@ class LowRankWeight:
         """W transposed."""
         return self._with(self.base, not self.transposed)
 
-    def _with(self, base: Tensor, transposed: bool) -> LowRankWeight:
+    def with_base(self, base: Tensor) -> LowRankWeight:
+        """The same update of another tensor, such as W₀ in another dtype."""
+        return self._with(base, self.transposed)
+
+    def with_rows(self, rows: slice) -> LowRankWeight:
+        """W's part for some of the layer's outputs."""
+        return self._with(self.base, self.transposed, rows)
+
+    def _with(self, base: Tensor, transposed: bool, rows: slice | None = None) -> LowRankWeight:
         settings: dict[str, Any] = {"gain": self.gain, "dropout": self.dropout, "transposed": transposed, "base": base}
-        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings)
+        return LowRankWeight(self.layer, self.A, self.B, self.scaling, **settings, rows=rows or self.rows)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankWeight:
         """W in another dtype, or on another device."""
-        return self._with(self.base.to(*args, **kwargs), self.transposed)
+        return self.with_base(self.base.to(*args, **kwargs))
 
     def type_as(self, other: Tensor) -> LowRankWeight:
         """W in the dtype of another tensor."""
@@ -156,7 +211,7 @@ class LowRankWeight:
 
     def type(self, dtype: Any = None) -> Any:
         """W in another dtype, or the name of its own."""
-        return self.base.type() if dtype is None else self._with(self.base.type(dtype), self.transposed)
+        return self.base.type() if dtype is None else self.with_base(self.base.type(dtype))
 
     def float(self) -> LowRankWeight:
         """W in float32."""
@@ -169,14 +224,17 @@ class LowRankWeight:
 
     def __getattr__(self, name: str) -> Any:
         if name in _KNOWN:
-            return getattr(self.base, name)
+            return getattr(self.part(), name)
         if name.startswith("__"):  # what copy, pickle and others look for
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise RuntimeError(
-                f"a {type(self.layer).__name__} must not write to its weight in its forward, as `weight.{name}` does: "
+                f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
                 "the weight there is W₀ + s · B A, which is made anew in each forward."
             )
+        method: Any = getattr(Tensor, name, None)
+        if method in type(self.layer).lora_taught:
+            return lambda *args, **kwargs: LowRankWeight.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.dense(name), name)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -193,6 +251,14 @@ class LowRankWeight:
 
 # What a weight has in common with W.
 _KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
+
+
+def _said(layer: Any) -> str:
+    """A layer's weight in words; of a part, what the owner calls it."""
+    owner = vars(layer).get("lora_owner")
+    if owner is not None:
+        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
+    return f"the weight of {with_article(type(layer).__name__)}"
 
 
 def _dense(value: Any, why: str) -> Any:

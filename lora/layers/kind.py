@@ -90,6 +90,8 @@ class LayerKind(nn.Module):
         "use_dora",
         "merge_weights",
     )
+    #: Which dimension of lora_A, and which of lora_B, counts the ranks.
+    lora_rank_dims: ClassVar[tuple[int, int]] = 0, 1
     #: The factor that is zero at the start.
     lora_starts_at_zero: ClassVar[str] = "lora_B"
     #: The class that this one adapts; `lora.LoRALayer` for a class that stands in front of LoRA layers.
@@ -101,6 +103,8 @@ class LayerKind(nn.Module):
     #: Which torch functions of W a base class's own forward may call without W being built: the names of the methods
     #: that compute them beside W₀, each with a `LowRankWeight` before the function's arguments.
     lora_taught: ClassVar[Mapping[Any, str]] = {}
+    #: What stands for W there: `LowRankWeight`, or a class that derives from it.
+    lora_value: ClassVar[type[Any]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,6 +157,24 @@ class LayerKind(nn.Module):
         if wanted["splits"] is not None or wanted["enable_lora"] is not None:
             raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
         return cls, {}
+
+    def lora_flat(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B, or their like, as matrices: of all blocks A, one below the other, and so of all B; views."""
+        return A.flatten(1), B.flatten(1)  # (blocks · q, columns), (all rows, q)
+
+    def lora_formed(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """What `lora_flat` gives, of any rank, in the shapes of the layer's own A and B."""
+        return A.reshape(-1, *self.lora_A.shape[1:]), B.reshape(*B.shape, *self.lora_B.shape[2:])
+
+    def lora_block_rank(self) -> int:
+        """q, the rank that each block has."""
+        return self.lora_B.shape[self.lora_rank_dims[1]]
+
+    def lora_shapes_without_rank(self) -> tuple[Shape, Shape]:
+        """The sizes of A and of B, but for those that go with the rank: alike for adapters of one base weight."""
+        pairs = zip((self.lora_A, self.lora_B), self.lora_rank_dims, strict=True)
+        sizes_A, sizes_B = ((*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor, dim in pairs)
+        return sizes_A, sizes_B
 
     def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""

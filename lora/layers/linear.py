@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, compress
 from typing import Any, ClassVar
 
@@ -16,31 +16,22 @@ from lora.errors import short
 from lora.functional import Adapted, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
-from lora.layers.in_place import LowRankWeight
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Matrix
 from lora.layers.registry import Kind, register
 from lora.layers.starts import Init
-from lora.layers.vocabulary import WithVocabulary
+from lora.layers.taught import TaughtLinear
 from lora.layers.weights import sample_slice
 
 # How many rows of a weight in low precision are merged at a time.
 _PART = 512
 
 
-class LinearLoRA(WithVocabulary):
+class LinearLoRA(TaughtLinear):
     """The kind for linear layers: A (r, in_features), B (out_features, r)."""
 
     lora_counted = "out_features", "lora_B", 0
-    lora_taught: ClassVar[Mapping[Any, str]] = {
-        F.linear: "lora_taught_linear",
-        **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), "lora_taught_matmul"),
-        torch.addmm: "lora_taught_addmm",
-    }
-
-    #: The weight is stored as (in_features, out_features).
-    fan_in_fan_out: bool = False
     #: The kind to use when the layer's output is several fused ones.
     lora_merged_kind: ClassVar[type[LinearLoRA]]
 
@@ -78,7 +69,6 @@ class LinearLoRA(WithVocabulary):
         return (in_features, out_features) if self.fan_in_fan_out else (out_features, in_features)
 
     def lora_slices(self) -> list[tuple[int, int]]:
-        """Begin and end of each of the G parts of the output that an update goes to."""
         return [(0, self.lora_features(self)[1])]
 
     def lora_delta(self, A: Tensor, B: Tensor) -> Tensor:
@@ -133,10 +123,6 @@ class LinearLoRA(WithVocabulary):
     def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         return [self.lora_stored(weight)[start:stop] for start, stop in self.lora_slices()]
 
-    def lora_stored(self, weight: Tensor) -> Tensor:
-        """(out_features, in_features) as the base layer stores it, or back again."""
-        return weight.T if self.fan_in_fan_out else weight
-
     def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # nn.Linear itself knows no transposed weight; other bases that have one know it.
         if self.fan_in_fan_out and self.lora_base_class is nn.Linear:
@@ -163,30 +149,6 @@ class LinearLoRA(WithVocabulary):
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input, self.lora_stored(weight), self.bias)
-
-    # ---- what the base class's own forward may do with W -----------------------------------------------------
-
-    def lora_taught_linear(self, W: LowRankWeight, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
-        """x Wᵀ + b, for W (out_features, in_features)."""
-        if weight is not W or W.transposed != self.fan_in_fan_out:
-            return NotImplemented
-        base = self.lora_stored(W.base)
-        y = lora_linear(input, base, bias, W.A, W.B, W.scaling, W.dropout, self.lora_slices())
-        return self.lora_magnified_beside(bias, y) if W.gain else y
-
-    def lora_taught_matmul(self, W: LowRankWeight, input: Any = None, weight: Any = None, **others: Any) -> Any:
-        """x W, for W (in_features, out_features)."""
-        if weight is not W or others or input.dim() == 1:
-            return NotImplemented
-        return self.lora_taught_linear(turned := W.t(), input, turned)
-
-    def lora_taught_addmm(
-        self, W: LowRankWeight, bias: Any = None, input: Any = None, weight: Any = None, **others: Any
-    ) -> Any:
-        """b + x W, for W (in_features, out_features)."""
-        if weight is not W or others or bias.dim() != 1:
-            return NotImplemented
-        return self.lora_taught_linear(turned := W.t(), input, turned, bias)
 
     def lora_reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)

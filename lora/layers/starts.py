@@ -58,11 +58,12 @@ def orthogonal(layer: Layer) -> None:
     problem = odd_problem(layer)
     if problem:
         raise ValueError(problem)
-    q = layer.lora_B.shape[1]
+    q = layer.lora_block_rank()
+    columns = layer.lora_flat(layer.lora_A, layer.lora_B)[0].shape[1]
     As, Bs = [], []
     for size in layer.lora_block_rows():
         Q = torch.linalg.qr(_randn(layer, q, q))[0]
-        As.append(Q[0::2].T @ _randn(layer, q // 2, layer.lora_A[0].numel()) / 10)  # (q, columns)
+        As.append(Q[0::2].T @ _randn(layer, q // 2, columns) / 10)  # (q, columns)
         Bs.append(_randn(layer, size, q // 2) @ Q[1::2] / 10)  # (size, q)
     layer.lora_A.copy_(torch.cat(As).view_as(layer.lora_A))
     layer.lora_B.copy_(torch.cat(Bs).view_as(layer.lora_B))
@@ -70,7 +71,7 @@ def orthogonal(layer: Layer) -> None:
 
 def odd_problem(layer: Layer) -> str | None:
     """What is wrong with a rank for "orthogonal"; None if nothing is."""
-    q = layer.lora_B.shape[1]
+    q = layer.lora_block_rank()
     return f"`r` must be even, for each group, when `init_lora_weights='orthogonal'`, got {q}." if q % 2 else None
 
 

@@ -32,21 +32,22 @@ def pairs_of(layer: LoRALayer) -> list[Pair]:
     merged linear           one for each enabled split: B (size, r), A (r, in)
     factored convolution    one for each group: B (out / groups, r / groups), A (r / groups, in / groups · k)
     loralib's convolution   one: its B and A
+    stack                   one for each matrix: its B (out, r), A (r, in)
     """
     return factor_blocks(layer, layer.lora_A.detach().cpu().double(), layer.lora_B.detach().cpu().double())
 
 
 def factor_blocks(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:
     """The blocks of an A and a B in the layer's form: views, in their dtype, on their device."""
-    rows = layer.lora_block_rows()
-    return list(zip(torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows)), strict=True))
+    rows, (flat_A, flat_B) = layer.lora_block_rows(), layer.lora_flat(A, B)
+    return list(zip(torch.split(flat_B, rows), flat_A.chunk(len(rows)), strict=True))
 
 
 def tensors_of(like: LoRALayer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """A and B with these blocks, of any rank, in the form of the layer; new memory."""
     A = torch.cat([A for _, A in pairs])  # (blocks·q, columns)
     B = torch.cat([B for B, _ in pairs])  # (all rows, q)
-    return A.reshape(-1, *like.lora_A.shape[1:]), B.reshape(*B.shape, *like.lora_B.shape[2:])
+    return like.lora_formed(A, B)
 
 
 # ---- ranks: q, the rank of a block, is r, and for convolutions in proportion to it -------------------------------
@@ -54,7 +55,7 @@ def tensors_of(like: LoRALayer, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
 
 def block_rank(layer: LoRALayer, r: int) -> int:
     """q of a layer of this kind and form with rank `r`; ValueError if there is none."""
-    q, rest = divmod(r * layer.lora_B.shape[1], layer.r)
+    q, rest = divmod(r * layer.lora_block_rank(), layer.r)
     if rest:
         groups = getattr(layer, "groups", 1)
         raise ValueError(f"`r` (={r}) must be divisible by `groups` (={groups}) when `factored=True`.")
@@ -63,7 +64,7 @@ def block_rank(layer: LoRALayer, r: int) -> int:
 
 def layer_rank(layer: LoRALayer, q: int) -> int:
     """The smallest rank at which the layer's blocks have a rank of `q` at least."""
-    return -(-q * layer.r // layer.lora_B.shape[1])
+    return -(-q * layer.r // layer.lora_block_rank())
 
 
 @torch.inference_mode(False)

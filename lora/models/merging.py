@@ -274,7 +274,7 @@ def _is_surely_finite(layer: LoRALayer) -> bool:
     if layer.weight.numel() == 0:
         return True
     W, A, B = (_largest(tensor) for tensor in (layer.weight, layer.lora_A, layer.lora_B))
-    return W + abs(layer.lora_scaling) * A * B * layer.lora_B.shape[1] < torch.finfo(layer.weight.dtype).max
+    return W + abs(layer.lora_scaling) * A * B * layer.lora_block_rank() < torch.finfo(layer.weight.dtype).max
 
 
 def _largest(tensor: Tensor) -> float:

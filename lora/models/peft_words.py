@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch.nn as nn
 
 from lora.errors import Problems, is_count, short, some
-from lora.layers.parts import Part
 from lora.layers.registry import kind_for
 from lora.models.model import Names, without_wrappers
 
@@ -121,10 +120,7 @@ def layer_expressions(config: Config) -> dict[str, str]:
 
 
 def in_layers(config: Config, targets: list[nn.Module], names: Names, problems: Problems) -> list[nn.Module]:
-    """Of these modules those in the layers of `layers_to_transform`, and those that `target_modules` names in full.
-
-    Parameters that are named by themselves stay, as in PEFT.
-    """
+    """Of these modules those in the layers of `layers_to_transform`, and those that `target_modules` names in full."""
     said = config.layers_to_transform
     wanted = {said} if isinstance(said, int) else {*(said or ())}
     if not wanted or not targets:
@@ -133,9 +129,6 @@ def in_layers(config: Config, targets: list[nn.Module], names: Names, problems: 
     in_full = set() if isinstance(config.target_modules, str) else {*config.target_modules}
     kept, there, unused = list[nn.Module](), set[int](), {*expressions}
     for module in targets:
-        if isinstance(module, Part):
-            kept.append(module)
-            continue
         known = [*map(without_wrappers, names[module])]
         numbers = {number for name in known if (number := _number_in(name, expressions, unused)) is not None}
         there |= numbers

@@ -51,7 +51,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
             problems.add(f"`niter` must be an integer of at least 0, got {niter!r}.")
         problems.add(*start_problems(layer, scales=True))
     blocks = weight_blocks(layer, layer.lora_base_weight())
-    return split(layer, [decomposed(block, layer.lora_B.shape[1], niter) for block in blocks])
+    return split(layer, [decomposed(block, layer.lora_block_rank(), niter) for block in blocks])
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
     """
     with Problems(f"olora: a {type(layer).__name__} cannot start so") as problems:
         problems.add(*start_problems(layer, scales=False))
-    pairs, q = [], layer.lora_B.shape[1]
+    pairs, q = [], layer.lora_block_rank()
     for block in weight_blocks(layer, layer.lora_base_weight()):
         with without_autocast(block.device):
             Q, R = torch.linalg.qr(block)
@@ -96,7 +96,8 @@ def start_problems(layer: LoRALayer, scales: bool) -> Iterator[str]:
     if layer.weight.is_meta:
         found.append("its weight has no values yet, being on the meta device.")
     elif not [*form_problems(layer)]:
-        found += rank_problems(layer, [(rows, layer.lora_A[0].numel()) for rows in layer.lora_block_rows()])
+        columns = layer.lora_flat(layer.lora_A, layer.lora_B)[0].shape[1]
+        found += rank_problems(layer, [(rows, columns) for rows in layer.lora_block_rows()])
         found += value_problems(layer)
     yield from found
     if scales and not found:
@@ -121,7 +122,7 @@ def form_problems(layer: LoRALayer) -> Iterator[str]:
 
 def rank_problems(layer: LoRALayer, shapes: Sequence[tuple[int, ...]], times: int = 1) -> Iterator[str]:
     """A complaint if the rank is above that of a block; the blocks have these shapes."""
-    q, least = layer.lora_B.shape[1], min(shapes, key=min)
+    q, least = layer.lora_block_rank(), min(shapes, key=min)
     if q * times > min(least):
         what = f"{times} · r" if times > 1 else "r"
         got = f"the rank of a block is {q}" if q != layer.r else f"`r` is {q}"
@@ -154,7 +155,7 @@ def value_problems(layer: LoRALayer) -> Iterator[str]:
 
 def split(layer: LoRALayer, spectra: Sequence[Spectrum]) -> list[Pair]:
     """B and A of each block with s · B A = U_q S_q V_qᵀ, each with the square root of S_q / s."""
-    return [cut(part._replace(S=part.S / layer.lora_scaling), layer.lora_B.shape[1]) for part in spectra]
+    return [cut(part._replace(S=part.S / layer.lora_scaling), layer.lora_block_rank()) for part in spectra]
 
 
 def decomposed(matrix: Tensor, q: int, niter: int | None = None) -> Spectrum:

@@ -47,7 +47,8 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
 
     Where W₀ is written, W₀ + s B A stays what it was, to the rounding of W₀'s dtype. `lora.disabled` and `lora.eject`
     give the pretrained model, to the same rounding, and `lora.save_adapter` writes what was learnt, at rank 2r, for an
-    unchanged base. State dicts of such a model hold what is left of W₀: load them into a model that started alike.
+    unchanged base. State dicts of such a model hold what is left of W₀, by the name of the weight, and with a first
+    dimension of 1: load them into a model that started alike. Any other refuses them, a plain model for the shape.
     Packed (quantised) weights are not written.
 
     Args:
@@ -250,16 +251,15 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
     """
     assert layer.lora_start is not None, "asked of layers that have one"
     A0, B0, scaling = layer.lora_start
-    if r != 2 * layer.r or A.shape[0] != 2 * A0.shape[0]:
+    if r != 2 * layer.r or A.numel() != 2 * A0.numel():
         raise ValueError(
             f"its adapter in the model started from a part of the base weight, so that the file's has twice its rank: "
             f"`r` must be {2 * layer.r}, got {r}."
         )
     if not s:
         raise ValueError("a scaling of 0 in the file loses what the adapter started from.")
-    rows, q = layer.lora_block_rows(), B0.shape[1]
-    Bs, As = torch.split(B.flatten(1), rows), A.flatten(1).chunk(len(rows))
-    started = [(-B[:, q:], A[q:]) for B, A in zip(Bs, As, strict=True)]
+    q, pairs = layer.lora_block_rank(), factor_blocks(layer, A, B)
+    started = [(-B[:, q:], A[q:]) for B, A in pairs]
     ours = _pairs(layer, A0, B0 * (scaling / s))
     if not all(
         weights.same_values(x, y)
@@ -270,7 +270,7 @@ def to_start(layer: LoRALayer, r: int, s: float, A: Tensor, B: Tensor) -> Pair:
             "its adapter in the file started from another part of the base weight than the one in the model: load it "
             "into the plain base model, or initialise as it was."
         )
-    return tensors_of(layer, [(B[:, :q], A[:q]) for B, A in zip(Bs, As, strict=True)])
+    return tensors_of(layer, [(B[:, :q], A[:q]) for B, A in pairs])
 
 
 def _pairs(layer: LoRALayer, A: Tensor, B: Tensor) -> list[Pair]:

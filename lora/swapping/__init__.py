@@ -119,12 +119,12 @@ class Swappable(LoRALayer):
         return range(self.r, 0, -1)
 
     def lora_padded(self, r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        fits = A.dim() == self.lora_A.dim() and B.dim() == self.lora_B.dim()
-        fits = fits and A.shape[0] * self.r == r * self.lora_A.shape[0] and A.shape[1:] == self.lora_A.shape[1:]
-        fits = fits and B.shape[1] * self.r == r * self.lora_B.shape[1] and B.shape[2:] == self.lora_B.shape[2:]
-        if r >= self.r or not fits or B.shape[0] != self.lora_B.shape[0]:
-            return A, B
-        return at_block_rank(self, A, B, self.lora_B.shape[1])
+        fits = True
+        for theirs, ours, dim in zip((A, B), (self.lora_A, self.lora_B), self.lora_rank_dims, strict=True):
+            expected = [*ours.shape]
+            expected[dim] = expected[dim] * r // self.r
+            fits = fits and [*theirs.shape] == expected
+        return at_block_rank(self, A, B, self.lora_block_rank()) if fits and r < self.r else (A, B)
 
     def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
         r, lora_alpha = self.padded_from
@@ -246,7 +246,7 @@ class _Larger(NamedTuple):
 
 def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
     A, B = layer.lora_A, layer.lora_B
-    q = -(-max_r * B.shape[1] // layer.r)
+    q = -(-max_r * layer.lora_block_rank() // layer.r)
     r = layer_rank(layer, q)
     dA, dB = (factor if factor.grad is None else factor.grad for factor in (A, B))
     lora_alpha = alpha_of(layer.lora_scaling, r, layer.use_rslora)

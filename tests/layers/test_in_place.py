@@ -146,7 +146,7 @@ OWN = {
     "router": (lambda: Router(8, 4), lambda: rows((5,)), "beside"),
     "normed": (lambda: Normed(8, 4), lambda: rows((3,)), "built"),
     "stacked": (lambda: Stacked(8, 4), lambda: rows((3,)), "built"),
-    "by rows": (lambda: ByRows(8, 4), lambda: rows((3,)), "built"),
+    "by rows": (lambda: ByRows(8, 4), lambda: rows((3,)), "beside"),
     "scaled words": (lambda: ScaledWords(10, 6), lambda: torch.randint(10, (2, 5)), "beside"),
     "padded words": (lambda: ScaledWords(10, 6, padding_idx=3), lambda: torch.randint(10, (2, 5)), "beside"),
     "positions": (lambda: Positions(10, 6), lambda: ids((2, 5)), "beside"),
@@ -286,7 +286,7 @@ def test_dropout_is_refused_where_w_is_built_in_training(own):
     if "slice" in own:
         return  # embeddings have none
     model, x, _ = adapted(own, lora_dropout=0.5)
-    with pytest.raises(RuntimeError, match=r"`lora_dropout` \(=0.5\) must be 0 for a \w+: its forward computes with"):
+    with pytest.raises(RuntimeError, match=r"`lora_dropout` \(=0.5\) must be 0 for the weight of a \w+: the forward"):
         model(x)
     model.eval()(x)
 
@@ -406,7 +406,7 @@ class Writes(nn.Linear):
 def test_a_forward_that_writes_to_its_weight_is_an_error():
     model = nn.Sequential(Writes(8, 4))
     lora.inject(model, target_modules=["0"], r=2)
-    with pytest.raises(RuntimeError, match=r"a Writes must not write to its weight .*as `weight.clamp_` does"):
+    with pytest.raises(RuntimeError, match=r"of a Writes must not be written to in a forward, as `.clamp_` does"):
         model(torch.randn(3, 8))
 
 

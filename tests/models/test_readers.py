@@ -295,6 +295,14 @@ def test_the_output_is_that_of_w(reader, settings):
     assert not torch.allclose(of(right["x"](*inputs)), off)
 
 
+def test_attention_leaves_the_weight_of_its_output_unbuilt_and_drops_what_it_projects(monkeypatch):
+    model, inputs, of, _ = adapted("attention")
+    model["x"].out_proj.lora_dropout = 0.5
+    monkeypatch.setattr(type(model["x"].out_proj), "lora_delta", lambda *_: pytest.fail("W was built"))
+    assert not torch.allclose(of(model["x"](*inputs)), of(model["x"](*inputs)))
+    of(model["x"].eval()(*inputs)).sum().backward()
+
+
 @each_reader
 def test_every_adapter_learns(reader):
     model, inputs, of, base = adapted(reader)
@@ -448,10 +456,10 @@ def test_a_second_injection_adds_to_what_is_read():
 def test_dropout_is_of_the_inputs_where_the_weight_is_multiplied_and_refused_elsewhere():
     model, (x,), _, _ = adapted("fused", lora_dropout=0.5)
     assert not torch.equal(model["x"](x), model["x"](x))
-    make, targets, inputs, _ = READERS["attention"]
+    make, targets, inputs, _ = READERS["kernel"]
     other = make()
     lora.inject(other, target_modules=targets, r=2, lora_dropout=0.5)
-    with pytest.raises(RuntimeError, match=r"computes with its weight by multi_head_attention_forward"):
+    with pytest.raises(RuntimeError, match=r"computes with the weight by view"):
         other(*inputs)
     other.eval()(*inputs)
 
