@@ -63,6 +63,8 @@ class LayerKind(nn.Module):
     lora_base_written: bool = True
     lora_needs_data: str | None = None
     lora_injected: bool = False
+    #: How often A and B had been written when they started; None if that would not tell what they learn (a file's).
+    lora_fresh: int | None = None
     lora_place: Place | None = None
     _merged: Cached | None = None
     _squares: Cached | None = None

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import some
 from lora.layers import weights
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import PARAMETERS, LoRALayer
@@ -31,10 +32,15 @@ Reads = dict[str, Any]
 
 @dataclass
 class Reading:
-    """What a module reads: the layers, and the methods of its class, called by others, that read them."""
+    """What a module reads: the layers, and the methods of its class, called by others, that read them.
+
+    Attributes:
+        fusing: the methods that would make another layer of what these weigh, without LoRA, and the layers.
+    """
 
     layers: Reads = field(default_factory=dict)
     methods: set[str] = field(default_factory=set)
+    fusing: dict[str, list[str]] = field(default_factory=dict)
 
 
 class WeightReader(nn.Module):
@@ -42,11 +48,13 @@ class WeightReader(nn.Module):
 
     Attributes:
         lora_reads: the layers whose weights it reads, by their names; its own parts it reads in any case.
-        lora_reader: its class, and the methods that read.
+        lora_fuses: the layers of which methods would make others, by the names of the methods.
+        lora_reader: its class, the methods that read, and those that make layers.
     """
 
     lora_reads: Reads
-    lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
+    lora_fuses: dict[str, list[str]]
+    lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]]]
     #: Whether these apply a function of autograd's, which takes tensors alone.
     lora_applies: ClassVar[bool]
 
@@ -92,7 +100,7 @@ class WeightReader(nn.Module):
 
 
 @functools.cache
-def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
+def _class_for(base: Any, methods: tuple[str, ...], fusing: tuple[str, ...]) -> type[WeightReader]:
     def finding_weights(name: str) -> Any:
         method = getattr(base, name)
 
@@ -109,14 +117,26 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
 
         return call
 
-    namespace = {name: finding_weights(name) for name in methods}
+    def refusing(name: str) -> Any:
+        @functools.wraps(getattr(base, name))
+        def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
+            layers = self.lora_fuses[name]
+            raise RuntimeError(
+                f"`{name}` makes a layer of the weights of {some(layers, len(layers))}, in which their adapters would "
+                "do nothing. Merge them first (`lora.merge`), or call it before `lora.inject` and adapt the new layer, "
+                "with `splits`."
+            )
+
+        return call
+
+    namespace = {name: finding_weights(name) for name in methods} | {name: refusing(name) for name in fusing}
     applies = any("apply()" in _words(base, name) for name in methods)
-    own = {"__module__": base.__module__, "lora_reader": (base, methods), "lora_applies": applies}
+    own = {"__module__": base.__module__, "lora_reader": (base, methods, fusing), "lora_applies": applies}
     return type(base.__name__, (WeightReader, base), namespace | own)
 
 
-def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
-    return object.__new__(_class_for(base, methods))
+def _new(base: Any, methods: tuple[str, ...], fusing: tuple[str, ...] = ()) -> WeightReader:
+    return object.__new__(_class_for(base, methods, fusing))
 
 
 # A module, what it had, its twin, and what that had in the place of it.
@@ -156,8 +176,9 @@ def let_read(names: Names) -> list[str]:
     problems = [*_problems(readers, names)]
     reader: Any
     for reader, reading in readers.items() if not problems else ():
-        reader.__class__ = _class_for(_written_class(reader), tuple(sorted(reading.methods)))
-        reader.lora_reads = reading.layers
+        methods, fusing = (tuple(sorted(names)) for names in (reading.methods, reading.fusing))
+        reader.__class__ = _class_for(_written_class(reader), methods, fusing)
+        reader.lora_reads, reader.lora_fuses = reading.layers, reading.fusing
     return problems
 
 
@@ -165,6 +186,7 @@ def let_read_no_more(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, WeightReader):
         vars(module).pop("lora_reads")
+        vars(module).pop("lora_fuses", None)
         forget_parts(module)
         reader: Any = module
         reader.__class__ = _written_class(module)
@@ -188,12 +210,15 @@ def _readers_of(names: Names) -> dict[nn.Module, Reading]:
                     reading.methods.update(methods)
                     _enter(reading.layers, path, layer)
                 called |= {word.removesuffix("()") for word in _words(cls, "forward")}
+                for method in _fusing(cls) - called:
+                    if _reads(module, cls, method, said, tensor):
+                        found.setdefault(module, Reading()).fusing.setdefault(method, []).append(".".join(path))
     return found
 
 
 def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
     for module, reading in readers.items():
-        if has_own_forward(module):
+        if reading.methods and has_own_forward(module):
             yield (
                 f"{names[module][0] or 'the model'}: reads the weights of layers in it, and its instance has a "
                 "`forward` of its own, which would go on doing so; remove that first."
@@ -273,6 +298,19 @@ def _methods(cls: Any) -> frozenset[str]:
     """The methods of a class that others may call in a forward."""
     own = {name for owner in cls.__mro__ if owner.__module__ != "torch.nn.modules.module" for name in vars(owner)}
     return frozenset(name for name in own if isfunction(getattr_static(cls, name)) and name not in _OF_TORCH)
+
+
+# What the functions and classes are called by which methods put weights together, and make layers of them.
+_JOINS = {"cat", "concat", "concatenate", "vstack", "hstack", "stack"}
+_LAYERS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
+
+
+@functools.cache
+def _fusing(cls: Any) -> frozenset[str]:
+    """The methods of a class that make one layer of the weights of several, as `fuse_projections` of diffusers'."""
+    called = {name: _codes(_function(getattr_static(cls, name))) for name in _methods(cls)}
+    words = {name: {word for code in codes for word in code.co_names} for name, codes in called.items()}
+    return frozenset(name for name, its in words.items() if "weight" in its and its & _JOINS and its & _LAYERS)
 
 
 @functools.cache

@@ -459,7 +459,7 @@ def test_dropout_is_of_the_inputs_where_the_weight_is_multiplied_and_refused_els
     make, targets, inputs, _ = READERS["kernel"]
     other = make()
     lora.inject(other, target_modules=targets, r=2, lora_dropout=0.5)
-    with pytest.raises(RuntimeError, match=r"computes with its weight by view"):
+    with pytest.raises(RuntimeError, match=r"computes with the weight by view"):
         other(*inputs)
     other.eval()(*inputs)
 
