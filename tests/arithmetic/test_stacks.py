@@ -80,7 +80,9 @@ def test_resized_and_scaled(is_transposed):
         np.testing.assert_allclose(smaller.delta(f"experts.{own}", torch.float64).numpy(), cut(delta, 1), atol=1e-9)
         energy = np.linalg.svd(delta, compute_uv=False) ** 2
         assert kept[f"experts.{own}"] == pytest.approx(energy[..., 0].sum() / energy.sum())
-        np.testing.assert_allclose(lora.scale(adapter, 2).delta(f"experts.{own}", torch.float64).numpy(), 2 * delta, atol=1e-9)
+        np.testing.assert_allclose(
+            lora.scale(adapter, 2).delta(f"experts.{own}", torch.float64).numpy(), 2 * delta, atol=1e-9
+        )
 
 
 @both
@@ -92,7 +94,9 @@ def test_extracted(is_transposed):
     assert [*got.adapter.modules] == ["experts.up", "experts.down"]
     assert got.adapter.trained_in_full == []
     for own in ("up", "down"):
-        np.testing.assert_allclose(got.adapter.delta(f"experts.{own}", torch.float64).numpy(), update(net, own, 1.5), atol=1e-9)
+        np.testing.assert_allclose(
+            got.adapter.delta(f"experts.{own}", torch.float64).numpy(), update(net, own, 1.5), atol=1e-9
+        )
     lora.load_adapter(base, got.adapter)
     x = torch.randn(3, 6, dtype=torch.float64)
     assert torch.allclose(base["experts"](x), finetuned["experts"](x))
