@@ -276,15 +276,14 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(own, use_dora, tmp_path):
     torch.testing.assert_close(first(model(x)), y, rtol=1e-10, atol=1e-10)
 
 
-@each_own
+@pytest.mark.parametrize("own", [own for own in OWN if own != "by order"])  # dynamo follows no set of parameters
 @pytest.mark.slow
 def test_it_is_compiled_without_a_break(own):
     for settings in ({}, {"use_dora": True}):
         model, x, _ = adapted(own, torch.float32, **settings)
         moved(model)
         torch._dynamo.reset()
-        whole = own != "by order"  # dynamo follows no set of parameters
-        y = first(torch.compile(model, fullgraph=whole, backend="aot_eager")(x))
+        y = first(torch.compile(model, fullgraph=True, backend="aot_eager")(x))
         torch.testing.assert_close(y, first(model(x)))
         for got, wanted in zip(gradients(y, model), gradients(first(model(x)), model), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
