@@ -8,6 +8,7 @@ counts fastest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,8 +22,13 @@ from lora.layers.settings import scaling_of
 from lora.models.patterns import ends_of
 
 _WRAPPER = ".base_layer"
-# The order in which mixtures of experts have them.
-_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# The orders in which mixtures of experts have them, torch's attention, and a layer of torch's recurrent ones.
+_ORDERS = (
+    ("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
+    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ("weight_ih", "weight_hh", "weight_hr"),
+)
+_OF_A_LAYER = re.compile(r"(weight_[ih][hr])(?:_l(\d{1,9}))?(_reverse)?")
 # unsloth's word in the configuration for how B is packed, and what it says: as in PEFT, or expert by expert.
 LAYOUT = "lora_B_layout"
 _AS_PEFT, _BY_EXPERT = "rank_major", "grouped_by_expert"
@@ -163,8 +169,19 @@ def unpacked(config: Mapping[str, Any], r: int, lora_alpha: float, A: Tensor, B:
 
 def _in_order(names: Iterable[str]) -> list[str] | None:
     """Parameters of one module in the order in which modules have them; None if that is not known."""
-    names = [*names]
-    own = [name.rpartition(".")[2] for name in names]
-    if len(names) > 1 and not {*own} <= {*_ORDER}:
+    by_name = {name: _place(name.rpartition(".")[2]) for name in names}
+    places = [*by_name.values()]
+    if len(places) > 1 and (None in places or len({place[0] for place in places if place}) > 1):
         return None
-    return sorted(names, key=lambda name: _ORDER.index(name.rpartition(".")[2])) if len(names) > 1 else names
+    return sorted(by_name, key=lambda name: by_name[name] or ())
+
+
+def _place(own: str) -> tuple[int, ...] | None:
+    """Which order a parameter of this name is in, and where."""
+    layer, direction = 0, 0
+    if of_layer := _OF_A_LAYER.fullmatch(own):
+        own, layer, direction = of_layer[1], int(of_layer[2] or 0), len(of_layer[3] or "")
+    for number, order in enumerate(_ORDERS):
+        if own in order:
+            return number, layer, direction, order.index(own)
+    return None
