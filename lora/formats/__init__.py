@@ -8,7 +8,7 @@ from typing import Any
 from lora.adapters.adapter import Adapter
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.paths import kind
-from lora.formats import diffusion, flat, peft, peft_folder
+from lora.formats import diffusion, flat, peft, peft_folder, peft_parts
 from lora.formats.portable import portable
 
 
@@ -30,6 +30,9 @@ def enter() -> None:
         reads=peft_folder.reads,
         claims=peft_folder.claims,
         files=files,
+    )
+    FORMATS[peft_parts.FORMAT] = Format(
+        "PEFT", meant=peft_parts.resolved, only_model="the rest of a tensor that the file has a part of"
     )
     FORMATS["portable"] = Format(
         "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files

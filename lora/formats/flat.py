@@ -159,7 +159,8 @@ def _config(pair: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _rank(pair: Mapping[str, Tensor]) -> int:
-    return (*pair["lora_A"].shape, 0)[0]  # what is no matrix is refused later
+    A = pair["lora_A"]
+    return len(A) if A.dim() else 0  # what is no matrix is refused later
 
 
 def _number(tensor: Tensor) -> float:
