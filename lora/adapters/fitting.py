@@ -302,7 +302,7 @@ def _as_in(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B
         return settings.at_rank(layer.r), *to_start(layer, settings.r, settings.scaling, A, B)
     if format == "loralib":
         return _of_loralib(module, settings, A, B)
-    if format == "lora":
+    if format == "lora" or settings.splits:
         # Ours has the layer's form, but where `lora.combine` made one pair of an adapter of several splits.
         if settings.splits or not isinstance(layer, MergedLinearLoRA):
             return settings, A, B

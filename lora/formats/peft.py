@@ -18,7 +18,7 @@ from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
-from lora.formats import peft_parts
+from lora.formats import peft_merged, peft_parts
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
@@ -263,6 +263,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             for p, v in patterns.items()
             if not is_number(v)
         )
+    yield from peft_merged.problems(config)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
@@ -312,9 +313,12 @@ def modules_of(
             continue
         with problems.at(name):
             config, r, lora_alpha = said(name)
-            modules[name] = _settings(config, r, lora_alpha, pair)
-            A = within_groups(pair["lora_A"], modules[name].base.groups)
-            tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+            if config.get(peft_merged.OPTION):
+                modules[name], A, B = peft_merged.form_of(config, r, lora_alpha, pair["lora_A"], pair["lora_B"])
+            else:
+                modules[name], B = _settings(config, r, lora_alpha, pair), pair["lora_B"]
+                A = within_groups(pair["lora_A"], modules[name].base.groups)
+            tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                 tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
     if not pairs:
