@@ -14,6 +14,7 @@ from torch import Tensor
 from lora.adapters.base import Base, Record, rest_problems
 from lora.errors import join, short
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Stack
 from lora.layers.registry import kind_for
 from lora.layers.settings import alpha_of, scaling_problem, settings_problems
 from lora.models.injection import Adaptation, adapt
@@ -142,8 +143,9 @@ class ModuleAdapter(Record):
         if make is None:
             raise ValueError(f"is of the kind {self.base.kind}, which only its model knows.")
         shape = self._shape_by(A, B) if self.base.shape is None else self.base.shape
-        if self.base.kind != "conv" and len(shape) != 2:
-            raise ValueError(f"`base` must have a shape of two sizes for {self.base.kind!r}, got {short(shape)}.")
+        sizes = {"stack": 3}.get(self.base.kind, 2)
+        if self.base.kind != "conv" and len(shape) != sizes:
+            raise ValueError(f"`base` must have a shape of {sizes} sizes for {self.base.kind!r}, got {short(shape)}.")
         module = make(shape, self.base)
         kind = kind_for(type(module))
         assert kind is not None, "these are torch's own"
@@ -157,7 +159,7 @@ class ModuleAdapter(Record):
         if magnitude is not None:
             _check_shape(MAGNITUDE, magnitude, tuple(module.lora_magnitude.shape))
             module.lora_magnitude = nn.Parameter(magnitude, False)
-        if self.base.fan_in_fan_out:
+        if self.base.fan_in_fan_out and self.base.kind == "linear":
             module.fan_in_fan_out = True
             module.weight = nn.Parameter(module.weight.T, False)
         return module
@@ -213,10 +215,18 @@ def _conv(shape: tuple[int, ...], base: Base) -> nn.Module:
     return classes[len(kernel)](*sizes, groups=base.groups, bias=False, device="meta")
 
 
+def _stack(shape: tuple[int, ...], base: Base) -> nn.Module:
+    owner = nn.Module()
+    owner.is_transposed = bool(base.fan_in_fan_out)  # type: ignore[assignment]
+    owner.experts = nn.Parameter(torch.empty(shape, device="meta"), False)
+    return Stack(owner, "experts")
+
+
 _MAKE: dict[str, Callable[[tuple[int, ...], Base], nn.Module]] = {
     "linear": _linear,
     "embedding": _embedding,
     "conv": _conv,
+    "stack": _stack,
 }
 
 

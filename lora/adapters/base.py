@@ -7,7 +7,7 @@ statistics computes something else, as it does beside other weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.adapters.samples import same_sample, values_of
 from lora.errors import is_count, is_number, join, short
 from lora.functional.fused import is_plain, is_storage
 from lora.layers import weights
@@ -25,6 +26,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.parts import Part
 from lora.layers.registry import kind_for
+from lora.layers.stack import StackLoRA
 from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import is_given_back, pretrained_weight
 from lora.models.training import has_moved, originals
@@ -39,7 +41,9 @@ _KINDS: dict[type[LoRALayer], str] = {
     MergedConv1DLoRA: "linear",
     EmbeddingLoRA: "embedding",
     ConvLoRA: "conv",
+    StackLoRA: "stack",
 }
+_MAYBE_TRANSPOSED = ("linear", "stack")
 # How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
 # exact they are, as files of before do not.
 _SAMPLE, _TOLERANCE = 16, 0.01
@@ -50,8 +54,6 @@ _LARGEST = 2**50  # values of a weight that is believed to be one
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
 _NOT_THERE = "there was no such tensor in the model that the adapter was trained in"
-# The dtypes that models are cast to. A sample is compared to the precision of the narrowest that holds its values.
-_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
 
 
 # ---- a weight that is adapted -------------------------------------------------------------------------------------
@@ -105,10 +107,11 @@ class Base(Record):
     """What is known of a base weight: enough to recognise it, and to do without it.
 
     Attributes:
-        kind: "linear", "embedding", "conv", or the name of a user's kind of layer.
+        kind: "linear", "embedding", "conv", "stack", or the name of a user's kind of layer.
         shape: of the weight; None where it is packed.
         dtype: of the weight, without "torch."; None if it is not known.
-        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features); None if only the model knows.
+        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features), or a stack's of such; None if
+            only the model knows.
         groups: of a convolution.
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
         parameter: whether the layer stands for one parameter of a module, whose name is then the layer's.
@@ -138,7 +141,7 @@ class Base(Record):
             kind=name,
             shape=_shape_of(layer),
             dtype=str(layer.weight.dtype).removeprefix("torch."),
-            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name == "linear" else False,
+            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name in _MAYBE_TRANSPOSED else False,
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
@@ -151,7 +154,7 @@ class Base(Record):
         entries: dict[str, Any] = {"kind": self.kind, "shape": self.shape}
         if self.dtype is not None:
             entries["dtype"] = self.dtype
-        if self.kind == "linear":
+        if self.kind in _MAYBE_TRANSPOSED:
             entries["fan_in_fan_out"] = self.fan_in_fan_out
         if self.kind == "conv":
             entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}
@@ -391,36 +394,6 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
     return "the values are not those that the adapter was trained with"
 
 
-def same_sample(theirs: Sequence[float], ours: Sequence[float], slack: float = 0.0) -> bool:
-    """Whether two samples are one tensor's: equal, or one of them rounded to another dtype than the other.
-
-    Which dtype a value was rounded to shows in the value, and outlives a cast back to float32.
-
-    >>> same_sample([0.1, 0.7], [0.10009765625, 0.69921875])  # the second are bfloat16's
-    True
-    >>> same_sample([0.1, 0.7], [0.1001, 0.6992])
-    False
-    """
-    if len(theirs) != len(ours):
-        return False
-    a, b = (torch.tensor(sample, dtype=torch.float32) for sample in (theirs, ours))
-    of_a, of_b = _precision(a), _precision(b)
-    # Rounding moves a value by half of its precision, and again if it went through another dtype.
-    tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
-    # Half of float16's smallest step, by which it moves what is below its normal numbers.
-    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
-    return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest + slack).all())
-
-
-def _precision(sample: Tensor) -> float:
-    """The precision of the narrowest dtype that holds these values as they are."""
-    return torch.finfo(next((dtype for dtype in _NARROWEST_FIRST if _holds(dtype, sample)), torch.float32)).eps
-
-
-def _holds(dtype: torch.dtype, sample: Tensor) -> bool:
-    return torch.equal(sample.to(dtype).float(), sample)
-
-
 def rest_problems(rest: Any) -> Iterator[str]:
     """What is wrong with what an adapter says of the rest of its base model, whatever the model."""
     for name, about in rest.items():
@@ -434,16 +407,3 @@ def rest_problems(rest: Any) -> Iterator[str]:
         numbers = sample if isinstance(sample, list) else [] if sample is None else [None]
         if not all(map(is_number, numbers)) or len(numbers) > _VALUES:
             yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {short(sample)}."
-
-
-def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) -> tuple[float, ...] | None:
-    """Values of a module's own tensor, the first, the last and others between; None if there are none, or not finite.
-
-    `module` may be None for a tensor that is not sharded.
-    """
-    last = tensor.numel() - 1
-    if last < 0:
-        return None
-    places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
-    sample = tuple[float, ...](weights.of(module, own, tensor).values_at(places).double().tolist())
-    return sample if all(map(math.isfinite, sample)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
 from lora.adapters.fitting import Fit, Target
-from lora.adapters.formats import read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, read_adapter, write_adapter
 from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
@@ -60,6 +61,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
         format: "lora"; "peft"; "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
             converter and others read alike; or "diffusers" (`lora.write_adapter`). Default: "lora".
 
+    Warns:
+        UserWarning: PEFT, reading its format, would lose adapters of some layers (a mixture's dense ones).
+
     Raises:
         TypeError: `path` is no path.
         ValueError: there is no LoRA layer in the model, no such format, or `path` is empty.
@@ -81,6 +85,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     def write() -> None:
         raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        for loss in FORMATS[format].losses(model, adapter) if format in FORMATS else ():
+            warnings.warn(f"save_adapter: {loss}", stacklevel=4)
         known = [without_wrappers(name) for group in names.values() for name in group]
         try:
             write_adapter(adapter, path, format, module_names=known)

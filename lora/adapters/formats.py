@@ -38,6 +38,7 @@ class Format(NamedTuple):
         read: reads what is at a path; the second argument is the `lora_alpha` that a user gave, or None.
         reads: whether what is at a path is of this format.
         claims: whether a file would be read in this format for its name, whatever is in it.
+        losses: warnings of what its own library would lose of an adapter to a model, though all is written.
         files: the names of the files by which a folder is of this format.
         asks: whether its files may leave `lora_alpha` to the user; `read` then raises a TypeError where one says it.
         meant: gives an adapter the names and shapes of a model's modules, where its files have others.
@@ -49,6 +50,7 @@ class Format(NamedTuple):
     read: Callable[[Path, float | None], Adapter] | None = None
     reads: Callable[[Path], bool] = lambda path: False
     claims: Callable[[Path], bool] = lambda path: False
+    losses: Callable[[nn.Module, Adapter], Iterable[str]] = lambda model, adapter: ()
     files: tuple[str, ...] = ()
     asks: bool = False
     meant: Callable[[Adapter, Mapping[str, nn.Module], Problems], Adapter] = lambda adapter, modules, problems: adapter

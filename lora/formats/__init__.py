@@ -9,6 +9,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.paths import kind
 from lora.formats import diffusion, flat, peft, peft_folder, peft_parts
+from lora.formats.peft_losses import losses
 from lora.formats.portable import portable
 
 
@@ -29,13 +30,17 @@ def enter() -> None:
         read=lambda path, lora_alpha: peft.read(path),
         reads=peft_folder.reads,
         claims=peft_folder.claims,
+        losses=losses,
         files=files,
     )
     FORMATS[peft_parts.FORMAT] = Format(
         "PEFT", meant=peft_parts.resolved, only_model="the rest of a tensor that the file has a part of"
     )
     FORMATS["portable"] = Format(
-        "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files
+        "PEFT",
+        write=lambda adapter, path, names: peft.write(portable(adapter), path, names),
+        losses=losses,
+        files=files,
     )
     FORMATS["loralib"] = Format(
         "loralib",

@@ -14,7 +14,8 @@ from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.in_place_stack import LowRankStack
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
-from lora.layers.registry import Kind
+from lora.layers.parts import Stack
+from lora.layers.registry import Kind, register
 
 
 class StackLoRA(LoRALayer):
@@ -104,3 +105,6 @@ class StackLoRA(LoRALayer):
     def lora_remove(self, restore_layout: bool = True) -> None:
         self.__dict__.pop("fan_in_fan_out", None)
         super().lora_remove(restore_layout)
+
+
+register(Stack, StackLoRA)

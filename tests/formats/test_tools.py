@@ -357,6 +357,10 @@ def test_what_diffusers_has_no_place_for(tmp_path):
     lora.inject(dilated, target_modules=["conv"], r=2, factored=True)
     message = "diffusers would compute the update of a convolution without its dilation"
     refused(lambda: lora.save_adapter(dilated, tmp_path / "out", format="diffusers"), message)
+    attends = nn.ModuleDict({"unet": nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})})
+    lora.inject(attends, target_modules=["attention"], r=2)
+    message = "diffusers adapts layers, and unet.attention has parameters of its own."
+    refused(lambda: lora.save_adapter(attends, tmp_path / "out", format="diffusers"), message)
     with_dora = of_pipeline(use_dora=True)
     refused(lambda: lora.save_adapter(with_dora, tmp_path / "out", format="diffusers"), "has a magnitude (DoRA)")
     assert not (tmp_path / "out").exists()
