@@ -143,9 +143,9 @@ class ModuleAdapter(Record):
         if make is None:
             raise ValueError(f"is of the kind {self.base.kind}, which only its model knows.")
         shape = self._shape_by(A, B) if self.base.shape is None else self.base.shape
-        sizes = {"stack": 3}.get(self.base.kind, 2)
+        sizes, said = (3, "three") if self.base.kind == "stack" else (2, "two")
         if self.base.kind != "conv" and len(shape) != sizes:
-            raise ValueError(f"`base` must have a shape of {sizes} sizes for {self.base.kind!r}, got {short(shape)}.")
+            raise ValueError(f"`base` must have a shape of {said} sizes for {self.base.kind!r}, got {short(shape)}.")
         module = make(shape, self.base)
         kind = kind_for(type(module))
         assert kind is not None, "these are torch's own"
