@@ -301,6 +301,10 @@ def of_kinds(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Probl
     for name in settings.keys() & modules.keys():
         kind = "embedding" if isinstance(modules[name], nn.Embedding) else "linear"
         settings[name] = _of_kind(settings[name], kind)
+        if kind == "embedding" and settings[name].use_dora:
+            problems.add(
+                f"{name}: mlx-lm has a magnitude (DoRA) for each row of an embedding, and lora for each column."
+            )
     return replace(adapter, modules=settings)
 
 

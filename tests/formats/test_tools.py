@@ -275,6 +275,27 @@ def test_an_embedding_of_mlx_lms_is_not_taken_for_a_linear_layer(tmp_path):
     refused(lambda: lora.write_adapter(adapter, tmp_path / "out", "peft"), "which only its model knows")
 
 
+def test_mlx_lms_dora_has_a_magnitude_for_each_output(tmp_path):
+    linear = nn.Linear(6, 8).double()
+    A, B, m = torch.randn(2, 6), torch.randn(8, 2), torch.rand(8) + 0.5
+    tools.save(tmp_path / "adapters.safetensors", {"it.lora_a": A.T, "it.lora_b": B.T, "it.m": m})
+    about = {"fine_tune_type": "dora", "lora_parameters": {"scale": 2.5, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    weight = linear.weight.detach().numpy() + 2.5 * tools.product(A, B)
+    weight *= (m.double().numpy() / np.linalg.norm(weight, axis=1))[:, None]
+    model = tools.nested(it=linear)
+    before = linear.weight.detach().clone().numpy()
+    agree(changes(model, lambda model: lora.load_adapter(model, tmp_path)), {"it": weight - before})
+
+
+def test_mlx_lms_dora_of_an_embedding_is_another(tmp_path):
+    tensors = {"embed.lora_a": torch.ones(6, 2), "embed.lora_b": torch.ones(2, 6), "embed.m": torch.ones(6)}
+    tools.save(tmp_path / "adapters.safetensors", tensors)
+    about = {"fine_tune_type": "dora", "lora_parameters": {"scale": 2.5}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    refuses(tmp_path, "embed: mlx-lm has a magnitude (DoRA) for each row", model=tools.nested(embed=nn.Embedding(6, 6)))
+
+
 def test_litgpts_fused_projection_with_grouped_queries(tmp_path):
     model = tools.nested(transformer__h__0__attn__qkv=nn.Linear(6, 12))  # 8 of queries, 2 of keys, 2 of values
     name, r = "transformer.h.0.attn.qkv", 2
