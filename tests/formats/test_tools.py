@@ -163,8 +163,8 @@ REFUSED = {
     ),
     "a difference": (GOOD | {"lora_unet_norm.diff": torch.ones(2)}, "lora_unet_norm.diff is of whole differences"),
     "dora_scale": (
-        GOOD | {"lora_unet_a.dora_scale": torch.ones(6, 1)},
-        "lora_unet_a.dora_scale is no part of an adapter",
+        GOOD | {"lora_unet_a.dora_scale": torch.ones(1, 6)},
+        "lora_unet_a: `dora_scale` must have a value for each of the 6 outputs, got the shape (1, 6)",
     ),
     "unread": (GOOD | {"x": torch.ones(2)}, "x is no part of an adapter as kohya names them."),
     "several tools": (GOOD | AB, "it has names of several tools, as "),
@@ -286,6 +286,21 @@ def test_mlx_lms_dora_has_a_magnitude_for_each_output(tmp_path):
     model = tools.nested(it=linear)
     before = linear.weight.detach().clone().numpy()
     agree(changes(model, lambda model: lora.load_adapter(model, tmp_path)), {"it": weight - before})
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_dora_scale_of_lycoris_with_one_for_each_output(tmp_path, kernel):
+    layer = nn.Conv2d(6, 8, 3).double() if kernel else nn.Linear(6, 8).double()
+    A, B = torch.randn(2, 6, *kernel), torch.randn(8, 2, *[1] * len(kernel))
+    m = torch.rand(8, *[1] * (layer.weight.dim() - 1)) + 0.5
+    tensors = {"lora_unet_it.lora_down.weight": A, "lora_unet_it.lora_up.weight": B, "lora_unet_it.dora_scale": m}
+    tools.save(tmp_path / "a.safetensors", tensors | {"lora_unet_it.alpha": torch.tensor(3.0)})
+    before = layer.weight.detach().clone().numpy()
+    weight = (before + 3 / 2 * tools.product(A, B)).reshape(8, -1)
+    weight *= (m.double().numpy().ravel() / np.linalg.norm(weight, axis=1))[:, None]
+    model = tools.nested(it=layer)
+    got = changes(model, lambda model: lora.load_adapter(model, tmp_path / "a.safetensors"))
+    agree(got, {"it": weight.reshape(before.shape) - before})
 
 
 def test_mlx_lms_dora_of_an_embedding_is_another(tmp_path):
