@@ -169,6 +169,7 @@ class ModuleAdapter(Record):
 
             merged linear, G splits      A as it is, (G·r, in);  B block-diagonal, (out, G·r), zero where not enabled
             loralib's convolutions       A and B in blocks, rank r·k² in two dimensions, times groups²
+            stacks of matrices           A and B as they are: a pair for each matrix
 
         The scaling stays; `lora_alpha` grows with the rank.
 
@@ -176,6 +177,8 @@ class ModuleAdapter(Record):
             ValueError: as `layer`.
         """
         A, B = self.layer(A, B).lora_single(A, B)
+        if self.base.kind == "stack":
+            return self, A, B
         factored = True if self.base.kind == "conv" else None
         return replace(self, splits=None, enable_lora=None, factored=factored).at_rank(A.shape[0]), A, B
 
@@ -183,6 +186,9 @@ class ModuleAdapter(Record):
         """The shape of a packed base weight, which its description leaves open."""
         if self.base.kind == "conv":
             raise ValueError("`base` must have a shape for a convolution.")
+        if self.base.kind == "stack":
+            sizes = (B.shape[1], A.shape[-1])
+            return (B.shape[0], *(sizes[::-1] if self.base.fan_in_fan_out else sizes))
         outputs, inputs = sum(self.splits or (B.shape[0],)), A.shape[1]
         transposed = self.base.kind == "embedding" or self.base.fan_in_fan_out
         return (inputs, outputs) if transposed else (outputs, inputs)
