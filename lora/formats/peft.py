@@ -18,6 +18,7 @@ from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
+from lora.formats import peft_merged, peft_parts
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_attention import (
     Place,
@@ -53,11 +54,10 @@ _PARTS = {
     "lora_B": re.compile(r"\.lora_B(\.[^.]+)?\.weight$|\.lora_embedding_B(\.[^.]+)?$"),
     MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.(?!weight$)[^.]+)?(?:\.weight)?$"),
 }
-_BIAS_OF_B = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
-    *("use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
-    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("velora_config", "monteclora_config", "layer_replication"),
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
@@ -208,13 +208,16 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, lambda config: check_config(what, config))
     pairs, full, problems = _sort(tensors)
+    parts = {name: full.pop(key) for key in [*full] if (name := peft_parts.known(key))}
     own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
     places = attention_among(pairs, config.get("peft_version"))
     places |= {told: Place(name, name, parameter=True, packed=True) for told, name in own.items()}
     said = said_by(what, config, [places[told].by if told in places else told for told in pairs])
     with Problems(what, AdapterError) as found:
-        found.add(*problems)
+        found.add(*problems, *peft_parts.unannounced(parts, config))
         adapter = _adapter(config, said, pairs, full, places, found)
+        found.raise_any()
+        adapter = peft_parts.noted(adapter, parts, config, found)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
     return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
@@ -273,7 +276,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
         yield f"`init_lora_weights` is {short(init)}, which changes the base weight; let PEFT convert it first."
     yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout") or 0.0)
-    for option in ("use_rslora", "use_dora"):
+    for option in ("use_rslora", "use_dora", peft_parts.BIAS):
         if not isinstance(config.get(option) or False, bool):
             yield f"`{option}` must be true or false, got {short(config[option])}."
     for option in _PATTERNS:
@@ -287,7 +290,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             for p, v in patterns.items()
             if not is_number(v)
         )
-    yield from config_problems(config)
+    yield from (*config_problems(config), *peft_merged.problems(config))
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
@@ -307,9 +310,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         name = key.removeprefix(PREFIX)
         part, found = next(((p, match) for p, ending in _PARTS.items() if (match := ending.search(name))), (None, None))
         called.update({next(filter(None, found.groups()), "")} if found else ())
-        if _BIAS_OF_B.search(name):
-            problems.append(f"{key}: a bias of lora_B (`lora_bias`) has no place here.")
-        elif part is None:
+        if part is None:
             full[name] = tensor
         else:
             module = _PARTS[part].sub("", name)
@@ -351,6 +352,8 @@ def modules_of(
             A, B = pair["lora_A"], pair["lora_B"]
             if place.packed:
                 modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
+            elif config.get(peft_merged.OPTION):
+                modules[name], A, B = peft_merged.form_of(config, r, lora_alpha, A, B)
             else:
                 modules[name] = _settings(config, r, lora_alpha, pair, place)
                 A = within_groups(A, modules[name].base.groups)
