@@ -159,7 +159,7 @@ def _config(pair: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _rank(pair: Mapping[str, Tensor]) -> int:
-    return (*pair["lora_A"].shape, 0)[0]  # what is no matrix is refused later
+    return int((*pair["lora_A"].shape, 0)[0])  # what is no matrix is refused later
 
 
 def _number(tensor: Tensor) -> float:

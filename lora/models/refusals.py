@@ -38,8 +38,9 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
         return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
     if has_own_forward(module):
         return (
-            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
-            "remove the hook first."
+            "the instance has its own `forward` attribute, which would bypass LoRA. accelerate's hooks set one "
+            "(`device_map`, `dispatch_model`): inject first, and dispatch then; or take them out with "
+            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`, inject, and dispatch again."
         )
     return None
 
