@@ -166,6 +166,64 @@ INJECTED = {
 }
 for words, settings in INJECTED.items():
     CASES[f"inject: {words}"] = injecting(**settings)
+
+
+class Owner(nn.Module):
+    """A module with a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.own)
+
+
+def owners(n, adapt=False):
+    model = Model(n)
+    for i, block in enumerate(model.layers):
+        block.add_module(up(i), Owner())
+    if adapt:
+        lora.inject(model, target_parameters=["own"], r=1)
+    return model
+
+
+@case("inject")
+def parameters(n):
+    model = owners(n)
+    return lambda: lora.inject(model, target_parameters=["own"], r=1)
+
+
+@case("inject")
+def parameters_by_full_names(n):
+    model = owners(n)
+    return lambda: lora.inject(model, target_parameters=[Name(f"layers.{i:02}.{up(i)}.own") for i in range(n)], r=1)
+
+
+@case("inject")
+def parameters_that_are_not_there(n):
+    model = owners(n)
+    return refused(lambda: lora.inject(model, target_parameters=[Name(f"owm{i:02}") for i in range(n)], r=1))
+
+
+@case("eject")
+def of_parameters(n):
+    model = owners(n, adapt=True)
+    return lambda: lora.eject(model)
+
+
+@case("merged_state_dict")
+def of_parameters_too(n):
+    model = owners(n, adapt=True)
+    return lambda: lora.merged_state_dict(model)
+
+
+@case("load_adapter")
+def parameters_into_a_plain_model(n):
+    adapter, model = named(lora.adapter_of(owners(n, adapt=True))), owners(n)
+    return lambda: lora.load_adapter(model, adapter)
+
+
 CASES["inject: a task"] = lambda n: (
     lambda model: lambda: lora.inject(model, target_modules=ups(n), r=1, task_type="SEQ_CLS")
 )(Model(n, score=nn.Linear(2, 2)))

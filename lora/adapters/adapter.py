@@ -256,7 +256,7 @@ class Adapter:
             embeddings that were resized, and buffers that training moved.
         rest: what is known of the base model's other parameters and buffers, by name: `shape` and `sample`.
         base_model: what the base model is called, if that is known.
-        format: the format of the file that it was read from: "lora", "peft" or "loralib".
+        format: the format of the file that it was read from: "lora", "peft", "loralib", "diffusers", ….
 
     >>> import torch, lora
     >>> settings = {"r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "use_rslora": False, "scaling": 2.0}

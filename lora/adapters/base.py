@@ -7,7 +7,7 @@ statistics computes something else, as it does beside other weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.adapters.samples import same_sample, values_of
 from lora.errors import is_count, is_number, join, short
 from lora.functional.fused import is_plain, is_storage
 from lora.layers import weights
@@ -52,8 +53,6 @@ _LARGEST = 2**50  # values of a weight that is believed to be one
 # How many values of a tensor are remembered, and the digits that tell apart all float32 numbers.
 _VALUES, _DIGITS = 8, 9
 _NOT_THERE = "there was no such tensor in the model that the adapter was trained in"
-# The dtypes that models are cast to. A sample is compared to the precision of the narrowest that holds its values.
-_NARROWEST_FIRST = (torch.bfloat16, torch.float16, torch.float32)
 
 
 # ---- a weight that is adapted -------------------------------------------------------------------------------------
@@ -393,36 +392,6 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
     return "the values are not those that the adapter was trained with"
 
 
-def same_sample(theirs: Sequence[float], ours: Sequence[float], slack: float = 0.0) -> bool:
-    """Whether two samples are one tensor's: equal, or one of them rounded to another dtype than the other.
-
-    Which dtype a value was rounded to shows in the value, and outlives a cast back to float32.
-
-    >>> same_sample([0.1, 0.7], [0.10009765625, 0.69921875])  # the second are bfloat16's
-    True
-    >>> same_sample([0.1, 0.7], [0.1001, 0.6992])
-    False
-    """
-    if len(theirs) != len(ours):
-        return False
-    a, b = (torch.tensor(sample, dtype=torch.float32) for sample in (theirs, ours))
-    of_a, of_b = _precision(a), _precision(b)
-    # Rounding moves a value by half of its precision, and again if it went through another dtype.
-    tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
-    # Half of float16's smallest step, by which it moves what is below its normal numbers.
-    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
-    return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest + slack).all())
-
-
-def _precision(sample: Tensor) -> float:
-    """The precision of the narrowest dtype that holds these values as they are."""
-    return torch.finfo(next((dtype for dtype in _NARROWEST_FIRST if _holds(dtype, sample)), torch.float32)).eps
-
-
-def _holds(dtype: torch.dtype, sample: Tensor) -> bool:
-    return torch.equal(sample.to(dtype).float(), sample)
-
-
 def rest_problems(rest: Any) -> Iterator[str]:
     """What is wrong with what an adapter says of the rest of its base model, whatever the model."""
     for name, about in rest.items():
@@ -436,16 +405,3 @@ def rest_problems(rest: Any) -> Iterator[str]:
         numbers = sample if isinstance(sample, list) else [] if sample is None else [None]
         if not all(map(is_number, numbers)) or len(numbers) > _VALUES:
             yield f"{name}: `rest` must have a sample of at most {_VALUES} finite numbers, got {short(sample)}."
-
-
-def values_of(module: nn.Module | None, own: str, tensor: Tensor, count: int) -> tuple[float, ...] | None:
-    """Values of a module's own tensor, the first, the last and others between; None if there are none, or not finite.
-
-    `module` may be None for a tensor that is not sharded.
-    """
-    last = tensor.numel() - 1
-    if last < 0:
-        return None
-    places = torch.tensor([k * last // (count - 1) for k in range(count)], device=tensor.device)
-    sample = tuple[float, ...](weights.of(module, own, tensor).values_at(places).double().tolist())
-    return sample if all(map(math.isfinite, sample)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
 from lora.adapters.fitting import Fit, Target
-from lora.adapters.formats import read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, read_adapter, write_adapter
 from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
@@ -57,8 +58,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
         model: a model with LoRA layers.
         path: the file, `.safetensors` by custom, or a folder that exists, in which the file is adapter.safetensors; a
             folder for PEFT's formats.
-        format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
-            converter and others read alike (`lora.write_adapter`). Default: "lora".
+        format: "lora"; "peft"; "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
+            converter and others read alike; or "diffusers" (`lora.write_adapter`). Default: "lora".
+
+    Warns:
+        UserWarning: PEFT, reading its format, would lose adapters of some layers (a mixture's dense ones).
 
     Raises:
         TypeError: `path` is no path.
@@ -81,6 +85,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     def write() -> None:
         raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        for loss in FORMATS[format].losses(model, adapter) if format in FORMATS else ():
+            warnings.warn(f"save_adapter: {loss}", stacklevel=4)
         known = [without_wrappers(name) for group in names.values() for name in group]
         try:
             write_adapter(adapter, path, format, module_names=known)
@@ -125,7 +131,7 @@ def load_adapter(
         model: the base model, or a model with the same modules adapted.
         source: a file or folder in any format that `lora.read_adapter` knows, or an adapter that was read; of a sharded
             model what the first rank says counts.
-        lora_alpha: the numerator of the scaling, for loralib's files, which do not say it. Default: None.
+        lora_alpha: the numerator of the scaling, for files that do not say it, as loralib's. Default: None.
         check_base: raise if the base model is not the one that the adapter was trained in (the same in another dtype
             is): adapted weights and all other parameters and buffers are compared by samples. Default: True.
 
@@ -183,7 +189,7 @@ def _sound(source: str | os.PathLike[str] | Adapter, lora_alpha: float | None, t
         path = as_path(source, "source", " or a lora.Adapter")
         return read_adapter(path, lora_alpha=lora_alpha), f"load_adapter: {path} is not loaded"
     if lora_alpha is not None:
-        raise TypeError("`lora_alpha` is for loralib's files; an adapter that was read has its scaling.")
+        raise TypeError("`lora_alpha` is for files that do not say it; an adapter that was read has its scaling.")
     what = "load_adapter: the adapter is not loaded"
     raise_all(what, source.problems(), AdapterError)
     if to_send:  # without its device, its graph, and what else shares its memory

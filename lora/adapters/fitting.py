@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import beyond_peft, differences, own_tensors, tied, trained_in_full
+from lora.adapters.formats import FORMATS
 from lora.adapters.renaming import of_layers, renamed
 from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
@@ -67,6 +68,7 @@ class Fit:
         self.problems = Problems(what, AdapterError)
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         self._unchanged: set[str] = set()
+        adapter = FORMATS.get(adapter.format, FORMATS["lora"]).meant(adapter, self.modules, self.problems)
         adapter = of_layers(renamed(adapter, self.modules, self.problems), self.modules)
         self.adapter = self._in_forms(adapter)
         self._in_full, self._kept = {*self.adapter.trained_in_full}, {*self.adapter.kept}

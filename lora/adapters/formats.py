@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import torch.nn as nn
+
 from lora.adapters.adapter import Adapter
 from lora.adapters.files import parsed, read_tensors
 from lora.adapters.paths import as_path, kind, open_file
 from lora.adapters.saving import write_tensors
-from lora.errors import AdapterError, is_number, raise_all, short
+from lora.errors import AdapterError, Problems, is_number, raise_all, short
 
 VERSION = 2
 FILE = "adapter.safetensors"  # in a folder
@@ -36,7 +38,11 @@ class Format(NamedTuple):
         read: reads what is at a path; the second argument is the `lora_alpha` that a user gave, or None.
         reads: whether what is at a path is of this format.
         claims: whether a file would be read in this format for its name, whatever is in it.
+        losses: warnings of what its own library would lose of an adapter to a model, though all is written.
         files: the names of the files by which a folder is of this format.
+        asks: whether its files may leave `lora_alpha` to the user; `read` then raises a TypeError where one says it.
+        meant: gives an adapter the names and shapes of a model's modules, where its files have others.
+        only_model: what of an adapter only its model knows, so that it is written in no other format; "" if nothing.
     """
 
     owner: str
@@ -44,7 +50,16 @@ class Format(NamedTuple):
     read: Callable[[Path, float | None], Adapter] | None = None
     reads: Callable[[Path], bool] = lambda path: False
     claims: Callable[[Path], bool] = lambda path: False
+    losses: Callable[[nn.Module, Adapter], Iterable[str]] = lambda model, adapter: ()
     files: tuple[str, ...] = ()
+    asks: bool = False
+    meant: Callable[[Adapter, Mapping[str, nn.Module], Problems], Adapter] = lambda adapter, modules, problems: adapter
+    only_model: str = ""
+
+
+def unasked(path: Path, owner: str) -> str:
+    """What is wrong with a `lora_alpha` that is given for a file which says it."""
+    return f"`lora_alpha` is for files that do not say it, as loralib's; {path} is {owner}, and says it."
 
 
 # ---- our format ------------------------------------------------------------------------------------------------------
@@ -157,10 +172,8 @@ def read_adapter(path: str | os.PathLike[str], *, lora_alpha: float | None = Non
     format, place = _found(as_path(path))
     assert format.read is not None, "it has recognised the file"
     adapter = format.read(place, lora_alpha)
-    if lora_alpha is not None and adapter.format != "loralib":
-        raise TypeError(
-            f"`lora_alpha` is for loralib's files; {path} is in the format {adapter.format!r}, which says it."
-        )
+    if lora_alpha is not None and not format.asks:
+        raise TypeError(unasked(as_path(path), f"{format.owner}'s"))
     if check:
         raise_all(f"read_adapter: {path} is not loaded", adapter.problems(), AdapterError)
     return adapter
@@ -179,6 +192,16 @@ def _found(path: Path) -> tuple[Format, Path]:
         path = path / FILE
         with open_file(path):  # an OSError, if it is no file
             pass
+    elif kind(path) == "folder":
+        held = {
+            format.owner: file
+            for format in FORMATS.values()
+            for file in format.files
+            if not file.endswith(".json") and kind(path / file)
+        }
+        if len(held) > 1:
+            listed = " and ".join(f"{owner}'s in {file}" for owner, file in held.items())
+            raise AdapterError(f"{path} may hold several adapters, {listed}: name the file that is meant.")
     return next((format for format in FORMATS.values() if format.reads(path)), FORMATS["lora"]), path
 
 
@@ -221,8 +244,8 @@ def write_adapter(
         adapter: what to write.
         path: for "lora" a file, or a folder that exists, in which it is adapter.safetensors; for the others a folder.
             What is there is replaced.
-        format: "lora"; "peft"; or "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
-            converter and others read alike. Default: "lora".
+        format: "lora"; "peft"; "portable": PEFT's with one rank for all and scaling 1, which vLLM, llama.cpp's
+            converter and others read alike; or "diffusers", for `load_lora_weights`. Default: "lora".
         module_names: of the whole model, where they are known, for PEFT's target_modules to be unmistakable.
 
     Raises:
@@ -245,9 +268,9 @@ def write_adapter(
         raise ValueError(f"`format` must be one of {', '.join(map(repr, writers))}, got {format!r}.")
     place = place_of(path, format)
     raise_all(f"write_adapter: {path} is not written", adapter.problems(), AdapterError)
-    if adapter.format == "loralib":
+    if format != adapter.format and (unknown := FORMATS.get(adapter.format, FORMATS["lora"]).only_model):
         raise AdapterError(
-            f"write_adapter: {path} is not written: what kind of layers a file of loralib's is for, only its model "
-            "knows. Load it into the model with `lora.load_adapter(model, file, lora_alpha=…)`, and save that."
+            f"write_adapter: {path} is not written: {unknown}, only its model knows. Load it into the model with "
+            "`lora.load_adapter(model, file, …)`, and save that."
         )
     writers[format](adapter, place, module_names)

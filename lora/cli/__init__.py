@@ -65,9 +65,18 @@ def add_adapter(parser: argparse.ArgumentParser, name: str, metavar: str) -> Non
 def add_output(parser: argparse.ArgumentParser, **format: Any) -> None:
     """Enter where to write an adapter, and in which format."""
     parser.add_argument("out", metavar="OUT", help="a file or a folder for the format lora, a folder for the others")
-    about = "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1"
+    about = (
+        "lora: one file; peft: PEFT's folder; portable: the same with one rank for all and scaling 1; diffusers: the "
+        "folder of its pytorch_lora_weights.safetensors"
+    )
     writable = [name for name, entry in FORMATS.items() if entry.write is not None]
     parser.add_argument("--format", choices=writable, help=about, **format)
+
+
+def add_lora_alpha(parser: argparse.ArgumentParser) -> None:
+    """Enter what the user says of an adapter whose file does not."""
+    about = "the lora_alpha of training, where the file does not say it"
+    parser.add_argument("--lora-alpha", type=number, metavar="X", help=about)
 
 
 def path_argument(text: str) -> Path:
@@ -93,17 +102,22 @@ def number(text: str) -> float:
 # ---- adapters in and out -------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, lora_alpha: float | None = None) -> Adapter:
     """`lora.read_adapter`, for commands that need the updates, which of a loralib file only its model knows."""
     try:
-        return read_adapter(path)
+        return read_adapter(path, lora_alpha=lora_alpha)
+    except TypeError as error:  # a `lora_alpha` that the file says
+        raise ValueError(str(error)) from None
     except AdapterError:
         with suppress(TypeError):  # of another format
-            read_adapter(path, lora_alpha=1)  # raises what else is wrong
+            format = read_adapter(path, lora_alpha=1).format  # raises what else is wrong
             raise AdapterError(
                 f"{path} is a file of loralib's, which says neither lora_alpha nor what kinds of layers it is for: "
                 "load it into its model in Python first (`lora.load_adapter(model, path, lora_alpha=X)`), and save it "
                 "from there (`lora.save_adapter(model, new_path)`)."
+                if format == "loralib"
+                else f"{path} has no scaling: say it with `lora convert {path} NEW --format lora --lora-alpha X`, as "
+                "it was in training."
             ) from None
         raise
 

@@ -9,7 +9,19 @@ from pathlib import Path
 from lora.adapters.paths import as_path
 from lora.arithmetic import combine, resize
 from lora.arithmetic.algebra import METHODS
-from lora.cli import Subparsers, add_adapter, add_command, add_output, number, output, progress, read, say, write
+from lora.cli import (
+    Subparsers,
+    add_adapter,
+    add_command,
+    add_lora_alpha,
+    add_output,
+    number,
+    output,
+    progress,
+    read,
+    say,
+    write,
+)
 from lora.errors import short, table
 
 
@@ -19,6 +31,7 @@ def add(commands: Subparsers) -> None:
     parser = add_command(commands, run_convert, "convert", about, example, "--overwrite")
     add_adapter(parser, "file", "IN")
     add_output(parser, required=True)
+    add_lora_alpha(parser)
 
     about = "add up adapters, each with a weight"
     example = "combine both.safetensors one.safetensors=0.7 two.safetensors=0.3 --method svd --r 16"
@@ -45,7 +58,7 @@ def add(commands: Subparsers) -> None:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Write an adapter in another format."""
     out = output(arguments, [arguments.file])
-    say([write(read(arguments.file), out, arguments.format)])
+    say([write(read(arguments.file, arguments.lora_alpha), out, arguments.format)])
     return 0
 
 

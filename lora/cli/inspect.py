@@ -24,6 +24,7 @@ from lora.cli import (
     Subparsers,
     add_adapter,
     add_command,
+    add_lora_alpha,
     check_output,
     dtype_word,
     number,
@@ -50,8 +51,7 @@ def add(commands: Subparsers) -> None:
     add_adapter(parser, "file", "FILE")
     about = "draw the norms of the updates, layers x projections"
     parser.add_argument("--plot", type=path_argument, metavar="OUT.png", help=about)
-    about = "the lora_alpha of training, which loralib's files lack"
-    parser.add_argument("--lora-alpha", type=number, metavar="X", help=about)
+    add_lora_alpha(parser)
 
     about = "compare two adapters; the exit code is 0 if they are the same function, and 1 if not"
     parser = add_command(commands, run_diff, "diff", about, "diff before.safetensors after.safetensors", "--json")

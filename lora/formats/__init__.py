@@ -1,14 +1,28 @@
-"""Formats of other libraries: PEFT's folders, their portable form, and loralib's state dicts."""
+"""Formats of other tools: PEFT's folders, their portable form, and files that have A and B under a tool's own names."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from lora.adapters.adapter import Adapter
 from lora.adapters.formats import FORMATS, Format
-from lora.formats import loralib, peft, peft_folder
+from lora.adapters.paths import kind
+from lora.formats import diffusion, flat, peft, peft_folder
+from lora.formats.peft_losses import losses
 from lora.formats.portable import portable
 
 
 def enter() -> None:
     """Enter these formats in the table by which adapters are read and written."""
+    FORMATS["mlx"] = Format("mlx-lm", **_in_folder(("adapters.safetensors",)), meant=flat.of_kinds)
+    FORMATS["diffusers"] = Format(
+        "diffusers",
+        write=diffusion.write,
+        **_in_folder(diffusion.FILES),
+        meant=diffusion.meant,
+        only_model="what a module is called without its pipeline",
+    )
     files = (peft_folder.CONFIG, *peft_folder.READERS)
     FORMATS["peft"] = Format(
         "PEFT",
@@ -16,9 +30,40 @@ def enter() -> None:
         read=lambda path, lora_alpha: peft.read(path),
         reads=peft_folder.reads,
         claims=peft_folder.claims,
+        losses=losses,
         files=files,
     )
     FORMATS["portable"] = Format(
-        "PEFT", write=lambda adapter, path, names: peft.write(portable(adapter), path, names), files=files
+        "PEFT",
+        write=lambda adapter, path, names: peft.write(portable(adapter), path, names),
+        losses=losses,
+        files=files,
     )
-    FORMATS["loralib"] = Format("loralib", read=loralib.read, reads=loralib.reads)
+    FORMATS["loralib"] = Format(
+        "loralib",
+        read=flat.read,
+        reads=flat.reads,
+        asks=True,
+        only_model="what kind of layers a file of loralib's is for",
+    )
+    # Of these, and of those above, files are found by `flat`, whatever they are called.
+    FORMATS["kohya"] = Format(
+        "kohya", meant=diffusion.meant, only_model="where the dots belong in names with underscores in their place"
+    )
+    FORMATS["torchtune"] = Format("torchtune")
+
+
+def _in_folder(files: tuple[str, ...]) -> dict[str, Any]:
+    """How a folder is recognised and read that has an adapter in one of these files."""
+
+    def found(folder: Path) -> Path | None:
+        return (
+            next((folder / name for name in files if kind(folder / name)), None) if kind(folder) == "folder" else None
+        )
+
+    def read(path: Path, lora_alpha: float | None) -> Adapter:
+        file = found(path)
+        assert file is not None, "it was recognised"
+        return flat.read(file, lora_alpha)
+
+    return {"read": read, "reads": lambda path: found(path) is not None, "files": files, "asks": True}

@@ -9,36 +9,11 @@ from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import Base
-from lora.adapters.files import read_header, read_tensors
-from lora.adapters.paths import open_file, reading
 from lora.errors import AdapterError, join, raise_all
-from lora.formats.torch_files import read_torch
 from lora.layers.settings import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"
-
-
-def reads(path: Path) -> bool:
-    """Whether a file is one of torch's, or one of safetensors' with names like loralib's and no metadata of ours."""
-    return _is_torchs(path) or _is_nobodys(path)
-
-
-def read(path: Path, lora_alpha: float | None) -> Adapter:
-    """Read a state dict of loralib's; AdapterError if it is something else."""
-    return from_state_dict(path, read_torch(path) if _is_torchs(path) else read_tensors(path)[0], lora_alpha)
-
-
-def _is_torchs(path: Path) -> bool:
-    with reading(path), open_file(path) as file:
-        start = file.read(9)
-    # By torch before 1.6 it is a pickle; at the place of the ninth byte headers of safetensors begin.
-    return start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and start[8:] != b"{")
-
-
-def _is_nobodys(path: Path) -> bool:
-    header = read_header(path)
-    return "lora" not in header.metadata and any(name.rpartition(".")[2] in PARAMETERS for name in header.tensors)
 
 
 def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float | None) -> Adapter:

@@ -5,26 +5,46 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
 from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
-from lora.errors import AdapterError, is_number, join, raise_all, short, some
+from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
+from lora.formats.peft_attention import (
+    Place,
+    attention_among,
+    attention_in,
+    attention_problems,
+    is_follower,
+    place_in,
+    placed,
+)
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
-from lora.formats.peft_parameters import config_problems, homeless, names_in_file, packed, parameters_in, unpacked
-from lora.formats.portable import singles
+from lora.formats.peft_parameters import (
+    config_problems,
+    names_in_file,
+    packed,
+    parameter_problems,
+    parameters_in,
+    parameters_of,
+    unpacked,
+)
+from lora.formats.portable import over_all_channels, singles, within_groups
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
+
+# Of a module, by its name: its configuration, its rank and its lora_alpha; ValueError if a file does not say them.
+Said = Callable[[str], tuple[Mapping[str, Any], Any, Any]]
 
 # Metadata of ours: for each linear layer whether its weight is stored transposed. PEFT says one thing for all.
 LAYOUTS = "fan_in_fan_out"
@@ -63,25 +83,34 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     """
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
-    raise_all(what, [*_homeless(adapter), *homeless(adapter.modules, names)], AdapterError)
+    attention = attention_in(adapter)
+    parameters = parameters_of(adapter, attention)
+    raise_all(what, [*_homeless(adapter), *parameter_problems(parameters, names)], AdapterError)
     check_folder(path)
-    called = names_in_file(adapter.modules)
-    tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
-    for name, (settings, A, B) in forms.items():
-        embedding = settings.base.kind == "embedding"
-        A, B = packed((settings, over_all_channels(A, settings.base.groups), B))
-        for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{PREFIX}{called[name]}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = (
-                tensor
-            )
-        magnitude = adapter.magnitude(name)
-        if magnitude is not None:
-            shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude.view(shape)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
+    forms = placed(forms, attention)
+    tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms, names_in_file(parameters)).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    write_folder(path, tensors, metadata, _config(adapter, forms, names))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names, [*parameters]))
+
+
+def named(
+    adapter: Adapter, forms: Mapping[str, Form], called: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """A, B and magnitudes by PEFT's names: those that are `called` otherwise than the layers."""
+    tensors: dict[str, Tensor] = {}
+    for name, (settings, A, B) in forms.items():
+        embedding, place = settings.base.kind == "embedding", called.get(name, name)
+        A, B = packed(settings, over_all_channels(A, settings.base.groups), B)
+        for part, tensor in (("A", A), ("B", B)):
+            tensors[f"{place}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+        magnitude = adapter.magnitude(name) if settings.use_dora else None
+        if magnitude is not None:
+            shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
+            tensors[f"{place}.lora_magnitude_vector"] = magnitude.view(shape)
+    return tensors
 
 
 def _homeless(adapter: Adapter) -> Iterator[str]:
@@ -92,6 +121,7 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    yield from attention_problems(adapter)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -122,17 +152,21 @@ def _saved(adapter: Adapter) -> dict[str, None]:
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
     owner, _, own = name.rpartition(".")
+    owner = place_in(owner, forms)
     return f"{owner}.base_layer.{own}" if owner in forms else name
 
 
-def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
-    about = {name: settings for name, (settings, _, _) in forms.items()}
+def _config(
+    adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str], parameters: Collection[str]
+) -> dict[str, Any]:
+    about = {name: settings for name, (settings, _, _) in forms.items() if not is_follower(name)}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    parameters = [name for name, settings in about.items() if settings.base.parameter]
-    linear = [s.base for name, s in about.items() if s.base.kind == "linear" and not parameters]
+    # PEFT adapts no parameter with either of these.
+    linear = [settings.base for settings in about.values() if settings.base.kind == "linear" and not parameters]
+    lora_dropout = 0.0 if parameters else max(settings.lora_dropout for settings in about.values())
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -142,13 +176,12 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        # PEFT makes none of a parameter that would have dropout.
-        "lora_dropout": 0.0 if parameters else max(settings.lora_dropout for settings in about.values()),
+        "lora_dropout": lora_dropout,
         "use_rslora": rslora,
         "use_dora": any(settings.use_dora for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
-        "target_modules": _targets([name for name in about if not about[name].base.parameter], names),
-        **({"target_parameters": parameters} if parameters else {}),
+        "target_modules": targets([name for name in about if name not in parameters], names),
+        **({"target_parameters": [*parameters]} if parameters else {}),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": [*_saved(adapter)] or None,
@@ -166,11 +199,12 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(targets: list[str], names: Iterable[str]) -> list[str] | str:
-    ends = {*targets}
+def targets(adapted: list[str], names: Iterable[str]) -> list[str] | str:
+    """`target_modules` that mean these modules, and none of the others among all names of the model."""
+    ends = {*adapted}
     if not any(end in ends for name in names if name not in ends for end in ends_of(name)):
-        return targets
-    return "|".join(map(re.escape, targets))
+        return adapted
+    return "|".join(map(re.escape, adapted))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -182,21 +216,14 @@ def read(path: Path) -> Adapter:
     folder = path if kind(path) == "folder" else path.parent
     what = f"read_adapter: {folder} is not loaded"
 
-    def check(config: Mapping[str, Any]) -> None:
-        raise_all(what, _config_problems(config), AdapterError)
-
-    file, config, tensors, metadata = read_folder(path, check)
+    file, config, tensors, metadata = read_folder(path, lambda config: check_config(what, config))
     pairs, full, problems = _sort(tensors)
-    own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
-    pairs = {own.get(name, name): pair for name, pair in pairs.items()}
-    longest = max(map(len, pairs), default=1)
-    patterns = {option: config.get(option) or {} for option in _PATTERNS}
-    raise_all(
-        what, (p for option in _PATTERNS for p in _pattern_problems(option, patterns[option], longest)), AdapterError
-    )
-    raise_all(what, filter(None, [cost_problem(patterns, [*pairs])]), AdapterError)
-    adapter = _adapter(config, pairs, full, {*own.values()}, problems)
-    raise_all(what, problems, AdapterError)
+    with Problems(what, AdapterError) as found:
+        found.add(*problems)
+        places = attention_among(pairs, config.get("peft_version"))
+        places |= parameters_in(config, pairs, object_in(metadata, BASES) or (), found)
+        said = said_by(what, config, [*pairs, *(place.by for place in places.values())])
+        adapter = _adapter(config, said, pairs, full, places, found)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
     return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
@@ -214,14 +241,32 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
         noted = noted if isinstance(noted, dict) else {}
         facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind in ("linear", "stack"):
-            sure = (
-                settings.base.kind == "linear"
-                and not config.get("fan_in_fan_out")
-                and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
-            )
+            sure = settings.base.kind == "linear" and not config.get("fan_in_fan_out")
+            sure = sure and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)
             facts["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
         adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
+
+
+def check_config(what: str, config: Mapping[str, Any]) -> None:
+    """AdapterError that lists what is wrong with a configuration, or more than LoRA."""
+    raise_all(what, _config_problems(config), AdapterError)
+
+
+def said_by(what: str, config: Mapping[str, Any], names: Sequence[str]) -> Said:
+    """What a configuration says of modules; AdapterError if it would take too long to find out."""
+    longest = max(map(len, names), default=1)
+    patterns = {option: config.get(option) or {} for option in _PATTERNS}
+    raise_all(
+        what, (p for option in _PATTERNS for p in _pattern_problems(option, patterns[option], longest)), AdapterError
+    )
+    raise_all(what, filter(None, [cost_problem(patterns, names)]), AdapterError)
+    ranks, alphas = (Patterns(patterns[option]) for option in _PATTERNS)
+    return lambda name: (
+        config,
+        ranks.value([name], config.get("r", 8)),
+        alphas.value([name], config.get("lora_alpha", 8)),
+    )
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -286,37 +331,52 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     return pairs, full, problems
 
 
-def _adapter(
-    config: Mapping[str, Any],
+def modules_of(
     pairs: Mapping[str, Mapping[str, Tensor]],
-    full: dict[str, Tensor],
-    parameters: Container[str],
-    problems: list[str],
-) -> Adapter:
+    said: Said,
+    problems: Problems,
+    places: Mapping[str, Place] = MappingProxyType({}),
+) -> tuple[dict[str, ModuleAdapter], dict[str, Tensor]]:
+    """The settings and the tensors of modules, from what a file has for each, and says of each.
+
+    Args:
+        places: what those of the file's names stand for that are no layer's.
+    """
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = (Patterns(config.get(option) or {}) for option in _PATTERNS)
-    for name, pair in pairs.items():
+    for told, pair in pairs.items():
+        place = places.get(told, Place(told, told))
+        name = place.name
         wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
         wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
-        problems += wrong
-        if not wrong:
-            try:
-                r = ranks.value([name], config.get("r", 8))
-                lora_alpha = alphas.value([name], config.get("lora_alpha", 8))
-                A, B = pair["lora_A"], pair["lora_B"]
-                if name in parameters:
-                    modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
-                else:
-                    modules[name] = _settings(config, r, lora_alpha, pair)
-                    A = within_groups(A, modules[name].base.groups)
-                tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
-                if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
-                    tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
+        problems.add(*wrong)
+        if wrong:
+            continue
+        with problems.at(name):
+            config, r, lora_alpha = said(place.by)
+            A, B = pair["lora_A"], pair["lora_B"]
+            if place.parameter and place.by == name:
+                modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
+            else:
+                modules[name] = _settings(config, r, lora_alpha, pair, place)
+                A = within_groups(A, modules[name].base.groups)
+            tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
+            if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
+                tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
     if not pairs:
-        problems.append("it adapts no module.")
+        problems.add("it adapts no module.")
+    return modules, tensors
+
+
+def _adapter(
+    config: Mapping[str, Any],
+    said: Said,
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    full: dict[str, Tensor],
+    places: Mapping[str, Place],
+    problems: Problems,
+) -> Adapter:
+    modules, tensors = modules_of(pairs, said, problems, places)
     # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
     for name in full:
         owner, _, own = name.rpartition(".")
@@ -327,8 +387,8 @@ def _adapter(
     before = {name for name in full if ".original_module." in name and name.replace(".original_module.", ".") in full}
     full = {name: tensor for name, tensor in full.items() if name not in before}
     saved = _owners(config.get("modules_to_save") or [], full)
-    said = config.get("base_model_name_or_path")
-    base_model = said if isinstance(said, str) else None
+    base_model = config.get("base_model_name_or_path")
+    base_model = base_model if isinstance(base_model, str) else None
     biases_train = (config.get("bias") or "none") != "none"
     whole = {*saved}
     kept = [
@@ -348,14 +408,17 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
+def _settings(
+    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
+) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
+    lora_alpha *= place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
     if A.dim() == 2:
-        base = Base(kind="embedding" if "embedding" in pair else "linear")
+        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=place.parameter)
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)
@@ -370,31 +433,3 @@ def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[
         scaling=scaling_of(lora_alpha, r, use_rslora),
         base=base,
     )
-
-
-# ---- convolutions with groups ---------------------------------------------------------------------------------------
-
-
-def over_all_channels(A: Tensor, groups: int) -> Tensor:
-    """A of a convolution with groups as PEFT has it: with kernels, zero ones, for the channels of other groups, too."""
-    if groups == 1:
-        return A
-    r, size, *kernel = A.shape
-    wide = A.new_zeros(groups, r // groups, groups, size, *kernel)
-    for group, rows in enumerate(A.view(groups, r // groups, size, *kernel)):
-        wide[group, :, group] = rows
-    return wide.view(r, groups * size, *kernel)
-
-
-def within_groups(A: Tensor, groups: int) -> Tensor:
-    """The inverse of `over_all_channels`; ValueError where a group reads the channels of another."""
-    r, size, *kernel = A.shape
-    if groups == 1:
-        return A
-    if size % groups:
-        raise ValueError(f"`groups` (={groups}) must divide the {size} input channels of lora_A.")
-    own = torch.stack([A.view(groups, r // groups, groups, -1)[group, :, group] for group in range(groups)])
-    narrow = own.reshape(r, size // groups, *kernel)
-    if torch.count_nonzero(narrow) != torch.count_nonzero(A):
-        raise ValueError(f"its update mixes the {groups} groups of the convolution, which no weight of the layer can.")
-    return narrow

@@ -28,7 +28,7 @@ from lora.errors import short
 _LONGEST_PICKLE = 16 * 2**20
 _LONGEST_DIRECTORY = 16 * 2**20
 _MOST_INSTRUCTIONS = 4_000_000  # a tensor takes some 40
-_WRAPPERS = ("model_state_dict", "state_dict")
+_WRAPPERS = ("model_state_dict", "state_dict", "model")  # the last is LitGPT's
 _HARMLESS_FLAGS = 0x8 | 0x800  # sizes follow the data; names are UTF-8
 _RESAVE = "load it where you trust it, and write it again with `torch.save(state_dict, path)`"
 
@@ -79,8 +79,8 @@ _DEEPEST = 8
 def read_torch(path: Path) -> dict[str, Tensor]:
     """Read a state dict that `torch.save` wrote: tensors by their names, on the CPU, without running any pickle.
 
-    The dict may be the only entry of another, under "model_state_dict" or "state_dict". A tensor with several names
-    is one tensor.
+    The dict may be the only entry of another, under "model_state_dict", "state_dict" or "model". A tensor with several
+    names is one tensor.
 
     Raises:
         OSError: there is no such file, or it cannot be read.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn as nn
@@ -51,10 +52,37 @@ def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> 
 
 
 def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[str, Any]) -> None:
-    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`."""
+    """Give a module what a method kept on its twin, which had begun with the module's `own` and `others`.
+
+    It is not given what holds the others, as when recurrent layers note which weights they have seen.
+    """
     for name, value in vars(twin).items():
-        if name not in others and (name not in own or own[name] is not value):
+        changed = name not in others and (name not in own or own[name] is not value)
+        if changed and not _holds(value, [*others.values()]):
             vars(module)[name] = value
+
+
+def _holds(value: Any, others: list[Any]) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds(each, others) for each in (value.values() if isinstance(value, dict) else value))
+    value = value() if isinstance(value, ref) else value
+    return any(value is other for other in others)
+
+
+def exchanged_in(value: Any, others: list[tuple[Any, Any]]) -> Any:
+    """A list, tuple or dict with others in the places of what it holds; anything else, and if it holds none, itself.
+
+    Args:
+        value: what may hold some, itself or further within.
+        others: what may be held, each with the other that is to stand in its place.
+    """
+    if type(value) in (list, tuple):
+        new = type(value)(exchanged_in(each, others) for each in value)
+        return value if all(a is b for a, b in zip(value, new, strict=True)) else new
+    if type(value) is dict:
+        new = {key: exchanged_in(each, others) for key, each in value.items()}
+        return value if all(a is b for a, b in zip(value.values(), new.values(), strict=True)) else new
+    return next((new for old, new in others if value is old), value)
 
 
 class LowRankWeight:

@@ -10,8 +10,7 @@ magnitudes in dora.py.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,14 +22,13 @@ from lora.errors import short
 from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
-from lora.layers.dora import Magnitudes
 from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
 from lora.layers.settings import scaling_of, settings_problems
-from lora.layers.weights import same_values, sparing
+from lora.layers.state import PARAMETERS as PARAMETERS
+from lora.layers.state import StateDicts
+from lora.layers.weights import sparing
 
-#: What the parameters of an adapter are called in its layer.
-PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
@@ -46,7 +44,7 @@ def needs_no_data(layer: LoRALayer, input: Tensor) -> None:
         )
 
 
-class LoRALayer(Magnitudes):
+class LoRALayer(StateDicts):
     """What all LoRA layers share: `isinstance(m, lora.LoRALayer)` tells one from a plain layer.
 
     A mixin that stands in front of the layer that it adapts, as in `class Linear(LinearLoRA, nn.Linear)`.
@@ -321,37 +319,6 @@ class LoRALayer(Magnitudes):
         """Called when LoRA was disabled or enabled in the layer, and when its attributes were put back."""
 
     # ---- state --------------------------------------------------------------------------------------
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        with self.lora_loading({own: f"{prefix}{own}" for own in ("weight", *PARAMETERS)}, state_dict, args[-1]):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @contextmanager
-    def lora_loading(self, keys: Mapping[str, str], state_dict: dict[str, Tensor], errors: list[str]) -> Iterator[None]:
-        """Load the layer's tensors from a state dict within it, in which they have these keys."""
-        weight = state_dict.get(keys["weight"])
-        if self.lora_start is not None and weight is not None and not self._has_weight(weight):
-            errors.append(
-                f"{keys['weight']} is not what the adapter's start was taken out of, to which A and B belong; load the "
-                "pretrained weights first, and then `lora.initialize`."
-            )
-            for key in keys.values():  # the layer stays as it is
-                state_dict.pop(key, None)
-        # A pretrained model has no magnitudes. Those that have not been trained are what its weights' are.
-        missing = weight is not None and self.use_dora and keys["lora_magnitude"] not in state_dict
-        untrained = missing and not self.lora_A.is_meta and not self.weight.is_meta and self._has_untrained_magnitude()
-        yield
-        if untrained:
-            self.reset_magnitude()
-        if keys["lora_A"] in state_dict and keys["lora_B"] in state_dict:
-            self.lora_needs_data = None
-
-    def _has_weight(self, weight: Tensor) -> bool:
-        return same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())
-
-    def _has_untrained_magnitude(self) -> bool:
-        whole = weights.ranks_of(self).with_whole(self, "weight", *PARAMETERS)
-        return torch.allclose(whole.lora_magnitude, whole.lora_norms().to(whole.lora_magnitude), rtol=1e-5, atol=0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scaling" and type(self).scaling is LoRALayer.scaling and not LoRALayer.scaling.is_taken(self):

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import torch.nn as nn
-from torch import Tensor
 
 from lora.errors import join
-from lora.layers.in_place import LowRankWeight
+from lora.layers.in_place import LowRankWeight, exchanged_in
 
 # What a part has of its owner.
 _TENSORS = "weight", "lora_A", "lora_B", "lora_magnitude"
 _PARTS = "lora_parts"
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def _beside(parameter: str, own: str) -> str:
@@ -168,14 +168,20 @@ def tensor_name(layer: nn.Module, name: str, own: str) -> str:
     return join(owner, own_name(layer, own))
 
 
-def own_weights(owner: nn.Module, why_dense: str | None = None) -> dict[str, Tensor | LowRankWeight]:
-    """What an owner's forward is to find in the places of its adapted parameters.
+def own_weights(owner: nn.Module, why_dense: str | None = None) -> dict[str, Any]:
+    """What an owner's forward is to find in the places of its adapted parameters, and of what holds them.
 
     Args:
         owner: the module.
         why_dense: why it can compute with nothing but tensors, if so.
     """
-    weights = {name: part.lora_weight_now() for name, part in parts_of(owner).items()}
-    if why_dense is None:
-        return weights
-    return {name: W.dense(why_dense) if isinstance(W, LowRankWeight) else W for name, W in weights.items()}
+    parts = parts_of(owner)
+    others: dict[str, Any] = {name: part.lora_weight_now() for name, part in parts.items()}
+    if why_dense is not None:
+        others = {name: W.dense(why_dense) if isinstance(W, LowRankWeight) else W for name, W in others.items()}
+    pairs = [(part.weight, others[name]) for name, part in parts.items()]
+    for name, value in vars(owner).items() if parts else ():
+        if type(value) in (list, tuple, dict) and name not in _OF_TORCH and name != _PARTS:
+            held = exchanged_in(value, pairs)
+            others |= {} if held is value else {name: held}
+    return others

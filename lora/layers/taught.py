@@ -19,12 +19,17 @@ from lora.functional.fused import Slices
 from lora.layers.in_place import LowRankWeight
 from lora.layers.vocabulary import WithVocabulary
 
-# torch's own function, but for its first question, whether one of its arguments has it computed otherwise: its weights
-# may be values that stand for them, of which `F.linear` asks this again.
+
+def _check_padding(mask: Tensor, length: int, batch: int) -> None:
+    if mask.shape != (batch, length):
+        raise AssertionError(f"`key_padding_mask` must have the shape {(batch, length)}, got {(*mask.shape,)}.")
+
+
+# torch's own function, but for two of those that it calls: its weights may be values that stand for them, which it is
+# not to ask how it is computed, since `F.linear` will; and torch's check of the padding is one that no compiler traces.
 _function: Any = F.multi_head_attention_forward
-_attention: Any = FunctionType(
-    _function.__code__, {**vars(F), "has_torch_function": lambda _: False}, argdefs=_function.__defaults__
-)
+_others = {"has_torch_function": lambda _: False, "_check_key_padding_mask": _check_padding}
+_attention: Any = FunctionType(_function.__code__, {**vars(F), **_others}, argdefs=_function.__defaults__)
 
 
 class TaughtLinear(WithVocabulary):
@@ -106,8 +111,9 @@ class TaughtLinear(WithVocabulary):
 
 def _within(rows: slice, A: Tensor, B: Tensor, slices: Slices) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """A, B and the slices of the outputs in a range: views of the groups that have outputs in there."""
-    r, first, last, found = len(A) // len(slices), 0, 0, list[tuple[int, int]]()
-    of_A, start_B = [], 0
+    r, first, last, start_B = len(A) // len(slices), 0, 0, 0
+    found: list[tuple[int, int]] = []
+    of_A = []
     for group, (start, stop) in enumerate(slices):
         begin, end = max(start, rows.start), min(stop, rows.stop)
         if begin < end:

@@ -17,7 +17,7 @@ from lora.layers.registry import kind_for
 from lora.layers.settings import settings_problems
 from lora.layers.starts import Init, init_problem
 from lora.models.model import Memory, Names, is_lazy, owned_tensors, unwrapped
-from lora.models.parameters import find_parameters
+from lora.models.parameters import find_parameters, known_by, once, within
 from lora.models.patterns import Patterns, at_end, ends_of, is_plain
 from lora.models.peft_words import in_layers, layer_expressions, layers_problems, takes_peft_words, tell_of_layout
 from lora.models.training import BIAS_CHOICES
@@ -39,9 +39,10 @@ _BY_PATTERN = {
     "splits": "{'qkv_proj': (64, 16, 16)}",
     "enable_lora": "{'qkv_proj': (True, False, True)}",
 }
+# Those of them that may name a module for what it keeps for itself.
+_BY_MODULE = ("rank_pattern", "alpha_pattern")
 
 _FLAGS = ("fan_in_fan_out", "inference_mode", "use_rslora", "use_dora", "freeze_A", "factored", "merge_weights")
-
 _MOST_HINTS = 10  # for one field
 
 
@@ -63,7 +64,8 @@ class LoraConfig:
         lora_dropout: probability of dropping an input feature on the LoRA path. Default: 0.
         target_modules: names of the modules to adapt; or one string, a regular expression that must match a full name
             entirely; or "all-linear", every linear layer but the output embedding, routers, and those that cannot be
-            adapted, which the report lists with the reason.
+            adapted, which the report lists with the reason. Of `nn.MultiheadAttention` all projections are adapted, of
+            recurrent layers all matrices.
         target_parameters: names of parameters to adapt that a module keeps for itself and no layer has, such as a
             mixture's experts ("experts.gate_up_proj", a stack of matrices), as in PEFT; with dropout and DoRA, which
             PEFT has not. Default: None.
@@ -253,17 +255,19 @@ def find_targets(
         targets = [module for module in targets if module not in in_full]
     else:
         targets = _select("target_modules", config.target_modules or (), names, problems)
-    parameters = find_parameters(names, config.target_parameters or (), problems)
-    targets = [*dict.fromkeys([*targets, *parameters])]
-    excluded = set(_select("exclude_modules", config.exclude_modules or (), names, problems))
-    targets = [module for module in targets if module not in excluded]
-    targets = in_layers(config, targets, names, problems)
+    excluded, _ = _matching(config.exclude_modules or (), names)
+    targets = in_layers(config, [module for module in targets if module not in excluded], names, problems)
     tell_of_layout(config, targets)
+    targets = once(
+        [*within(targets, names, problems), *find_parameters(names, config.target_parameters or (), problems)]
+    )
+    excluded |= set(_select("exclude_modules", config.exclude_modules or (), names, problems))  # parts, too
+    targets = [each for each in targets if each not in excluded and getattr(each, "lora_owner", None) not in excluded]
     if not targets and len(problems.found) == found:
         problems.add("`exclude_modules` and what trains in full leave no module to adapt.")
-    adapted = {module: names[module] for module in targets}
+    adapted, known = {module: names[module] for module in targets}, known_by(targets, names)
     for option in _BY_PATTERN:
-        problems.add(*_unused(option, getattr(config, option), adapted))
+        problems.add(*_unused(option, getattr(config, option), known if option in _BY_MODULE else adapted))
     return targets
 
 
@@ -320,17 +324,21 @@ def _no_head(model: nn.Module, task: str | None, ends: Iterable[str]) -> str:
 
 def _select(option: str, targets: str | Iterable[str], names: Names, problems: Problems) -> list[nn.Module]:
     """The modules that any of `targets` matches by any of their names; a target that matches none is a problem."""
+    found, unmatched = _matching(targets, names)
+    problems.add(*_matching_nothing(option, unmatched, names, "module"))
+    return [module for module in names if module in found]
+
+
+def _matching(targets: str | Iterable[str], names: Names) -> tuple[set[nn.Module], list[str]]:
+    """The modules that any of these matches by any of their names, and those that match none."""
     if isinstance(targets, str):
         pattern = re.compile(targets)
         found = {module for module, known in names.items() if any(map(pattern.fullmatch, known))}
-        unmatched = [] if found else [targets]
-    else:
-        ends = {module: {end for name in known for end in ends_of(name)} for module, known in names.items()}
-        wanted, there = dict.fromkeys(targets), set[str]().union(*ends.values())
-        found = {module for module, its in ends.items() if not its.isdisjoint(wanted)}
-        unmatched = [target for target in wanted if target not in there]
-    problems.add(*_matching_nothing(option, unmatched, names, "module"))
-    return [module for module in names if module in found]
+        return found, [] if found else [targets]
+    ends = {module: {end for name in known for end in ends_of(name)} for module, known in names.items()}
+    wanted, there = dict.fromkeys(targets), set[str]().union(*ends.values())
+    found = {module for module, its in ends.items() if not its.isdisjoint(wanted)}
+    return found, [target for target in wanted if target not in there]
 
 
 def _unused(option: str, patterns: Mapping[str, object], adapted: Names) -> Iterator[str]:

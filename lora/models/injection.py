@@ -34,6 +34,7 @@ from lora.models.model import (
     remember_values,
     sharded_problems,
 )
+from lora.models.parameters import check_dropout, known_by
 from lora.models.patterns import Patterns
 from lora.models.readers import let_read, let_read_no_more
 from lora.models.refusals import unfit, unreached, why_alone, why_not_yet
@@ -169,7 +170,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         saved = find_saved(model, names, config, problems)
         targets = find_targets(model, names, config, saved, problems)
         check_saved(names, config, saved, targets, problems)
-        patterns = patterns_of(config)
+        patterns, by = patterns_of(config), known_by(targets, names)
         left_out = {}
         for module in targets:
             name, why_never = names[module][0], unfit(model, names[module], module)
@@ -179,7 +180,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
             with problems.at(name):
                 if reason := why_not_yet(model, names[module], module) or why_never:
                     raise ValueError(reason)
-                plans.append(_plan(names[module], module, config, patterns))
+                plans.append(_plan(names[module], by[module], module, config, patterns))
         if left_out and len(left_out) == len(targets):
             problems.add(*(f"{name or 'the model'}: {reason}" for name, reason in left_out.items()))
         problems.add(*obstacles(names))
@@ -278,9 +279,17 @@ def adapt(plans: Sequence[Adaptation]) -> list[LoRALayer]:
 
 
 def _plan(
-    names: Sequence[str], module: nn.Module, config: LoraConfig, patterns: Mapping[str, Patterns[Any]]
+    names: Sequence[str],
+    known: Sequence[str],
+    module: nn.Module,
+    config: LoraConfig,
+    patterns: Mapping[str, Patterns[Any]],
 ) -> Adaptation:
-    """The adapter that `config` gives to the module of these names; ValueError where its settings do not fit."""
+    """The adapter that `config` gives to the module of these names; ValueError where its settings do not fit.
+
+    It is known by more names where the module around it is named for what it keeps.
+    """
+    check_dropout(module, config.lora_dropout)
     kind = kind_for(type(module))
     assert kind is not None, "why_not_yet() has looked"
     kind, own = kind.lora_configure(
@@ -290,8 +299,8 @@ def _plan(
         factored=config.factored,
     )
     settings: dict[str, Any] = {
-        "r": patterns["rank_pattern"].value(names, config.r),
-        "lora_alpha": patterns["alpha_pattern"].value(names, config.lora_alpha),
+        "r": patterns["rank_pattern"].value(known, config.r),
+        "lora_alpha": patterns["alpha_pattern"].value(known, config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "merge_weights": config.merge_weights,
         "use_rslora": config.use_rslora,

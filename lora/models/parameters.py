@@ -6,15 +6,18 @@ from collections.abc import Iterable, Iterator
 
 import torch.nn as nn
 
-from lora.errors import Problems, did_you_mean, join, last_parts
+from lora.errors import Problems, did_you_mean, join, last_parts, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
-from lora.layers.parts import PARTS, Part
+from lora.layers.parts import PARTS, Part, parts_of
 from lora.layers.registry import kind_for
 from lora.models.model import Memory, Names, Owned, owned_tensors
 from lora.models.patterns import ends_of
 
 _MOST_HINTS = 10
+# They keep their projections and the matrices of their gates, and may have a layer beside them (`out_proj`).
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_OWNERS = (nn.MultiheadAttention, *_RECURRENT)
 
 
 def find_parameters(names: Names, wanted: Iterable[str], problems: Problems) -> list[nn.Module]:
@@ -37,7 +40,65 @@ def find_parameters(names: Names, wanted: Iterable[str], problems: Problems) -> 
     for number, target in enumerate(target for target in targets if target not in there):
         hint = did_you_mean(target, known) if number < _MOST_HINTS else ""
         problems.add(f"`target_parameters` {target!r} matches no parameter{hint}.")
-    memory = Memory(own)
+    return _as_modules(found, Memory(own), names, problems)
+
+
+def within(modules: Iterable[nn.Module], names: Names, problems: Problems) -> list[nn.Module]:
+    """The same modules, but in the place of each that keeps matrices for itself and is known to, its parts and layers.
+
+    Args:
+        modules: that are named to be adapted.
+        names: of the model's modules; it knows of the parts from now on.
+    """
+    named = [*modules]
+    if not any(map(keeps_matrices, named)):
+        return named
+    kept: dict[nn.Module, list[Owned]] = {}
+    for one in owned_tensors(names):
+        if one.own in one.module._parameters:
+            kept.setdefault(one.module, []).append(one)
+    memory, found = Memory(one for its in kept.values() for one in its), list[nn.Module]()
+    for module in named:
+        if keeps_matrices(module):
+            matrices = (one for one in kept.get(module, ()) if len(weights.whole_shape(one.tensor)) == 2)
+            found += (*parts_of(module).values(), *_as_modules(matrices, memory, names, problems))
+            found += (child for child in module.children() if kind_for(type(child)) is not None)
+        else:
+            found.append(module)
+    return found
+
+
+def known_by(targets: Iterable[nn.Module], names: Names) -> Names:
+    """The names by which patterns may mean these: their own, and for what such a module has, that module's."""
+    modules = {name: module for module, known in names.items() for name in known}
+    by: Names = {}
+    for module in targets:
+        around = [name.rpartition(".")[0] for name in names[module]]
+        by[module] = (*names[module], *(name for name in around if keeps_matrices(modules.get(name))))
+    return by
+
+
+def check_dropout(module: nn.Module, lora_dropout: float) -> None:
+    """ValueError if the inputs of what this stands for cannot be dropped."""
+    owner = module.lora_owner if isinstance(module, Part) else None
+    if lora_dropout and isinstance(owner, _RECURRENT):
+        raise ValueError(
+            f"`lora_dropout` (={lora_dropout}) must be 0 for a weight of {with_article(type(owner).__name__)}: torch "
+            "computes its steps in one go, and takes W as a whole, of whose inputs none can be dropped."
+        )
+
+
+def once(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The same without repetitions; two parts that stand for one parameter are one."""
+    return [*{(m.lora_owner, m.lora_parameter) if isinstance(m, Part) else m: m for m in modules}.values()]
+
+
+def keeps_matrices(module: nn.Module | None) -> bool:
+    """Whether a module is one of those that are adapted by adapting what they keep for themselves."""
+    return isinstance(module, _OWNERS) and kind_for(type(module)) is None
+
+
+def _as_modules(found: Iterable[Owned], memory: Memory, names: Names, problems: Problems) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for one in found:
         if one.own == "weight" and kind_for(type(one.module)) is not None:

@@ -43,7 +43,6 @@ _ELSEWHERE: dict[str, tuple[Sequence[object], str]] = {
     "runtime_config": ((None,), "leave it out: offload the weights with the tool that trains"),
     "trainable_token_indices": ((None,), "name the embedding in `target_modules` or in `modules_to_save`"),
     "lora_bias": ((None, False), "let the layer's own bias train, by `bias='lora_only'`"),
-    "target_parameters": ((None, []), "name modules in `target_modules`"),
     "use_qalora": ((None, False), _NOT_HERE),
     "use_bdlora": ((None,), _NOT_HERE),
     "arrow_config": ((None,), _NOT_HERE),
@@ -128,7 +127,7 @@ def in_layers(config: Config, targets: list[nn.Module], names: Names, problems: 
         return targets
     expressions = {pattern: re.compile(used) for pattern, used in layer_expressions(config).items()}
     in_full = set() if isinstance(config.target_modules, str) else {*config.target_modules}
-    kept, there, unused = [], set[int](), {*expressions}
+    kept, there, unused = list[nn.Module](), set[int](), {*expressions}
     for module in targets:
         known = [*map(without_wrappers, names[module])]
         numbers = {number for name in known if (number := _number_in(name, expressions, unused)) is not None}
@@ -140,7 +139,9 @@ def in_layers(config: Config, targets: list[nn.Module], names: Names, problems: 
     missing = sorted(wanted - there)
     if missing and not (unused and not there):
         listed = some(map(str, missing), len(missing))
-        problems.add(f"`layers_to_transform` {listed}: no target is in {_layers(missing)}{_hint(there, known[0])}.")
+        problems.add(
+            f"`layers_to_transform` {listed}: no target is in {_layers(missing)}{_hint(there, names[targets[0]][0])}."
+        )
     return kept
 
 

@@ -70,6 +70,11 @@ class WeightReader(nn.Module):
             part.lora_refresh()
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, part in () if keep_vars else parts_of(self).items():
+            part.lora_mark_rest(destination, f"{prefix}{name}")
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         with ExitStack() as stack:
             for part in parts_of(self).values():

@@ -47,7 +47,8 @@ def initialize(model: nn.Module, init_lora_weights: Init) -> None:
 
     Where W₀ is written, W₀ + s B A stays what it was, to the rounding of W₀'s dtype. `lora.disabled` and `lora.eject`
     give the pretrained model, to the same rounding, and `lora.save_adapter` writes what was learnt, at rank 2r, for an
-    unchanged base. State dicts of such a model hold what is left of W₀: load them into a model that started alike.
+    unchanged base. State dicts of such a model hold what is left of W₀, by the name of the weight, and with a first
+    dimension of 1: load them into a model that started alike. Any other refuses them, a plain model for the shape.
     Packed (quantised) weights are not written.
 
     Args:

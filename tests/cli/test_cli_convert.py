@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import tools
 import torch
 from cli_model import run, trained
 from conftest import update
@@ -115,3 +116,17 @@ def test_resize(path, tmp_path, capsys):
     code, _, error = run(capsys, "resize", path, out, "--energy", 2, "--overwrite")
     assert code == 2
     assert "energy" in error
+
+
+def test_what_a_file_does_not_say_is_said(tmp_path, capsys):
+    path, _, updates, _ = tools.raw_peft(tmp_path)
+    code, _, error = run(capsys, "convert", path, tmp_path / "out", "--format", "peft")
+    assert code == 2
+    assert f"`lora convert {path} NEW --format lora --lora-alpha X`" in error
+    assert run(capsys, "convert", path, tmp_path / "out", "--format", "peft", "--lora-alpha", 7)[0] == 0
+    adapter = lora.read_adapter(tmp_path / "out")
+    for name, expected in updates.items():
+        np.testing.assert_allclose(adapter.delta(name, torch.float64).numpy(), expected, rtol=1e-6, atol=1e-6)
+    code, _, error = run(capsys, "convert", tmp_path / "out", tmp_path / "b", "--format", "lora", "--lora-alpha", 7)
+    assert code == 2
+    assert "`lora_alpha` is for files that do not say it" in error

@@ -305,7 +305,7 @@ def test_folders_that_are_not_there_or_are_files(tmp_path):
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         lora.write_adapter(adapter, tmp_path / "a" / "b", "peft")
-    with pytest.raises(ValueError, match="`format` must be one of 'lora', 'peft', 'portable', got 'PEFT'"):
+    with pytest.raises(ValueError, match="`format` must be one of 'lora', 'diffusers', 'peft', 'portable', got 'PEFT'"):
         lora.write_adapter(adapter, tmp_path / "a", "PEFT")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
+from lora.layers.parts import Part
 from lora.layers.undo import undo_on_error
 
 HOUSE = str(Path(lora.__file__).parent)
@@ -130,6 +131,7 @@ def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
 # ---- what a model is ---------------------------------------------------------------------------------------------
 
 _CACHES = ("_merged", "_norms", "_squares", "_checked")  # computed anew when they are old
+_BACK = ("lora_owner", "_owner")  # from a part to the module that it is of
 
 
 def whole(model: nn.Module, objects: bool = True) -> list[Any]:
@@ -144,12 +146,12 @@ def whole(model: nn.Module, objects: bool = True) -> list[Any]:
             own = which(value), value.data_ptr() if objects else None, of(value.grad), of(vars(value))
             return form, own, bits(value)
         if isinstance(value, dict):
-            return [(key, of(one)) for key, one in value.items() if key not in _CACHES]
+            return [(key, of(one)) for key, one in value.items() if key not in (*_CACHES, *_BACK)]
         if isinstance(value, (list, tuple)):
             return [of(one) for one in value]
         if isinstance(value, set):
             return sorted(map(str, value))
-        if hasattr(value, "__dict__") and not callable(value):
+        if hasattr(value, "__dict__") and (isinstance(value, Part) or not callable(value)):
             return which(value), type(value), of(vars(value))
         return which(value) if callable(value) else value
 

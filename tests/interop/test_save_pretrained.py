@@ -7,13 +7,13 @@ import transformers
 import lora
 
 IDS = torch.arange(6)[None]
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
 def model():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=40)).eval()
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=40)).eval()
     lora.inject(made, target_modules=["q_proj"], r=2)
     torch.nn.init.normal_(made.model.layers[0].self_attn.q_proj.lora_B)
     return made
@@ -42,3 +42,17 @@ def test_an_adapter_of_its_own_or_a_merged_model_keeps_what_was_learnt(model, tm
     torch.testing.assert_close(merged(IDS).logits, expected)
     with pytest.raises(lora.AdapterError, match="the base weight is not the one"):
         lora.load_adapter(merged, tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+@torch.no_grad()
+def test_what_a_start_has_left_of_the_base_is_not_loaded_as_the_base(how, tmp_path):
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=40)).eval()
+    before = made(IDS).logits
+    lora.inject(made, target_modules="all-linear", r=4, init_lora_weights=how)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    lora.eject(made)
+    made.save_pretrained(tmp_path)
+    torch.testing.assert_close(transformers.LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, before)

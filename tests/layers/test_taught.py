@@ -184,6 +184,7 @@ def test_attention_complains_as_torchs():
     for complaint, other in (
         ("embedding dimension of 9", {"embed_dim_to_check": 9}),
         ("Need attn_mask", {"embed_dim_to_check": E, "is_causal": True}),
+        (r"key_padd.*mask", {"embed_dim_to_check": E, "key_padding_mask": torch.zeros(2, 3, dtype=torch.bool)}),
     ):
         with pytest.raises((AssertionError, RuntimeError), match=complaint):
             F.multi_head_attention_forward(x, x, x, **NOTHING, **given, **other)
@@ -234,8 +235,9 @@ def test_attention_is_compiled_without_a_break():
 
     def attend(x):
         return F.multi_head_attention_forward(
-            x, x, x, E, HEADS, made.lora_weight(), None, None, None, False, 0.0, out.lora_weight(), None
+            x, x, x, E, HEADS, made.lora_weight(), None, None, None, False, 0.0, out.lora_weight(), None, True, padding
         )[0]
 
+    padding = torch.zeros(2, 3, dtype=torch.bool)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(compiled, attend(x))

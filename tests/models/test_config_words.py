@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 from torch import nn
 from toy_model import snapshot
 
@@ -60,6 +61,15 @@ SELECTED = {
 @pytest.mark.parametrize(("fields", "expected"), SELECTED.values(), ids=SELECTED)
 def test_only_layers_of_these_numbers_are_adapted(fields, expected):
     assert adapted(**fields) == (expected or SELECTED["all"][1])
+
+
+def test_parameters_that_are_named_by_themselves_are_in_no_layer():
+    """As in PEFT."""
+    model = model_of()
+    model["model"]["table"] = nn.ParameterDict({"rows": nn.Parameter(torch.randn(4, 4))})
+    fields = {"target_modules": ["q"], "target_parameters": ["table.rows"], "layers_to_transform": 1}
+    names = [module.names[0] for module in lora.inject(model, r=2, **fields).modules]
+    assert sorted(names) == ["model.layers.1.q", "model.table.rows"]
 
 
 UNREACHED = {

@@ -107,6 +107,37 @@ def file_of(full):
     return lora.adapter_of(injected(DENSE, **(IN_FULL if full else {})))
 
 
+class Owner(nn.Module):
+    """Two parameters of its own, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.out = nn.Parameter(torch.ones(5, 6)), nn.Parameter(torch.ones(4, 5)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(nn.functional.linear(nn.functional.linear(x, self.up), self.down))
+
+
+PARTS = {"target_parameters": ["up", "down"], "target_modules": ["out"], "r": 2}
+
+
+def owner(**settings):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 6), Owner())
+    if settings:
+        lora.inject(model, **PARTS, **settings)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+                parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+@cache
+def file_of_parts():
+    return lora.adapter_of(owner(lora_alpha=3))
+
+
 def resized():
     model = injected(("embed",), use_dora=True)
     model["embed"].weight.data = torch.cat([model["embed"].weight.data, torch.ones(2, 5)])
@@ -143,6 +174,14 @@ CHANGES = {
     "loftq": (lambda: injected(("packed",)), lambda model: lora.loftq(model, original, 3)),
     "load_adapter": (lambda: injected(DENSE), lambda model: lora.load_adapter(model, file_of(False), check_base=False)),
     "load_adapter into a plain model": (plain, lambda model: lora.load_adapter(model, file_of(True))),
+    "inject parameters": (owner, lambda model: lora.inject(model, **PARTS, use_dora=True, init_lora_weights="pissa")),
+    "merge parameters": (lambda: owner(use_dora=True), lora.merge),
+    "eject parameters": (lambda: owner(init_lora_weights="olora"), lora.eject),
+    "load_adapter with parameters": (owner, lambda model: lora.load_adapter(model, file_of_parts())),
+    "load_adapter over parameters": (
+        lambda: owner(lora_alpha=5),
+        lambda model: lora.load_adapter(model, file_of_parts()),
+    ),
     "resize": (resized, lambda model: setattr(model["embed"], "num_embeddings", 9)),
 }
 CHANGES |= {

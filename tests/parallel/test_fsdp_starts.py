@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from conftest import KINDS, make
 from sharding import FIELDS, adapted, assert_same, shard, twins, whole
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from toy_model import IDS, Model
 
@@ -114,6 +115,38 @@ def _given_back():
 
 def test_a_start_from_the_base_weight_outlives_sharding(ranks):
     ranks.run(_given_back)
+
+
+def _state_of_what_is_left(folder):
+    fields = {**FIELDS, "splits": {}, "enable_lora": {}, "init_lora_weights": "pissa"}
+    one, model, again, fresh = base(), base(), base(), base()
+    for each in (one, model, again):
+        lora.inject(each, **fields)
+    with torch.no_grad():
+        for each in (one, model):
+            each.head.lora_A.add_(1)
+    shard(model), shard(again), shard(fresh)
+    expected = one(IDS)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        torch.testing.assert_close(state, dict(one.state_dict()), rtol=0, atol=0)
+    set_model_state_dict(again, dict(model.state_dict()))
+    assert_same(again, one)
+    assert torch.equal(again(IDS), expected)
+    dcp.save(model.state_dict(), checkpoint_id=folder)
+    with torch.no_grad():
+        again.head.lora_A.zero_()
+    dcp.load(again.state_dict(), checkpoint_id=folder)
+    assert torch.equal(again(IDS), expected)
+    lora.initialize(again, True)
+    with pytest.raises(RuntimeError, match="is what a start such as PiSSA's left"):
+        again.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
+        fresh.load_state_dict(model.state_dict(), strict=False)
+
+
+def test_what_a_start_has_left_is_told_apart_when_it_is_sharded(ranks, tmp_path):
+    ranks.run(_state_of_what_is_left, tmp_path)
 
 
 # ---- what torch's own loading does not notice --------------------------------------------------------------------

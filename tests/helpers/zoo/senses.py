@@ -1,0 +1,623 @@
+"""Models of transformers' that see and hear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zoo.language import BOTH, DECODER, ENCODER, GPT, without
+from zoo.rows import Row, config, ids, image, of, random, sound, words
+
+FIRST = r"(detr\.|conditional_detr\.)?model\.decoder\.layers\.0\.self_attn\.v_proj"  # of queries, which are zero
+CROSS = r".*\.encoder_attn\..*"  # to an encoder, which is not there
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SHALLOW = VISION | {"num_hidden_layers": 1}
+TEXT = without(ENCODER, "num_hidden_layers") | {"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
+SPEAKER = DECODER | {"num_hidden_layers": 1}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+RESNET = config(
+    "ResNetConfig",
+    embedding_size=8,
+    hidden_sizes=[8, 8, 16, 16],
+    depths=[1, 1, 1, 1],
+    layer_type="basic",
+    out_features=STAGES,
+)
+DETR: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 3,
+    "backbone_config": RESNET,
+}
+SPEECH: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 8),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+    "pad_token_id": 0,
+    "classifier_proj_size": 16,
+    "tdnn_dim": (16, 16),
+    "tdnn_kernel": (3, 3),
+    "tdnn_dilation": (1, 2),
+    "xvector_output_dim": 8,
+}
+SMALL = image(2, 3, 16, 16)
+LARGE = image(2, 3, 32, 32)
+SCENE = image(1, 3, 64, 64)
+VIDEO = image(1, 2, 3, 16, 16)
+CAPTIONED = image(2, 3, 16, 16, input_ids=lambda: ids(2, 6))
+
+
+def classifier(family: str, inputs: Any = SMALL, /, **settings: Any) -> Row:
+    return of(f"{family}ForImageClassification", inputs, **settings)
+
+
+def two_towers(name: str, /, **settings: Any) -> Row:
+    return of(name, CAPTIONED, **{"text_config": TEXT, "vision_config": SHALLOW, "projection_dim": 16} | settings)
+
+
+def picture_in_words(n: int) -> dict[str, torch.Tensor]:
+    """The places of a picture, and words."""
+    return {"input_ids": torch.tensor([[63] * n + [7, 8, 9]] * 2)}
+
+
+def heard(family: str, task: str = "CTC", /, **settings: Any) -> Row:
+    return of(f"{family}For{task}", sound, **SPEECH | settings)
+
+
+ROWS = {
+    "ViT": classifier("ViT", **VISION),
+    "DeiT": classifier("DeiT", **VISION),
+    "BEiT": classifier("Beit", **VISION, use_relative_position_bias=True),
+    "Data2Vec, seeing": classifier("Data2VecVision", **VISION),
+    "DINOv2": classifier("Dinov2", **VISION, mlp_ratio=2),
+    "DINOv3": of("DINOv3ViTModel", SMALL, **VISION),
+    "ViT MAE": of(
+        "ViTMAEForPreTraining",
+        image(2, 3, 16, 16, noise=lambda: random(2, 4)),
+        **VISION,
+        decoder_hidden_size=32,
+        decoder_num_attention_heads=2,
+        decoder_num_hidden_layers=1,
+        decoder_intermediate_size=32,
+    ),
+    "Swin": classifier("Swin", LARGE, **SWIN),
+    "Swin V2": classifier("Swinv2", LARGE, **SWIN),
+    "ConvNeXt": classifier("ConvNext", LARGE, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+    "ConvNeXt V2": classifier("ConvNextV2", LARGE, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+    "ResNet": classifier("ResNet", LARGE, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "RegNet": classifier(
+        "RegNet", LARGE, embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], groups_width=4
+    ),
+    "BiT": classifier("Bit", LARGE, embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, num_groups=2),
+    "MobileNet V1": classifier("MobileNetV1", LARGE, image_size=32, depth_multiplier=0.1, min_depth=4),
+    "MobileNet V2": classifier("MobileNetV2", LARGE, image_size=32, depth_multiplier=0.1, min_depth=4),
+    "MobileViT": classifier(
+        "MobileViT",
+        image(2, 3, 128, 128),
+        image_size=128,
+        patch_size=2,
+        hidden_sizes=[16, 16, 16],
+        neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+        num_attention_heads=2,
+    ),
+    "SegFormer": of(
+        "SegformerForSemanticSegmentation",
+        SMALL,
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[2, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    ),
+    "PVT": classifier(
+        "Pvt",
+        LARGE,
+        image_size=32,
+        depths=[1, 1],
+        num_encoder_blocks=2,
+        hidden_sizes=[16, 16],
+        patch_sizes=[4, 2],
+        strides=[4, 2],
+        sequence_reduction_ratios=[2, 1],
+        num_attention_heads=[2, 2],
+        mlp_ratios=[2, 2],
+    ),
+    "PoolFormer": classifier(
+        "PoolFormer",
+        LARGE,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        num_encoder_blocks=2,
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        padding=[2, 1],
+    ),
+    "LeViT": classifier(
+        "Levit",
+        SCENE,
+        image_size=64,
+        hidden_sizes=[16, 24, 32],
+        num_attention_heads=[2, 2, 2],
+        depths=[1, 1, 1],
+        key_dim=[8, 8, 8],
+        mlp_ratio=[2, 2, 2],
+        attention_ratio=[2, 2, 2],
+    ),
+    "Hiera": classifier(
+        "Hiera", SCENE, embed_dim=8, image_size=[64, 64], depths=[1] * 4, num_heads=[1] * 4, masked_unit_size=[8, 8]
+    ),
+    "FocalNet": classifier(
+        "FocalNet",
+        LARGE,
+        image_size=32,
+        embed_dim=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        focal_levels=[1, 1],
+        focal_windows=[3, 3],
+    ),
+    "VideoMAE": of("VideoMAEForVideoClassification", VIDEO, **VISION, num_frames=2),
+    "TimeSformer": of("TimesformerForVideoClassification", VIDEO, **VISION, num_frames=2),
+    "ViViT": of("VivitForVideoClassification", VIDEO, **VISION, num_frames=2, tubelet_size=[2, 8, 8]),
+    "DPT": of(
+        "DPTForDepthEstimation",
+        image(1, 3, 32, 32),
+        **VISION | {"image_size": 32, "num_hidden_layers": 4},
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8] * 4,
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    ),
+    # Objects and their masks.
+    "DETR": of("DetrForObjectDetection", SCENE, unused=FIRST, **DETR),
+    "DETR, segmenting": of(
+        "DetrForSegmentation", SCENE, unused=FIRST, **DETR | {"d_model": 64, "encoder_attention_heads": 8}
+    ),
+    "Conditional DETR, segmenting": of(
+        "ConditionalDetrForSegmentation", SCENE, **DETR | {"d_model": 64, "encoder_attention_heads": 8}
+    ),
+    "Table Transformer": of("TableTransformerForObjectDetection", SCENE, **DETR),
+    "YOLOS": of("YolosForObjectDetection", SMALL, **VISION | {"image_size": [16, 16]}, num_detection_tokens=3),
+    "RT-DETR": of(
+        "RTDetrForObjectDetection",
+        SCENE,
+        backbone_config=config(
+            "RTDetrResNetConfig",
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=STAGES[1:],
+        ),
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8, 16, 16],
+        feat_strides=[8, 16, 32],
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        d_model=16,
+        num_queries=3,
+        decoder_in_channels=[16, 16, 16],
+        decoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_n_points=2,
+        num_denoising=0,
+        hidden_expansion=0.5,
+    ),
+    "Mask2Former": of(
+        "Mask2FormerModel",
+        SCENE,
+        backbone_config=config(
+            "SwinConfig",
+            **SWIN | {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4},
+            out_features=STAGES,
+        ),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=3,
+    ),
+    "SAM": of(
+        "SamModel",
+        image(1, 3, 32, 32, input_points=lambda: random(1, 1, 2, 2)),
+        unused=r"mask_decoder\.output_hypernetworks_mlps\.0\..*",  # of one mask, of which there are three
+        vision_config={
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 8,
+            "mlp_dim": 32,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 8},
+        mask_decoder_config={
+            "hidden_size": 16,
+            "mlp_dim": 16,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+            "attention_downsample_rate": 2,
+        },
+    ),
+    # Pictures and words.
+    "CLIP": two_towers("CLIPModel"),
+    "SigLIP": of("SiglipModel", CAPTIONED, text_config=TEXT | {"projection_size": 32}, vision_config=SHALLOW),
+    "AltCLIP": two_towers("AltCLIPModel", text_config=TEXT | {"project_dim": 16}),
+    "GroupViT": two_towers(
+        "GroupViTModel",
+        vision_config=SHALLOW | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
+        projection_intermediate_dim=16,
+    ),
+    "OWL-ViT": two_towers("OwlViTForObjectDetection", unused=r"owlvit\.visual_projection", projection_dim=32),
+    "CLIPSeg": two_towers(
+        "CLIPSegForImageSegmentation",
+        unused=r"clip\..*",  # runs without gradients
+        vision_config=VISION,
+        extract_layers=[0, 1],
+        reduce_dim=16,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        conditional_layer=0,
+    ),
+    "BLIP": two_towers(
+        "BlipForConditionalGeneration",
+        text_config=TEXT | {"encoder_hidden_size": 32, "is_decoder": True, "sep_token_id": 2},
+    ),
+    "BLIP-2": of(
+        "Blip2ForConditionalGeneration",
+        image(2, 3, 16, 16, input_ids=lambda: picture_in_words(4)["input_ids"]),
+        vision_config=SHALLOW,
+        qformer_config=without(VISION, "image_size", "patch_size") | {"encoder_hidden_size": 32, "vocab_size": 64},
+        text_config=without(TEXT, "intermediate_size")
+        | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+        num_query_tokens=4,
+        image_token_index=63,
+    ),
+    "GIT": of("GitForCausalLM", CAPTIONED, vision_config=SHALLOW, **TEXT),
+    "ViLT": of("ViltModel", CAPTIONED, **ENCODER | VISION),
+    "FLAVA": of(
+        "FlavaModel",
+        CAPTIONED,
+        unused="(image|text)_projection",
+        image_config=SHALLOW,
+        text_config=TEXT,
+        multimodal_config=without(SHALLOW, "image_size", "patch_size"),
+        image_codebook_config={},
+        hidden_size=32,
+        projection_dim=16,
+    ),
+    "Idefics": of(
+        "IdeficsForVisionText2Text",
+        image(2, 1, 3, 16, 16, input_ids=lambda: ids(2, 6), image_attention_mask=lambda: torch.ones(2, 6, 1)),
+        **SPEAKER,
+        additional_vocab_size=2,
+        cross_layer_interval=1,
+        use_resampler=False,
+        vision_config=without(SHALLOW, "hidden_size") | {"embed_dim": 32},
+    ),
+    "Idefics 2": of(
+        "Idefics2ForConditionalGeneration",
+        image(2, 1, 3, 16, 16, input_ids=lambda: picture_in_words(2)["input_ids"]),
+        vision_config=SHALLOW,
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 2,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 2,
+        },
+        text_config=SPEAKER | {"model_type": "mistral"},
+        image_token_id=63,
+    ),
+    "LLaVA": of(
+        "LlavaForConditionalGeneration",
+        image(2, 3, 16, 16, input_ids=lambda: picture_in_words(4)["input_ids"]),
+        vision_config=SHALLOW | {"model_type": "clip_vision_model"},
+        text_config=SPEAKER | {"model_type": "llama"},
+        image_token_index=63,
+        vision_feature_layer=-1,
+    ),
+    "PaliGemma": of(
+        "PaliGemmaForConditionalGeneration",
+        image(2, 3, 16, 16, input_ids=lambda: picture_in_words(4)["input_ids"]),
+        vision_config=SHALLOW | {"model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        text_config=SPEAKER | {"model_type": "gemma", "head_dim": 8},
+        image_token_index=63,
+        hidden_size=32,
+        projection_dim=32,
+    ),
+    "Llama 3.2, seeing": of(
+        "MllamaForConditionalGeneration",
+        image(
+            2,
+            1,
+            1,
+            3,
+            16,
+            16,
+            input_ids=lambda: ids(2, 6),
+            aspect_ratio_ids=lambda: torch.ones(2, 1, dtype=torch.long),
+            aspect_ratio_mask=lambda: torch.ones(2, 1, 1, dtype=torch.long),
+        ),
+        vision_config=without(SHALLOW, "num_attention_heads")
+        | {
+            "attention_heads": 4,
+            "num_global_layers": 1,
+            "max_num_tiles": 1,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        text_config=DECODER
+        | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "Kosmos-2": of(
+        "Kosmos2ForConditionalGeneration",
+        image(
+            2,
+            3,
+            16,
+            16,
+            input_ids=lambda: ids(2, 6),
+            image_embeds_position_mask=lambda: torch.tensor([[0, 1, 1, 0, 0, 0]] * 2).bool(),
+        ),
+        dtype=torch.float32,
+        text_config={
+            "vocab_size": 64,
+            "max_position_embeddings": 32,
+            "embed_dim": 32,
+            "layers": 1,
+            "ffn_dim": 48,
+            "attention_heads": 4,
+        },
+        vision_config=SHALLOW,
+        latent_query_num=2,
+    ),
+    "Pix2Struct": of(
+        "Pix2StructForConditionalGeneration",
+        lambda: {
+            "flattened_patches": torch.cat([torch.arange(8.0).reshape(1, 4, 2), random(1, 4, 12)], -1),
+            "decoder_input_ids": ids(1, 6),
+        },
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 1,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "patch_embed_hidden_size": 12,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "seq_len": 8,
+        },
+    ),
+    "TrOCR": of(
+        "TrOCRForCausalLM",
+        words,
+        unused=CROSS,
+        vocab_size=64,
+        d_model=32,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+    ),
+    "ImageGPT": of("ImageGPTForCausalImageModeling", words, **GPT),
+    # Sound.
+    "Wav2Vec2": heard("Wav2Vec2"),
+    "Wav2Vec2's x-vector": heard("Wav2Vec2", "XVector"),
+    "Wav2Vec2 conformer's x-vector": heard("Wav2Vec2Conformer", "XVector"),
+    "Wav2Vec2-BERT": of(
+        "Wav2Vec2BertForCTC",
+        lambda: {"input_features": random(2, 10, 8)},
+        **without(SPEECH, *(name for name in SPEECH if "conv" in name)),
+        feature_projection_input_dim=8,
+        conv_depthwise_kernel_size=3,
+    ),
+    "HuBERT": heard("Hubert"),
+    "WavLM": heard("WavLM"),
+    "UniSpeech-SAT": heard("UniSpeechSat"),
+    "SEW": heard("SEW", squeeze_factor=2),
+    "SEW-D": heard(
+        "SEWD", squeeze_factor=2, position_buckets=4, max_position_embeddings=16, pos_att_type=("p2c", "c2p")
+    ),
+    "Data2Vec, hearing": heard("Data2VecAudio", conv_pos_kernel_size=3),
+    "AST": of(
+        "ASTForAudioClassification",
+        lambda: {"input_values": random(2, 16, 16)},
+        **without(VISION, "image_size"),
+        max_length=16,
+        num_mel_bins=16,
+        frequency_stride=8,
+        time_stride=8,
+    ),
+    "CLAP": of(
+        "ClapModel",
+        lambda: words() | {"input_features": random(2, 1, 128, 8)},
+        text_config=TEXT,
+        audio_config={
+            "window_size": 4,
+            "spec_size": 32,
+            "num_mel_bins": 8,
+            "patch_size": 4,
+            "patch_stride": [4, 4],
+            "patch_embeds_hidden_size": 16,
+            "depths": [1, 1],
+            "num_attention_heads": [2, 2],
+            "hidden_size": 32,
+            "enable_fusion": False,
+        },
+        projection_dim=16,
+    ),
+    "Whisper": of(
+        "WhisperForConditionalGeneration",
+        lambda: {"input_features": random(2, 8, 20), "decoder_input_ids": ids(2, 4)},
+        **without(BOTH, "max_position_embeddings"),
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=20,
+    ),
+    "Speech2Text": of(
+        "Speech2TextForConditionalGeneration",
+        lambda: {"input_features": random(2, 20, 8), "decoder_input_ids": ids(2, 4)},
+        **without(BOTH, "max_position_embeddings"),
+        num_conv_layers=2,
+        conv_kernel_sizes=[3, 3],
+        conv_channels=16,
+        input_feat_per_channel=8,
+        input_channels=1,
+        max_source_positions=32,
+        max_target_positions=20,
+    ),
+    "SpeechT5": of(
+        "SpeechT5ForSpeechToText",
+        lambda: sound() | {"decoder_input_ids": ids(2, 4)},
+        **without(SPEECH, "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        **without(BOTH, "d_model", "vocab_size", "pad_token_id", "max_position_embeddings"),
+    ),
+    "Moonshine": of(
+        "MoonshineForConditionalGeneration",
+        lambda: {"input_values": random(1, 3000), "decoder_input_ids": ids(1, 6)},
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        encoder_num_hidden_layers=1,
+        decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        pad_token_id=0,
+    ),
+    "MusicGen": of(
+        "MusicgenForCausalLM",
+        words,
+        "MusicgenDecoderConfig",
+        unused=CROSS,
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_codebooks=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    ),
+    "VITS": of(
+        "VitsModel",
+        words,
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=16,
+        flow_size=16,
+        spectrogram_bins=9,
+        upsample_initial_channel=16,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]],
+        prior_encoder_num_flows=1,
+        prior_encoder_num_wavenet_layers=1,
+        posterior_encoder_num_wavenet_layers=1,
+        depth_separable_num_layers=1,
+        duration_predictor_num_flows=1,
+        duration_predictor_flow_bins=4,
+        depth_separable_channels=2,
+        use_stochastic_duration_prediction=False,
+        noise_scale=0.0,
+    ),
+    # Numbers.
+    "Time Series Transformer": of(
+        "TimeSeriesTransformerModel",
+        lambda: {
+            "past_values": random(2, 6),
+            "past_time_features": random(2, 6, 1),
+            "past_observed_mask": torch.ones(2, 6, dtype=torch.float64),
+            "future_values": random(2, 2),
+            "future_time_features": random(2, 2, 1),
+        },
+        prediction_length=2,
+        context_length=4,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        lags_sequence=[1, 2],
+        num_time_features=1,
+    ),
+    "PatchTST": of(
+        "PatchTSTForPrediction",
+        lambda: {"past_values": random(2, 16, 2)},
+        num_input_channels=2,
+        context_length=16,
+        patch_length=4,
+        patch_stride=4,
+        d_model=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        prediction_length=4,
+    ),
+    "Decision Transformer": of(
+        "DecisionTransformerModel",
+        lambda: {
+            "states": random(1, 3, 3),
+            "actions": random(1, 3, 2),
+            "rewards": random(1, 3, 1),
+            "returns_to_go": random(1, 3, 1),
+            "timesteps": torch.arange(3)[None],
+            "attention_mask": torch.ones(1, 3),
+        },
+        state_dim=3,
+        act_dim=2,
+        hidden_size=32,
+        n_layer=1,
+        n_head=4,
+        max_ep_len=16,
+        n_positions=32,
+    ),
+}
