@@ -22,6 +22,8 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"(^ *(?P<fence>```+).*?^ *(?P=fence)$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\(|src=\")([^)\s#:\"]+)")  # the target of [text](target) and of <img src="target">
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".txt": "text"}
+# Of a class whose other methods are for the library alone, those that are for its users.
+MEMBERS = {"lora.LoRALayer": "lora_shapes, lora_down, lora_up, lora_delta, lora_forward_with, lora_configure, lora_base_weight"}
 log = logging.getLogger("mkdocs.site")
 
 
@@ -111,7 +113,9 @@ def _folder_of(uri):
 
 def _documented(match):
     anchor = re.sub(r"[^\w-]", "", match[1].lower())  # that of the heading in the repository
-    return f'<a id="{anchor}"></a>\n\n::: {match[1]}'
+    members = MEMBERS.get(match[1], "")
+    options = f"\n    options:\n      members: [{members}]\n      inherited_members: true" if members else ""
+    return f'<a id="{anchor}"></a>\n\n::: {match[1]}{options}'
 
 
 class Docstrings(griffe.Extension):

@@ -204,7 +204,7 @@ def _sum_of(name: str, adapters: Sequence[tuple[Adapter, float]], method: str, r
     """What makes up a module of the result; ValueError where the adapters' modules do not fit each other, or `r`."""
     forms = _alike([(adapter.modules[name], *adapter.pair(name)) for adapter, _ in adapters])
     layers = [module.layer(A, B) for module, A, B in forms]
-    if len({(layer.lora_A.shape[1:], layer.lora_B.shape[0]) for layer in layers}) > 1:
+    if len({layer.lora_shapes_without_rank() for layer in layers}) > 1:
         listed = ", ".join(f"{(*layer.lora_A.shape,)} and {(*layer.lora_B.shape,)}" for layer in layers)
         raise ValueError(f"lora_A and lora_B must be for one base weight, got the shapes {listed}.")
     ranks = [layer.r for layer in layers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from lora.adapters.adapter import Adapter, ModuleAdapter
 from lora.adapters.base import Base, describe
 from lora.arithmetic.algebra import check, copied, named, sound, widest
-from lora.errors import AdapterError, Problems, is_count, is_number, join, raise_all, short
+from lora.errors import AdapterError, Problems, is_count, is_number, raise_all, short
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import Part, tensor_name
 from lora.layers.registry import class_for, kind_for
 from lora.models.blocks import (
     Pair,
@@ -35,7 +36,7 @@ from lora.models.model import Names, by_tensor, is_persistent, name_of, names_of
 from lora.models.refusals import refusal
 
 # The kinds of layer whose updates are matrices that can be known from the weight.
-_FORMS = ("linear", "embedding", "conv")
+_FORMS = ("linear", "embedding", "conv", "stack")
 
 
 def rank_problems(r: Any, energy: Any) -> Iterator[str]:
@@ -130,6 +131,7 @@ def extract(
     energy: float | None = None,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
+    target_parameters: Sequence[str] | None = None,
 ) -> Extracted:
     """The adapter that turns a model into its full fine-tune, as nearly as its rank allows.
 
@@ -146,6 +148,7 @@ def extract(
             values of the difference.
         target_modules: which layers to adapt, as in `lora.LoraConfig`. Default: None, all that can be.
         exclude_modules: which not to adapt, as there. Default: None.
+        target_parameters: which parameters of modules to adapt, a mixture's experts say, as there. Default: None.
 
     Returns:
         A pair of the adapter and, by module, the share of Σσ² that was kept. A and B are of the base weight's dtype,
@@ -174,7 +177,7 @@ def extract(
     names = names_of(base)
     changes = _Changes(base, finetuned, names)
     with Problems(what) as problems:
-        layers = _layers(base, names, changes, target_modules, exclude_modules, problems)
+        layers = _layers(base, names, changes, (target_modules, exclude_modules, target_parameters), problems)
         full = changes.in_full(layers)
         problems.add(*changes.problems(full))
         for name, layer in layers.items():
@@ -184,10 +187,10 @@ def extract(
                 problems.add(f"{name}: {error} A layer outside `target_modules` is kept in full.")
         if not layers and not problems:
             problems.add(f"no layer to adapt differs; what differs: {', '.join(full) or 'nothing'}.")
-    rest = describe(names, {id(changes.ours[name]) for name in full}, {join(name, "weight") for name in layers})
+    rest = describe(names, {id(changes.ours[name]) for name in full}, _weights_of(layers))
     adapter, kept = Adapter({}, {}, list(full), base_model=name_of(base), rest=rest), {}
     for name, layer in layers.items():
-        weight = changes.theirs[join(name, "weight")]
+        weight = changes.theirs[tensor_name(layer, name, "weight")]
         adapter.modules[name], pair, kept[name] = _approximated(layer, weight, r, energy)
         adapter.tensors.update(named(name, pair, adapter_dtype(layer)))
     for name in full:
@@ -230,7 +233,7 @@ class _Changes:
 
     def in_full(self, layers: dict[str, LoRALayer]) -> list[str]:
         """The first names of the tensors that differ, and that no layer's adapter changes."""
-        adapted = {join(name, "weight") for name in layers}
+        adapted = _weights_of(layers)
         return [keys[0] for keys in self.known_as.values() if self.changed & set(keys) and keys[0] not in adapted]
 
     def problems(self, full: Sequence[str]) -> Iterator[str]:
@@ -244,13 +247,20 @@ def _layers(
     base: nn.Module,
     names: Names,
     changes: _Changes,
-    target_modules: str | Sequence[str] | None,
-    exclude_modules: str | Sequence[str] | None,
+    wanted: tuple[str | Sequence[str] | None, str | Sequence[str] | None, Sequence[str] | None],
     problems: Problems,
 ) -> dict[str, LoRALayer]:
-    """The layers to adapt, by their first names, as LoRA layers that share the base's tensors."""
+    """The layers to adapt, by their first names, as LoRA layers that share the base's tensors.
+
+    Args:
+        wanted: `target_modules`, `exclude_modules` and `target_parameters`.
+    """
+    target_modules, excluded, parameters = wanted
+    everything = target_modules is None
     config = LoraConfig(
-        target_modules=".*" if target_modules is None else target_modules, exclude_modules=exclude_modules
+        target_modules=".*" if target_modules is None else target_modules,
+        exclude_modules=excluded,
+        target_parameters=parameters,
     )
     targets = find_targets(base, names, config, (), problems)
     layers: dict[str, LoRALayer] = {}
@@ -260,30 +270,45 @@ def _layers(
         layer = None if reason else _lora_twin(module)
         if layer is not None:
             layers[name] = layer
-        elif target_modules is not None:
+        elif not everything or isinstance(module, Part):
             problems.add(f"{name}: {reason or 'its update cannot be known from its weight.'}")
-    adapted = {join(without_wrappers(name), "weight") for module in targets for name in names[module]}
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if changes.changed & (keys := set(changes.names_of_tensor(join(name, "weight")))) and keys <= adapted
-    }
+    adapted = {tensor_name(module, without_wrappers(name), "weight") for module in targets for name in names[module]}
+
+    def is_to_change(name: str, layer: LoRALayer) -> bool:
+        keys = set(changes.names_of_tensor(tensor_name(layer, name, "weight")))
+        return bool(changes.changed & keys) and keys <= adapted
+
+    return {name: layer for name, layer in layers.items() if is_to_change(name, layer)}
 
 
 def _lora_twin(module: nn.Module) -> LoRALayer | None:
     """The module as a LoRA layer, its tensors shared and it itself untouched; None if its kind says too little."""
     kind = kind_for(type(module))
     assert kind is not None, "refusal() has looked"
-    twin: Any = copy.copy(module)
-    twin.__dict__["_parameters"] = {
-        own: None if parameter is None else nn.Parameter(parameter.detach(), False)
-        for own, parameter in module._parameters.items()
-    }
+    if isinstance(module, Part):
+        twin: Any = type(module)(_frozen_twin(module.lora_owner), module.lora_parameter)
+    else:
+        twin = _frozen_twin(module)
     kind, form = kind.lora_configure(twin, splits=None, enable_lora=None, factored=True)
     twin.__class__ = class_for(kind, type(twin))
     twin.lora_add(getattr(module, "groups", 1), **form)  # the least rank that fits
     known = Base.of(twin).kind in _FORMS and twin.lora_not_in_weight() is None
     return twin if known else None
+
+
+def _frozen_twin(module: nn.Module) -> nn.Module:
+    """A module that shares another's attributes, and the values of its parameters, but not these."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = {
+        own: None if parameter is None else nn.Parameter(parameter.detach(), False)
+        for own, parameter in module._parameters.items()
+    }
+    return twin
+
+
+def _weights_of(layers: Mapping[str, LoRALayer]) -> set[str]:
+    """The full names of the layers' weights."""
+    return {tensor_name(layer, name, "weight") for name, layer in layers.items()}
 
 
 def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:

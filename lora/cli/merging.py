@@ -27,7 +27,7 @@ from lora.cli.folder import (
     tied_problems,
     whole_folder,
 )
-from lora.errors import AdapterError, Problems, join
+from lora.errors import AdapterError, Problems
 from lora.layers.layer import LoRALayer
 from lora.models.merging import MergedModule, MergeReport, rounding_lost
 
@@ -84,7 +84,7 @@ class FolderMerge:
         self.model, self.adapter = model, adapter
         self.layers: dict[str, tuple[str, LoRALayer]] = {}  # by the model's key: a module's name and its layer
         self._lost: dict[str, MergedModule] = {}
-        weights = {join(name, "weight"): name for name in adapter.modules}
+        weights = {about.base.weight_name(name): name for name, about in adapter.modules.items()}
         with Problems("merge: nothing was written", AdapterError) as problems:
             keys, missing = keys_for(dict.fromkeys((*weights, *adapter.trained_in_full)), model, adapter.rest)
             problems.add(*missing)

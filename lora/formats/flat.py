@@ -86,7 +86,7 @@ def _or_one(file: File) -> peft.Said:
 
     def said(name: str) -> tuple[Mapping[str, Any], int, float]:
         pair = file.pairs[name]
-        r = pair["lora_A"].shape[0]
+        r = _rank(pair)
         return _config(pair), r, _number(pair[ALPHA]) if ALPHA in pair else float(r if given is None else given)
 
     return said
@@ -107,7 +107,7 @@ def _given(file: File, why: str) -> peft.Said:
         raise AdapterError(
             f"read_adapter: {file.path} has no scaling: {why}; give `lora_alpha`, as it was in training."
         )
-    return lambda name: (_config(file.pairs[name]), file.pairs[name]["lora_A"].shape[0], lora_alpha)
+    return lambda name: (_config(file.pairs[name]), _rank(file.pairs[name]), lora_alpha)
 
 
 def _mlx(file: File) -> peft.Said:
@@ -136,7 +136,7 @@ def _mlx(file: File) -> peft.Said:
 
     def said(name: str) -> tuple[Mapping[str, Any], int, float]:
         pair = file.pairs[name]
-        r = pair["lora_A"].shape[0]
+        r = _rank(pair)
         return _config(pair) | {"lora_dropout": dropout}, r, alpha_of(float(scale), r)
 
     return said
@@ -156,6 +156,10 @@ def _torchtune(file: File) -> peft.Said:
 
 def _config(pair: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"use_dora": MAGNITUDE in pair}
+
+
+def _rank(pair: Mapping[str, Tensor]) -> int:
+    return int((*pair["lora_A"].shape, 0)[0])  # what is no matrix is refused later
 
 
 def _number(tensor: Tensor) -> float:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
 from lora.formats.expressions import cost_problem, pattern_problem
+from lora.formats.peft_attention import (
+    Place,
+    attention_among,
+    attention_in,
+    attention_problems,
+    is_follower,
+    place_in,
+    placed,
+)
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
 from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
@@ -67,10 +77,11 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     forms = singles(adapter, what)
     raise_all(what, _homeless(adapter), AdapterError)
     check_folder(path)
-    tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
-    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
+    forms = placed(forms, attention_in(adapter))
+    tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
     write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
@@ -98,6 +109,11 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    attentive = {name for names in attention_in(adapter).values() for name in names}
+    for name, settings in adapter.modules.items():
+        if settings.base.parameter and name not in attentive:
+            yield f"{name}: is a parameter, for which PEFT's format has no place here."
+    yield from attention_problems(adapter)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -128,11 +144,12 @@ def _saved(adapter: Adapter) -> dict[str, None]:
 
 def _full_key(name: str, forms: Mapping[str, Form]) -> str:
     owner, _, own = name.rpartition(".")
+    owner = place_in(owner, forms)
     return f"{owner}.base_layer.{own}" if owner in forms else name
 
 
 def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
-    about = {name: settings for name, (settings, _, _) in forms.items()}
+    about = {name: settings for name, (settings, _, _) in forms.items() if not is_follower(name)}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
@@ -298,20 +315,29 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def modules_of(
-    pairs: Mapping[str, Mapping[str, Tensor]], said: Said, problems: Problems
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    said: Said,
+    problems: Problems,
+    places: Mapping[str, Place] = MappingProxyType({}),
 ) -> tuple[dict[str, ModuleAdapter], dict[str, Tensor]]:
-    """The settings and the tensors of modules, from what a file has for each, and says of each."""
+    """The settings and the tensors of modules, from what a file has for each, and says of each.
+
+    Args:
+        places: what those of the file's names stand for that are no layer's.
+    """
     modules: dict[str, ModuleAdapter] = {}
     tensors: dict[str, Tensor] = {}
-    for name, pair in pairs.items():
+    for told, pair in pairs.items():
+        place = places.get(told, Place(told, told))
+        name = place.name
         wrong = [f"{name}: {part} is missing." for part in PARAMETERS if part not in pair]
         wrong += [p for part in _PARTS if part in pair for p in dtype_problems(join(name, part), pair[part])]
         problems.add(*wrong)
         if wrong:
             continue
         with problems.at(name):
-            config, r, lora_alpha = said(name)
-            modules[name] = _settings(config, r, lora_alpha, pair)
+            config, r, lora_alpha = said(place.by)
+            modules[name] = _settings(config, r, lora_alpha, pair, place)
             A = within_groups(pair["lora_A"], modules[name].base.groups)
             tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
@@ -328,7 +354,8 @@ def _adapter(
     full: dict[str, Tensor],
     problems: Problems,
 ) -> Adapter:
-    modules, tensors = modules_of(pairs, said, problems)
+    places = attention_among(pairs, config.get("peft_version"))
+    modules, tensors = modules_of(pairs, said, problems, places)
     # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
     for name in full:
         owner, _, own = name.rpartition(".")
@@ -360,14 +387,17 @@ def _owners(patterns: list[str], full: Iterable[str]) -> list[str]:
     return [owner for owner in owners if any(map(words.ending, (*starts_of(owner), owner)))]
 
 
-def _settings(config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor]) -> ModuleAdapter:
+def _settings(
+    config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
+) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
+    lora_alpha *= place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
         raise ValueError(f"the shapes {(*A.shape,)} and {(*B.shape,)} do not fit r = {r} in {CONFIG}.")
     if A.dim() == 2:
-        base = Base(kind="embedding" if "embedding" in pair else "linear")
+        base = Base(kind="embedding" if "embedding" in pair else "linear", parameter=place.parameter)
     else:
         groups = int(r) // B.shape[1]
         base = Base(kind="conv", shape=(B.shape[0], A.shape[1] // groups, *A.shape[2:]), groups=groups)

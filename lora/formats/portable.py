@@ -72,7 +72,7 @@ def portable(adapter: Adapter) -> Adapter:
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
     # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.
     kept = {*adapter.kept}
-    beside = set() if adapter.rest else {join(name, "weight") for name in adapter.modules} & kept
+    beside = set() if adapter.rest else {about.base.weight_name(name) for name, about in adapter.modules.items()} & kept
     full = [name for name in adapter.trained_in_full if name not in beside]
     base_part = "is a part of the base model, and has no place there"
     problems += [f"{name} {base_part if name in kept else 'trains in full'}." for name in full]

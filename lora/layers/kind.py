@@ -168,6 +168,12 @@ class LayerKind(nn.Module):
         """q, the rank that each block has."""
         return self.lora_B.shape[self.lora_rank_dims[1]]
 
+    def lora_shapes_without_rank(self) -> tuple[Shape, Shape]:
+        """The sizes of A and of B, but for those that go with the rank: alike for adapters of one base weight."""
+        pairs = zip((self.lora_A, self.lora_B), self.lora_rank_dims, strict=True)
+        sizes_A, sizes_B = ((*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor, dim in pairs)
+        return sizes_A, sizes_B
+
     def lora_weight_blocks(self, weight: Tensor) -> Sequence[Tensor]:
         """The blocks of something in the shape of the weight, each (rows, columns) as a block of B A is."""
         return torch.split(weight.flatten(1), self.lora_block_rows())

@@ -138,9 +138,21 @@ def test_what_no_adapter_holds_is_kept_in_full(tmp_path):
     finetuned = moved(base).eval()
     finetuned.norm.num_batches_tracked += 3
     adapter, kept = extract(base, finetuned, 4)
-    assert list(kept) == list(adapter.modules) == ["conv", "attention.out_proj", "depthwise", "head"]
-    everything = {name for name in base.state_dict() if name.rpartition(".")[0] not in kept}
-    assert set(adapter.trained_in_full) == everything | {f"{name}.bias" for name in kept}
+    assert (
+        list(kept)
+        == list(adapter.modules)
+        == [
+            "conv",
+            "attention.in_proj_weight",
+            "attention.out_proj",
+            "depthwise",
+            "head",
+        ]
+    )
+    everything = {name for name in base.state_dict() if {name, name.rpartition(".")[0]}.isdisjoint(kept)}
+    assert set(adapter.trained_in_full) == everything | {
+        f"{name}.bias" for name in kept if f"{name}.bias" in base.state_dict()
+    }
     x = torch.randn(2, 2, 5, 5)
     model = loaded(base, adapter, tmp_path / "a")
     torch.testing.assert_close(model(x), finetuned(x), rtol=1e-4, atol=1e-4)

@@ -79,6 +79,10 @@ def as_weight(layer, update):
     return update.T if isinstance(layer, nn.Embedding) else update
 
 
+def load(path):
+    return safetensors.torch.load_file(path)
+
+
 def save(path, tensors, metadata=None):
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, path, metadata)
