@@ -4,6 +4,7 @@ The pages are written to be read in the repository. For the site:
 - files that they link to outside of docs/ become pages as well, under `repository/`;
 - each heading of reference.md that is a public name is followed by its docstring;
 - doctests in docstrings become blocks of code;
+- `lora.name`, in code, leads to the reference;
 - what a link in the built site leads to must be there, or the build has a warning, an error with `--strict`.
 """
 
@@ -21,9 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"(^ *(?P<fence>```+).*?^ *(?P=fence)$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\(|src=\")([^)\s#:\"]+)")  # the target of [text](target) and of <img src="target">
+NAME = re.compile(r"(?<![\[`])`((lora(?:\.\w+)+)(?:\([^`\n]*\))?)`(?!`)")  # as `lora.inject`, `lora.inject(model)`
+PUBLIC = set(re.findall(r"^### (lora[\w.]+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.MULTILINE))
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".txt": "text"}
 # Of a class whose other methods are for the library alone, those that are for its users.
-MEMBERS = {"lora.LoRALayer": "lora_shapes, lora_down, lora_up, lora_delta, lora_forward_with, lora_configure, lora_base_weight"}
+MEMBERS = {
+    "lora.LoRALayer": "lora_shapes, lora_down, lora_up, lora_delta, lora_forward_with, lora_configure, lora_base_weight"
+}
 log = logging.getLogger("mkdocs.site")
 
 
@@ -98,12 +103,16 @@ def on_page_markdown(markdown, page, config, files):
 
     markdown = markdown.replace("```python no-run", "```python")
     pieces = FENCE.split(markdown)  # text, a block of code, its fence, text, …
-    pieces[::3] = [LINK.sub(moved, text) for text in pieces[::3]]
+    pieces[::3] = [NAME.sub(_linked, LINK.sub(moved, text)) for text in pieces[::3]]
     del pieces[2::3]
     markdown = "".join(pieces)
     if here.name == "reference.md":
         markdown = re.sub(r"^### (lora[\w.]+)\n+.*$", _documented, markdown, flags=re.MULTILINE)
     return markdown
+
+
+def _linked(match):
+    return f"[{match[0]}][{match[2]}]" if match[2] in PUBLIC else match[0]
 
 
 def _folder_of(uri):
@@ -124,6 +133,7 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj, **_):
         if obj.docstring:
             text = re.sub(r"^>>> .*(?:\n(?!\n).+)*", r"```pycon\n\g<0>\n```", obj.docstring.value, flags=re.MULTILINE)
+            text = NAME.sub(_linked, text)
             obj.docstring.value = re.sub(
                 r"^(=+  [= ]+)\n(?:.*\n)*?\1$", r"```text\n\g<0>\n```", text, flags=re.MULTILINE
             )
