@@ -115,6 +115,11 @@ def _linked(match):
     return f"[{match[0]}][{match[2]}]" if match[2] in PUBLIC else match[0]
 
 
+def _together(match):
+    """Several arguments or attributes on one line: spaces between the names would end the first."""
+    return "    " + match[0].strip().replace(", ", ",\N{NO-BREAK SPACE}") + " "
+
+
 def _folder_of(uri):
     """The folder, in the repository, of the file that a page of the site shows."""
     return ROOT.joinpath(*uri.parts[1:]).parent
@@ -133,7 +138,7 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj, **_):
         if obj.docstring:
             text = re.sub(r"^>>> .*(?:\n(?!\n).+)*", r"```pycon\n\g<0>\n```", obj.docstring.value, flags=re.MULTILINE)
-            text = NAME.sub(_linked, text)
+            text = re.sub(r"^    (?:[\w*]+, )+[\w*]+: ", _together, NAME.sub(_linked, text), flags=re.MULTILINE)
             obj.docstring.value = re.sub(
                 r"^(=+  [= ]+)\n(?:.*\n)*?\1$", r"```text\n\g<0>\n```", text, flags=re.MULTILINE
             )
