@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import some
+from lora.errors import instance, some
 from lora.layers import weights
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import PARAMETERS, LoRALayer
@@ -226,7 +226,7 @@ def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
         for name, layer in _read_in(module, reading.layers):
             if weights.is_packed(layer):
                 yield (
-                    f"{names[layer][0]}: its weight is packed, and a {type(module).__name__} around it reads "
+                    f"{names[layer][0]}: its weight is packed, and {instance(module)} around it reads "
                     f"`{name}.weight` as it is; leave it out with `exclude_modules`."
                 )
 
