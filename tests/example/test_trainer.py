@@ -9,7 +9,7 @@ import transformers
 from phi3.tiny import tokenizer
 from safetensors import safe_open
 from torch.nn.functional import logsigmoid
-from trainer import AdapterCheckpoints, Reference, Trainer
+from trainer import AdapterCheckpoints, Reference, Trainer, known_as_adapted
 
 import lora
 
@@ -122,7 +122,7 @@ def test_a_process_that_is_not_to_save_writes_nothing(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_transformers_own_trainer_refuses_a_quantised_base(name, folder):
-    """When this fails, `adapted` in the example is needed no more."""
+    """When this fails, `known_as_adapted` is needed no more."""
     with pytest.raises(ValueError, match="attach trainable adapters"):
         trainer_of(adapted(folder, name), folder, transformers.Trainer)
 
@@ -134,6 +134,15 @@ def test_a_quantised_model_is_what_it_was_when_it_has_a_trainer(folder):
     assert {*vars(model)} - before <= {"train", "eval", "forward"}
     assert model.is_quantized
     assert not model._hf_peft_config_loaded
+
+
+def test_any_trainer_can_be_made_of_a_quantised_model_that_is_known_as_adapted(folder):
+    model = adapted(folder, "nf4")
+    with known_as_adapted(model):
+        trainer = trainer_of(model, folder, transformers.Trainer)
+    before = trained_in(model)
+    trainer.train()
+    assert not any(torch.equal(before[name], now) for name, now in trained_in(model).items() if "lora_B" in name)
 
 
 def test_a_quantised_base_without_adapters_is_refused_as_ever(folder):
