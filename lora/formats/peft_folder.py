@@ -44,7 +44,7 @@ _REPLACED = "replaced_config"
 # What decides the function; the rest may be edited.
 _BOUND = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
-    *("rank_pattern", "alpha_pattern", "target_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "modules_to_save"),
 )
 _TRIES = 20
 

@@ -80,7 +80,7 @@ def portable(adapter: Adapter) -> Adapter:
     forms = singles(adapter, what)
     groups = math.lcm(*(settings.base.groups for settings, _, _ in forms.values()))
     rank = -(-max(settings.r for settings, _, _ in forms.values()) // groups) * groups
-    values = sum(rank * (A.numel() + B.numel()) // A.shape[0] for _, A, B in forms.values())
+    values = sum(rank * (A.numel() + B.numel()) // settings.r for settings, A, B in forms.values())
     with Problems(what, AdapterError) as growth:
         check_growth(sum(A.numel() + B.numel() for _, A, B in forms.values()), values, growth, f", at rank {rank}")
     modules: dict[str, ModuleAdapter] = {}
