@@ -291,6 +291,7 @@ def _words(cls: Any, method: str) -> frozenset[str]:
                 named = {word.removesuffix("()") for word in found}
                 waiting += named - _OF_TORCH
                 waiting += _helpers(function, named)
+                waiting += _of_bases(cls, named)
     return frozenset(words)
 
 
@@ -300,6 +301,15 @@ def _helpers(function: Any, names: set[str]) -> Iterator[Any]:
     for helper in filter(isfunction, map(known.get, names)):
         if helper.__module__ == function.__module__:
             yield helper
+
+
+def _of_bases(cls: Any, names: set[str]) -> Iterator[Any]:
+    """The methods of these names of the classes that a class derives from, where its own calls them."""
+    bases = [base for base in cls.__mro__[1:] if base not in (nn.Module, object)]
+    if names & {"super", *(base.__name__ for base in bases)}:
+        for base in bases:
+            its = (vars(base).get(name) for name in names - _OF_TORCH)
+            yield from (method for method in its if isfunction(method) or isinstance(method, (property, staticmethod)))
 
 
 def _words_of(code: CodeType) -> Iterator[str]:

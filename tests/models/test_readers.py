@@ -215,6 +215,18 @@ def encoder(layers=None):
     return nn.TransformerEncoder(layer, layers) if layers else layer
 
 
+class Called(nn.MultiheadAttention):
+    """What reads stands in the forward of the class that it derives from."""
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0] * 2
+
+
+class CalledByName(Fused):
+    def forward(self, x):
+        return Fused.forward(self, x) * 2
+
+
 X = torch.randn(2, 5, 8)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 # For each: the module, its targets, what goes in, and what of the output counts.
@@ -229,6 +241,8 @@ READERS = {
     "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
+    "called": (lambda: Called(8, 2), ["out_proj"], (X,), lambda y: y),
+    "called by name": (CalledByName, "all-linear", (X,), lambda y: y),
     "encoder layer": (encoder, "all-linear", (X,), lambda y: y),
     "encoder": (lambda: encoder(2), "all-linear", (X, None, PADDED), lambda y: y[:, :3]),
     "decoder": (
@@ -459,7 +473,7 @@ def test_dropout_is_of_the_inputs_where_the_weight_is_multiplied_and_refused_els
     make, targets, inputs, _ = READERS["kernel"]
     other = make()
     lora.inject(other, target_modules=targets, r=2, lora_dropout=0.5)
-    with pytest.raises(RuntimeError, match=r"computes with its weight by view"):
+    with pytest.raises(RuntimeError, match=r"computes with the weight by view"):
         other(*inputs)
     other.eval()(*inputs)
 
