@@ -270,9 +270,9 @@ _TAUGHT: dict[Any, str] = {
         (torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.t, torch.chunk, torch.split), "_method"
     ),
     **dict.fromkeys((torch.narrow, torch.unbind, torch.index_select), "_method"),
-    # The first is not in every version of torch; the second is transformers', which need not be there.
+    # Not all versions of torch have these; the last is transformers', which need not be there.
+    **{getattr(torch, name): "_grouped" for name in ("_grouped_mm",) if hasattr(torch, name)},
     **{getattr(F, name): "_grouped" for name in ("grouped_mm",) if hasattr(F, name)},
-    torch._grouped_mm: "_grouped",
     "transformers.grouped_mm_fallback": "_grouped",
 }
 
