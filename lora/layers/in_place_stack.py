@@ -52,7 +52,8 @@ class LowRankStack(LowRankWeight):
         base: Tensor | None = None,
     ) -> None:
         super().__init__(layer, A, B, scaling, gain=gain, dropout=dropout, base=base)
-        gains = layer.lora_gains().view(B.shape[:2]) if gain else None  # (E, out)
+        gains = layer.lora_output_gains() if gain else None  # (E, out)
+        B = layer.lora_wide(B)
         if layer.fan_in_fan_out:
             self.left, self.right, self.column_gain = A.mT, B.mT, gains
         else:

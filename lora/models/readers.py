@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import some
+from lora.errors import instance, some
 from lora.layers import weights
 from lora.layers.code import Needs, fusing, methods_of, needs, reads_what_it_is_given, words
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
@@ -234,7 +234,7 @@ def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
         for name, layer in _read_in(module, reading.layers):
             if weights.is_packed(layer):
                 yield (
-                    f"{names[layer][0]}: its weight is packed, and a {type(module).__name__} around it reads "
+                    f"{names[layer][0]}: its weight is packed, and {instance(module)} around it reads "
                     f"`{name}.weight` as it is; leave it out with `exclude_modules`."
                 )
 
