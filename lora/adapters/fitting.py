@@ -69,8 +69,7 @@ class Fit:
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         self._unchanged: set[str] = set()
         adapter = FORMATS.get(adapter.format, FORMATS["lora"]).meant(adapter, self.modules, self.problems)
-        adapter = of_layers(renamed(adapter, self.modules, self.problems), self.modules)
-        self.adapter = self._in_forms(adapter)
+        self.adapter = self._in_forms(of_layers(renamed(adapter, self.modules, self.problems), self.modules))
         self._in_full, self._kept = {*self.adapter.trained_in_full}, {*self.adapter.kept}
         for name, settings in self.adapter.modules.items():
             with self.problems.at(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,16 +29,9 @@ from lora.formats.peft_attention import (
     placed,
 )
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
-from lora.formats.peft_parameters import (
-    config_problems,
-    names_in_file,
-    packed,
-    parameter_problems,
-    parameters_in,
-    parameters_of,
-    unpacked,
-)
-from lora.formats.portable import over_all_channels, singles, within_groups
+from lora.formats.peft_groups import over_all_channels, within_groups
+from lora.formats.peft_parameters import config_problems, homeless, names_in_file, packed, parameters_in, unpacked
+from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
@@ -83,37 +76,34 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     """
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
-    attention = attention_in(adapter)
-    parameters = parameters_of(adapter, attention)
-    raise_all(what, [*_homeless(adapter), *parameter_problems(parameters, names)], AdapterError)
+    raise_all(what, _homeless(adapter, names), AdapterError)
     check_folder(path)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
-    forms = placed(forms, attention)
+    forms = placed(forms, attention_in(adapter))
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
-    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms, names_in_file(parameters)).items()}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    write_folder(path, tensors, metadata, _config(adapter, forms, names, [*parameters]))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names))
 
 
-def named(
-    adapter: Adapter, forms: Mapping[str, Form], called: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Tensor]:
-    """A, B and magnitudes by PEFT's names: those that are `called` otherwise than the layers."""
+def named(adapter: Adapter, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    """A, B and magnitudes by PEFT's names."""
+    called = names_in_file({name: settings for name, (settings, _, _) in forms.items()})
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
-        embedding, place = settings.base.kind == "embedding", called.get(name, name)
-        A, B = packed(settings, over_all_channels(A, settings.base.groups), B)
+        embedding = settings.base.kind == "embedding"
+        A, B = packed((settings, over_all_channels(A, settings.base.groups), B))
         for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{place}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
-        magnitude = adapter.magnitude(name) if settings.use_dora else None
+            tensors[f"{called[name]}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+        magnitude = adapter.magnitude(name)
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
-            tensors[f"{place}.lora_magnitude_vector"] = magnitude.view(shape)
+            tensors[f"{name}.lora_magnitude_vector"] = magnitude.view(shape)
     return tensors
 
 
-def _homeless(adapter: Adapter) -> Iterator[str]:
+def _homeless(adapter: Adapter, names: Iterable[str]) -> Iterator[str]:
     """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
     for name, settings in adapter.modules.items():
         beyond = settings.base.beyond_peft
@@ -121,7 +111,9 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
+    attentive = {name for names in attention_in(adapter).values() for name in names}
     yield from attention_problems(adapter)
+    yield from homeless({name: about for name, about in adapter.modules.items() if name not in attentive}, names)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -156,17 +148,14 @@ def _full_key(name: str, forms: Mapping[str, Form]) -> str:
     return f"{owner}.base_layer.{own}" if owner in forms else name
 
 
-def _config(
-    adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str], parameters: Collection[str]
-) -> dict[str, Any]:
+def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
     about = {name: settings for name, (settings, _, _) in forms.items() if not is_follower(name)}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    # PEFT adapts no parameter with either of these.
-    linear = [settings.base for settings in about.values() if settings.base.kind == "linear" and not parameters]
-    lora_dropout = 0.0 if parameters else max(settings.lora_dropout for settings in about.values())
+    parameters = [name for name, settings in about.items() if settings.base.parameter]
+    linear = [s.base for name, s in about.items() if s.base.kind == "linear" and not parameters]
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -176,12 +165,13 @@ def _config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        "lora_dropout": lora_dropout,
+        # PEFT makes none of a parameter that would have dropout.
+        "lora_dropout": 0.0 if parameters else max(settings.lora_dropout for settings in about.values()),
         "use_rslora": rslora,
         "use_dora": any(settings.use_dora for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
-        "target_modules": targets([name for name in about if name not in parameters], names),
-        **({"target_parameters": [*parameters]} if parameters else {}),
+        "target_modules": targets([name for name in about if not about[name].base.parameter], names),
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": [*_saved(adapter)] or None,
@@ -218,11 +208,12 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, lambda config: check_config(what, config))
     pairs, full, problems = _sort(tensors)
+    own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
+    places = attention_among(pairs, config.get("peft_version"))
+    places |= {told: Place(name, name, parameter=True, packed=True) for told, name in own.items()}
+    said = said_by(what, config, [places[told].by if told in places else told for told in pairs])
     with Problems(what, AdapterError) as found:
         found.add(*problems)
-        places = attention_among(pairs, config.get("peft_version"))
-        places |= parameters_in(config, pairs, object_in(metadata, BASES) or (), found)
-        said = said_by(what, config, [*pairs, *(place.by for place in places.values())])
         adapter = _adapter(config, said, pairs, full, places, found)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
@@ -241,8 +232,11 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
         noted = noted if isinstance(noted, dict) else {}
         facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind in ("linear", "stack"):
-            sure = settings.base.kind == "linear" and not config.get("fan_in_fan_out")
-            sure = sure and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+            sure = (
+                settings.base.kind == "linear"
+                and not config.get("fan_in_fan_out")
+                and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+            )
             layout = (False if sure else None) if layouts is None else layouts.get(name)
             facts["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
         adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
@@ -355,7 +349,7 @@ def modules_of(
         with problems.at(name):
             config, r, lora_alpha = said(place.by)
             A, B = pair["lora_A"], pair["lora_B"]
-            if place.parameter and place.by == name:
+            if place.packed:
                 modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
             else:
                 modules[name] = _settings(config, r, lora_alpha, pair, place)
@@ -412,7 +406,7 @@ def _settings(
     config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
 ) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
-    lora_alpha *= place.times
+    lora_alpha = lora_alpha * place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):

@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.adapter import Adapter, Form, ModuleAdapter
+from lora.adapters.adapter import Form, ModuleAdapter
 from lora.adapters.base import Base
-from lora.errors import Problems, is_count, join, short
-from lora.formats.peft_attention import Place
+from lora.errors import is_count, join, short
 from lora.layers.settings import scaling_of
 from lora.models.patterns import ends_of
 
@@ -32,35 +31,29 @@ _AS_PEFT, _BY_EXPERT = "rank_major", "grouped_by_expert"
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def parameters_of(adapter: Adapter, attention: Mapping[str, Iterable[str]]) -> dict[str, ModuleAdapter]:
-    """The parameters that an adapter adapts, but for those of attention, which PEFT adapts by name."""
-    attentive = {name for names in attention.values() for name in names}
-    return {
-        name: settings
-        for name, settings in adapter.modules.items()
-        if settings.base.parameter and name not in attentive
-    }
-
-
-def names_in_file(parameters: Iterable[str]) -> dict[str, str]:
-    """What PEFT calls parameters in its weights, by their own names."""
+def names_in_file(modules: Mapping[str, ModuleAdapter]) -> dict[str, str]:
+    """What PEFT calls the modules in its weights: their own names, but for parameters."""
     of_owner: dict[str, list[str]] = {}
-    for name in parameters:
-        of_owner.setdefault(name.rpartition(".")[0], []).append(name)
-    return {
-        name: owner + _WRAPPER * (len(names) - 1 - n)
-        for owner, names in of_owner.items()
-        for n, name in enumerate(_in_order(names) or names)
-    }
+    for name, settings in modules.items():
+        if settings.base.parameter:
+            of_owner.setdefault(name.rpartition(".")[0], []).append(name)
+    found = {name: name for name in modules}
+    for owner, names in of_owner.items():
+        names = _in_order(names) or names
+        found |= {name: owner + _WRAPPER * (len(names) - 1 - n) for n, name in enumerate(names)}
+    return found
 
 
-def parameter_problems(parameters: Mapping[str, ModuleAdapter], names: Iterable[str]) -> Iterator[str]:
-    """What PEFT cannot do to parameters, in a model whose modules have these names."""
-    owners = {name.rpartition(".")[0]: name for name in parameters}
-    yield from (f"{name}: PEFT has no DoRA for parameters." for name, about in parameters.items() if about.use_dora)
-    if "" in owners:
-        yield f"{owners['']}: PEFT adapts no parameters of the model itself, only of modules within it."
-    for other in names if owners else ():
+def homeless(modules: Mapping[str, ModuleAdapter], names: Iterable[str]) -> Iterator[str]:
+    """What PEFT cannot do to parameters."""
+    owners = {name.rpartition(".")[0]: name for name, settings in modules.items() if settings.base.parameter}
+    for name, settings in modules.items():
+        if settings.base.parameter and settings.use_dora:
+            yield f"{name}: PEFT has no DoRA for parameters."
+    for owner, name in owners.items():
+        if not owner:
+            yield f"{name}: PEFT adapts no parameters of the model itself, only of modules within it."
+    for other in names:
         if other not in owners:
             yield from (
                 f"{owners[end]}: PEFT would adapt the parameter of {other}, too, whose name ends alike."
@@ -69,8 +62,9 @@ def parameter_problems(parameters: Mapping[str, ModuleAdapter], names: Iterable[
             )
 
 
-def packed(settings: ModuleAdapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def packed(form: Form) -> tuple[Tensor, Tensor]:
     """A and B as PEFT has them."""
+    settings, A, B = form
     if settings.base.kind != "stack":
         return A, B
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E · r, in), (out, r · E)
@@ -90,9 +84,9 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def parameters_in(
-    config: Mapping[str, Any], names: Iterable[str], noted: Iterable[str], problems: Problems
-) -> dict[str, Place]:
-    """Which of the names in a file are those of parameters, and which parameters they are.
+    config: Mapping[str, Any], names: Iterable[str], noted: Iterable[str], problems: list[str]
+) -> dict[str, str]:
+    """Which of the names in a file are those of parameters, and the parameters' own names.
 
     Args:
         config: PEFT's.
@@ -111,7 +105,7 @@ def parameters_in(
             owner = owner.removesuffix(_WRAPPER)
         depths[owner] = depths.get(owner, 0) + 1
     order = list(noted)
-    found: dict[str, Place] = {}
+    found: dict[str, str] = {}
     for owner, depth in depths.items():
         own = {join(owner, own): None for end in ("", *ends_of(owner)) for own in wanted.get(end, ())}
         if not own:
@@ -119,18 +113,17 @@ def parameters_in(
         known = [name for name in order if name in own]
         sure = known if len(known) == depth else _in_order(own)
         if len(own) != depth:
-            problems.add(
+            problems.append(
                 f"{owner}: `target_parameters` names {len(own)} parameters of it ({', '.join(own)}), and there are "
                 f"{depth} pairs of A and B."
             )
         elif sure is None:
-            problems.add(
+            problems.append(
                 f"{owner}: which pair of A and B belongs to which of {', '.join(own)} only PEFT's model says, where "
                 "it depends on the order in which its module has them."
             )
         else:
-            places = (Place(name, name, parameter=True) for name in sure)
-            found |= {owner + _WRAPPER * (depth - 1 - n): place for n, place in enumerate(places)}
+            found |= {owner + _WRAPPER * (depth - 1 - n): name for n, name in enumerate(sure)}
     return found
 
 

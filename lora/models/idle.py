@@ -14,7 +14,8 @@ from lora.models.model import lora_layers, names_of, without_wrappers
 
 _NO_GRADIENT = (
     "no gradient came to it: it was not called, or its weight was read where nobody could see it, or "
-    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient"
+    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient (`use_reentrant=False` lets it come, "
+    "and so does transformers' `model.enable_input_require_grads()`)"
 )
 _ZERO = "its gradient is zero: what it adds changed nothing in the loss, as an expert's that saw no token"
 _NOT_MOVED = "it is as it started, and others have moved; a training step before this says more"
@@ -65,7 +66,7 @@ def check(model: nn.Module) -> CheckReport:
     if not layers:
         raise ValueError("check: no adapter in this model trains; see `lora.mark_only_lora_as_trainable`.")
     names = names_of(model)
-    by_gradient = any(factor.grad is not None for layer in layers for factor in _factors(layer))
+    by_gradient = any(p.requires_grad and p.grad is not None for p in model.parameters())
     found = {layer: _gradient_problem(layer) if by_gradient else _value_problem(layer) for layer in layers}
     if not by_gradient and all(found.values()):
         raise ValueError(
