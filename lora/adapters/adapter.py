@@ -143,9 +143,9 @@ class ModuleAdapter(Record):
         if make is None:
             raise ValueError(f"is of the kind {self.base.kind}, which only its model knows.")
         shape = self._shape_by(A, B) if self.base.shape is None else self.base.shape
-        sizes = {"stack": 3}.get(self.base.kind, 2)
+        sizes, said = (3, "three") if self.base.kind == "stack" else (2, "two")
         if self.base.kind != "conv" and len(shape) != sizes:
-            raise ValueError(f"`base` must have a shape of {sizes} sizes for {self.base.kind!r}, got {short(shape)}.")
+            raise ValueError(f"`base` must have a shape of {said} sizes for {self.base.kind!r}, got {short(shape)}.")
         module = make(shape, self.base)
         kind = kind_for(type(module))
         assert kind is not None, "these are torch's own"
@@ -169,6 +169,7 @@ class ModuleAdapter(Record):
 
             merged linear, G splits      A as it is, (G·r, in);  B block-diagonal, (out, G·r), zero where not enabled
             loralib's convolutions       A and B in blocks, rank r·k² in two dimensions, times groups²
+            stacks of matrices           A and B as they are: a pair for each matrix
 
         The scaling stays; `lora_alpha` grows with the rank.
 
@@ -176,6 +177,8 @@ class ModuleAdapter(Record):
             ValueError: as `layer`.
         """
         A, B = self.layer(A, B).lora_single(A, B)
+        if self.base.kind == "stack":
+            return self, A, B
         factored = True if self.base.kind == "conv" else None
         return replace(self, splits=None, enable_lora=None, factored=factored).at_rank(A.shape[0]), A, B
 
@@ -183,6 +186,9 @@ class ModuleAdapter(Record):
         """The shape of a packed base weight, which its description leaves open."""
         if self.base.kind == "conv":
             raise ValueError("`base` must have a shape for a convolution.")
+        if self.base.kind == "stack":
+            sizes = (B.shape[1], A.shape[-1])
+            return (B.shape[0], *(sizes[::-1] if self.base.fan_in_fan_out else sizes))
         outputs, inputs = sum(self.splits or (B.shape[0],)), A.shape[1]
         transposed = self.base.kind == "embedding" or self.base.fan_in_fan_out
         return (inputs, outputs) if transposed else (outputs, inputs)

@@ -43,7 +43,6 @@ _KINDS: dict[type[LoRALayer], str] = {
     ConvLoRA: "conv",
     StackLoRA: "stack",
 }
-_MAYBE_TRANSPOSED = ("linear", "stack")
 # How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
 # exact they are, as files of before do not.
 _SAMPLE, _TOLERANCE = 16, 0.01
@@ -110,8 +109,7 @@ class Base(Record):
         kind: "linear", "embedding", "conv", "stack", or the name of a user's kind of layer.
         shape: of the weight; None where it is packed.
         dtype: of the weight, without "torch."; None if it is not known.
-        fan_in_fan_out: whether a linear layer's weight is (in_features, out_features), or a stack's of such; None if
-            only the model knows.
+        fan_in_fan_out: whether a matrix, or each of a stack, is (in_features, out_features); None if it is not known.
         groups: of a convolution.
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
         parameter: whether the layer stands for one parameter of a module, whose name is then the layer's.
@@ -141,7 +139,7 @@ class Base(Record):
             kind=name,
             shape=_shape_of(layer),
             dtype=str(layer.weight.dtype).removeprefix("torch."),
-            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name in _MAYBE_TRANSPOSED else False,
+            fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)) if name in ("linear", "stack") else False,
             groups=getattr(layer, "groups", 1) if name == "conv" else 1,
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
@@ -154,7 +152,7 @@ class Base(Record):
         entries: dict[str, Any] = {"kind": self.kind, "shape": self.shape}
         if self.dtype is not None:
             entries["dtype"] = self.dtype
-        if self.kind in _MAYBE_TRANSPOSED:
+        if self.kind in ("linear", "stack"):
             entries["fan_in_fan_out"] = self.fan_in_fan_out
         if self.kind == "conv":
             entries |= {"groups": self.groups, "beyond_peft": self.beyond_peft}

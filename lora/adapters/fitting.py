@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter
 from lora.adapters.base import beyond_peft, differences, own_tensors, tied, trained_in_full
 from lora.adapters.formats import FORMATS
-from lora.adapters.renaming import renamed
+from lora.adapters.renaming import of_layers, renamed
 from lora.errors import AdapterError, Problems, join
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
@@ -69,7 +69,7 @@ class Fit:
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         self._unchanged: set[str] = set()
         adapter = FORMATS.get(adapter.format, FORMATS["lora"]).meant(adapter, self.modules, self.problems)
-        self.adapter = self._in_forms(renamed(adapter, self.modules, self.problems))
+        self.adapter = self._in_forms(of_layers(renamed(adapter, self.modules, self.problems), self.modules))
         self._in_full, self._kept = {*self.adapter.trained_in_full}, {*self.adapter.kept}
         for name, settings in self.adapter.modules.items():
             with self.problems.at(name):
@@ -308,7 +308,21 @@ def _as_in(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B
             return settings, A, B
     elif settings.base.kind == "conv" and (beyond := beyond_peft(module)):
         raise ValueError(f"PEFT ignores {beyond} when it applies this convolution's update; lora does not.")
+    if settings.base.kind == "stack":
+        return settings, *_as_stored(module, A, B)
     return (settings, A, B) if layer is None else _of_single(layer, settings, A, B)
+
+
+def _as_stored(module: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a stack, from those of an older PEFT, in which A had the other side of matrices that are not square.
+
+    The update of each matrix is the same: B A, or (Aᵀ Bᵀ)ᵀ.
+    """
+    rows, columns = weights.whole_shape(module.weight)[1:]
+    turned = bool(getattr(module, "is_transposed", False))
+    sides = (rows, columns) if turned else (columns, rows)  # in, out
+    is_other = rows != columns and (A.shape[-1], B.shape[1]) == sides[::-1]
+    return (B.mT.contiguous(), A.mT.contiguous()) if is_other else (A, B)
 
 
 def _of_loralib(module: nn.Module, settings: ModuleAdapter, A: Tensor, B: Tensor) -> Form:

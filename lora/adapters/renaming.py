@@ -44,6 +44,20 @@ def renamed(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Proble
     )
 
 
+def of_layers(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter in which a parameter that is a layer's weight in the model is that layer: PEFT may name either."""
+    settings, tensors = dict(adapter.modules), dict(adapter.tensors)
+    for name in [name for name, about in settings.items() if about.base.parameter and name not in modules]:
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in modules or layer in settings:
+            continue
+        about = settings.pop(name)
+        settings[layer] = replace(about, base=replace(about.base, parameter=False))
+        for own in about.parameters:
+            tensors[join(layer, own)] = tensors.pop(join(name, own))
+    return replace(adapter, modules=settings, tensors=tensors)
+
+
 def _known(name: str, modules: Mapping[str, nn.Module]) -> str:
     """The model's name for what a file calls `name`; `name` itself if the model has none."""
     if name in modules:

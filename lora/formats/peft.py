@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora.adapters.adapter import MAGNITUDE, PARAMETERS, Adapter, Form, ModuleAdapter, dtype_problems
@@ -30,6 +29,8 @@ from lora.formats.peft_attention import (
     placed,
 )
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
+from lora.formats.peft_groups import over_all_channels, within_groups
+from lora.formats.peft_parameters import config_problems, homeless, names_in_file, packed, parameters_in, unpacked
 from lora.formats.portable import singles
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
@@ -56,7 +57,7 @@ _BIAS_OF_B = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
     *("use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
-    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices", "target_parameters"),
+    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices"),
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
@@ -66,16 +67,16 @@ _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
+def write(adapter: Adapter, path: Path, names: Iterable[str], function: str) -> None:
     """Write the folder that PEFT's `from_pretrained` reads.
 
     Args:
         names: of all modules of the model, where it is there: a target that is also the end of another module's name
             is then written as part of a regular expression, which PEFT matches as a whole.
     """
-    what = f"write_adapter: {path} is not written"
+    what = f"{function}: {path} is not written"
     forms = singles(adapter, what)
-    raise_all(what, _homeless(adapter), AdapterError)
+    raise_all(what, _homeless(adapter, names), AdapterError)
     check_folder(path)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
@@ -83,17 +84,18 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    write_folder(path, tensors, metadata, _config(adapter, forms, names))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names), function)
 
 
 def named(adapter: Adapter, forms: Mapping[str, Form]) -> dict[str, Tensor]:
     """A, B and magnitudes by PEFT's names."""
+    called = names_in_file({name: settings for name, (settings, _, _) in forms.items()})
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
         embedding = settings.base.kind == "embedding"
-        A = over_all_channels(A, settings.base.groups)
+        A, B = packed((settings, over_all_channels(A, settings.base.groups), B))
         for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{name}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+            tensors[f"{called[name]}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
         magnitude = adapter.magnitude(name)
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
@@ -101,7 +103,7 @@ def named(adapter: Adapter, forms: Mapping[str, Form]) -> dict[str, Tensor]:
     return tensors
 
 
-def _homeless(adapter: Adapter) -> Iterator[str]:
+def _homeless(adapter: Adapter, names: Iterable[str]) -> Iterator[str]:
     """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
     for name, settings in adapter.modules.items():
         beyond = settings.base.beyond_peft
@@ -110,10 +112,8 @@ def _homeless(adapter: Adapter) -> Iterator[str]:
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
     attentive = {name for names in attention_in(adapter).values() for name in names}
-    for name, settings in adapter.modules.items():
-        if settings.base.parameter and name not in attentive:
-            yield f"{name}: is a parameter, for which PEFT's format has no place here."
     yield from attention_problems(adapter)
+    yield from homeless({name: about for name, about in adapter.modules.items() if name not in attentive}, names)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -154,7 +154,8 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    linear = [settings.base for settings in about.values() if settings.base.kind == "linear"]
+    parameters = [name for name, settings in about.items() if settings.base.parameter]
+    linear = [s.base for name, s in about.items() if s.base.kind == "linear" and not parameters]
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -164,11 +165,13 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        "lora_dropout": max(settings.lora_dropout for settings in about.values()),
+        # PEFT makes none of a parameter that would have dropout.
+        "lora_dropout": 0.0 if parameters else max(settings.lora_dropout for settings in about.values()),
         "use_rslora": rslora,
         "use_dora": any(settings.use_dora for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
-        "target_modules": targets(list(about), names),
+        "target_modules": targets([name for name in about if not about[name].base.parameter], names),
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": [*_saved(adapter)] or None,
@@ -205,10 +208,13 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, lambda config: check_config(what, config))
     pairs, full, problems = _sort(tensors)
-    said = said_by(what, config, [*pairs])
+    own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
+    places = attention_among(pairs, config.get("peft_version"))
+    places |= {told: Place(name, name, parameter=True, packed=True) for told, name in own.items()}
+    said = said_by(what, config, [places[told].by if told in places else told for told in pairs])
     with Problems(what, AdapterError) as found:
         found.add(*problems)
-        adapter = _adapter(config, said, pairs, full, found)
+        adapter = _adapter(config, said, pairs, full, places, found)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
     return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
@@ -225,8 +231,12 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
         noted = (bases or {}).get(name)
         noted = noted if isinstance(noted, dict) else {}
         facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
-        if settings.base.kind == "linear":
-            sure = not config.get("fan_in_fan_out") and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+        if settings.base.kind in ("linear", "stack"):
+            sure = (
+                settings.base.kind == "linear"
+                and not config.get("fan_in_fan_out")
+                and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
+            )
             layout = (False if sure else None) if layouts is None else layouts.get(name)
             facts["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
         adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
@@ -277,6 +287,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             for p, v in patterns.items()
             if not is_number(v)
         )
+    yield from config_problems(config)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
@@ -337,9 +348,13 @@ def modules_of(
             continue
         with problems.at(name):
             config, r, lora_alpha = said(place.by)
-            modules[name] = _settings(config, r, lora_alpha, pair, place)
-            A = within_groups(pair["lora_A"], modules[name].base.groups)
-            tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): pair["lora_B"]}
+            A, B = pair["lora_A"], pair["lora_B"]
+            if place.packed:
+                modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
+            else:
+                modules[name] = _settings(config, r, lora_alpha, pair, place)
+                A = within_groups(A, modules[name].base.groups)
+            tensors |= {join(name, "lora_A"): A, join(name, "lora_B"): B}
             if MAGNITUDE in pair:  # of a convolution (1, out_channels, 1, …)
                 tensors[join(name, MAGNITUDE)] = pair[MAGNITUDE].flatten()
     if not pairs:
@@ -352,9 +367,9 @@ def _adapter(
     said: Said,
     pairs: Mapping[str, Mapping[str, Tensor]],
     full: dict[str, Tensor],
+    places: Mapping[str, Place],
     problems: Problems,
 ) -> Adapter:
-    places = attention_among(pairs, config.get("peft_version"))
     modules, tensors = modules_of(pairs, said, problems, places)
     # PEFT saves the weight of an adapted embedding, perhaps with rows added to it, beside its adapter.
     for name in full:
@@ -391,7 +406,7 @@ def _settings(
     config: Mapping[str, Any], r: Any, lora_alpha: Any, pair: Mapping[str, Tensor], place: Place
 ) -> ModuleAdapter:
     A, B = pair["lora_A"], pair["lora_B"]
-    lora_alpha *= place.times
+    lora_alpha = lora_alpha * place.times
     if A.dim() != B.dim() or not 2 <= A.dim() <= 5 or 0 in (*A.shape, *B.shape):
         raise ValueError(f"lora_A and lora_B must be two matrices or two kernels, got {(*A.shape,)} and {(*B.shape,)}.")
     if r % B.shape[1] or r != A.shape[0] or (A.dim() == 2 and r != B.shape[1]):
@@ -412,31 +427,3 @@ def _settings(
         scaling=scaling_of(lora_alpha, r, use_rslora),
         base=base,
     )
-
-
-# ---- convolutions with groups ---------------------------------------------------------------------------------------
-
-
-def over_all_channels(A: Tensor, groups: int) -> Tensor:
-    """A of a convolution with groups as PEFT has it: with kernels, zero ones, for the channels of other groups, too."""
-    if groups == 1:
-        return A
-    r, size, *kernel = A.shape
-    wide = A.new_zeros(groups, r // groups, groups, size, *kernel)
-    for group, rows in enumerate(A.view(groups, r // groups, size, *kernel)):
-        wide[group, :, group] = rows
-    return wide.view(r, groups * size, *kernel)
-
-
-def within_groups(A: Tensor, groups: int) -> Tensor:
-    """The inverse of `over_all_channels`; ValueError where a group reads the channels of another."""
-    r, size, *kernel = A.shape
-    if groups == 1:
-        return A
-    if size % groups:
-        raise ValueError(f"`groups` (={groups}) must divide the {size} input channels of lora_A.")
-    own = torch.stack([A.view(groups, r // groups, groups, -1)[group, :, group] for group in range(groups)])
-    narrow = own.reshape(r, size // groups, *kernel)
-    if torch.count_nonzero(narrow) != torch.count_nonzero(A):
-        raise ValueError(f"its update mixes the {groups} groups of the convolution, which no weight of the layer can.")
-    return narrow

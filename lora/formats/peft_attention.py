@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from lora.adapters.adapter import Adapter, Form
@@ -80,7 +81,7 @@ def _alike(first: Form | None, second: Form | None) -> list[Form]:
         if math.frexp(factor)[0] != 0.5:  # no power of two, by which nothing is rounded
             its_B = its_B.to(exact_dtype(its_B.dtype))
         its_B, its_A = padded(its_B * factor, its_A, most.r)
-        made.append((most, its_A, its_B))
+        made.append((replace(most, base=replace(most.base, parameter=False)), its_A, its_B))
     return made
 
 
@@ -106,12 +107,14 @@ class Place(NamedTuple):
         by: the name that PEFT's settings are given to.
         parameter: whether it is a parameter.
         times: how often PEFT adds the update.
+        packed: whether it is one of `target_parameters`, which may be a stack.
     """
 
     name: str
     by: str
     parameter: bool = False
     times: int = 1
+    packed: bool = False
 
 
 def attention_among(places: Iterable[str], version: object) -> dict[str, Place]:

@@ -23,7 +23,9 @@ _TAKEN_FOR_EXPERTS = {
 def losses(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     """A warning, if PEFT 0.21 would lose adapters of some modules of this model, or raise, though all are written."""
     said = getattr(getattr(model, "config", None), "model_type", None)
-    names = [name for name in adapter.modules if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS.get(_like(said), ())]
+    taken = _TAKEN_FOR_EXPERTS.get(_like(said), ())
+    layers = (name for name, settings in adapter.modules.items() if not settings.base.parameter)
+    names = [name for name in layers if name.rpartition(".")[2] in taken]
     if names:
         yield (
             f"PEFT 0.21 loses the adapters of {some(names, len(names))}, or raises: in a model of the type {said!r} "

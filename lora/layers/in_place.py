@@ -230,7 +230,8 @@ class LowRankWeight:
         if name.endswith("_") and not name.startswith("_"):
             raise RuntimeError(
                 f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
-                "the weight there is W₀ + s · B A, which is made anew in each forward."
+                "the weight there is W₀ + s · B A, which is made anew in each forward. Leave the layer out of "
+                "`target_modules`, or switch that off in the model (RWKV: `model.config.rescale_every = 0`)."
             )
         method: Any = getattr(Tensor, name, None)
         if method in type(self.layer).lora_taught:

@@ -247,8 +247,10 @@ def find_targets(
     if config.target_modules == "all-linear":
         kinds = {module: kind_for(type(module)) for module in names}
         linear = [module for module, kind in kinds.items() if kind and issubclass(kind, LinearLoRA)]
-        output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [module for module in linear if module is not output_embeddings]
+        # A model within it, such as a decoder of text, may know of one that the whole does not.
+        known: Any = [module for module in names if hasattr(module, "get_output_embeddings")]
+        outputs = {id(module.get_output_embeddings()) for module in known}
+        targets = [module for module in linear if id(module) not in outputs]
         if not targets:
             problems.add("`target_modules` 'all-linear' matches no module: there is no linear layer.")
         in_full = {part for module in saved for part in module.modules()}

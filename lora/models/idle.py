@@ -18,7 +18,8 @@ from lora.models.model import Names, lora_layers, names_of, without_wrappers
 
 _NO_GRADIENT = (
     "no gradient came to it: it was not called, or its weight was read where nobody could see it, or "
-    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient"
+    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient (`use_reentrant=False` lets it come, "
+    "and so does transformers' `model.enable_input_require_grads()`)"
 )
 _REENTRANT = (
     "no gradient came to it, nor to what is around it: `checkpoint(…, use_reentrant=True)` runs there, over inputs "
@@ -74,7 +75,7 @@ def check(model: nn.Module) -> CheckReport:
     if not layers:
         raise ValueError("check: no adapter in this model trains; see `lora.mark_only_lora_as_trainable`.")
     names = names_of(model)
-    by_gradient = any(factor.grad is not None for layer in layers for factor in _factors(layer))
+    by_gradient = any(p.requires_grad and p.grad is not None for p in model.parameters())
     if by_gradient:
         found = {layer: _gradient_problem(layer) for layer in layers}
         found |= dict.fromkeys(_without_inputs(model, [layer for layer in layers if not _gradients(layer)]), _REENTRANT)

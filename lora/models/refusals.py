@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.nn as nn
 
-from lora.errors import instance, with_article
+from lora.errors import instance
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part
-from lora.layers.registry import adapted_class, keys_of, kind_for
+from lora.layers.registry import adapted_class, kind_for
 from lora.layers.weights import is_fully_sharded, is_sharded
 from lora.models.model import Names, by_tensor, has_own_forward, is_lazy, owned_tensors
 
@@ -38,8 +38,9 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
         return "is sharded; an adapter added now would not be, and each rank would train its own. Inject, then shard."
     if has_own_forward(module):
         return (
-            "the instance has its own `forward` attribute (accelerate's hooks set one), which would bypass LoRA; "
-            "remove the hook first."
+            "the instance has its own `forward` attribute, which would bypass LoRA. accelerate's hooks set one "
+            "(`device_map`, `dispatch_model`): inject first, and dispatch then; or take them out with "
+            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`, inject, and dispatch again."
         )
     return None
 
@@ -59,8 +60,7 @@ def unfit(model: nn.Module, names: Sequence[str], module: Any) -> str | None:
     clash = clashing_names(module)
     if clash:
         return f"uses names that LoRA needs for itself: {', '.join(clash)}."
-    parents = ((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
-    return next(filter(None, (bypass_of(parent, child) for parent, child in parents)), None)
+    return None
 
 
 def why_alone(module: nn.Module) -> str | None:
@@ -106,29 +106,3 @@ def _needed(classes: tuple[type, ...]) -> frozenset[str]:
 def _in_class(classes: tuple[type, ...], cls: Any) -> frozenset[str]:
     """Those of them that a class has for itself."""
     return frozenset(name for name in _needed(classes) if hasattr(cls, name))
-
-
-# Classes of modules that give the weights of these children to kernels, which take nothing but tensors, and never call
-# the children: LoRA there would silently do nothing. By full name, so that packages need not be installed; subclasses
-# count as well.
-_BYPASSED: dict[type | str, str] = {
-    "transformers.models.mamba.modeling_mamba.MambaMixer": "conv1d x_proj dt_proj out_proj",
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "conv1d x_proj dt_proj out_proj",
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "conv1d dt_proj",
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": "conv1d out_proj",
-    "transformers.models.bamba.modeling_bamba.BambaMixer": "conv1d out_proj",
-    "transformers.models.zamba.modeling_zamba.ZambaMambaMixer": "conv1d",
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer": "conv1d out_proj",
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer": "conv1d out_proj",
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": "conv1d out_proj",
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": "conv1d out_proj",
-}
-
-
-def bypass_of(parent: nn.Module, child: str) -> str | None:
-    """The reason why LoRA in this child of `parent` would do nothing; None if it would work."""
-    for owner, key in keys_of(type(parent)):
-        if child in _BYPASSED.get(key, "").split():
-            way_out = "leave it out with `exclude_modules`"
-            return f"its parent, {with_article(owner.__name__)}, reads its weight and bypasses its forward; {way_out}."
-    return None

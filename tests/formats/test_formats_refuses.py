@@ -64,7 +64,10 @@ WRONG = {
     "lora_ga": ({}, {"init_lora_weights": "lora_ga"}, "`init_lora_weights` is 'lora_ga'"),
     "replicated layers": ({}, {"layer_replication": [[0, 2], [1, 3]]}, "`layer_replication` is set"),
     "trained tokens": ({}, {"trainable_token_indices": [1]}, "`trainable_token_indices` is set"),
-    "parameters": ({}, {"target_parameters": ["0.weight"]}, "`target_parameters` is set"),
+    "parameters": ({}, {"target_parameters": "0.weight"}, "`target_parameters` must be a list of names"),
+    "too many parameters": ({}, {"target_parameters": ["0.a", "0.b"]}, "names 2 parameters of it (0.a, 0.b), and"),
+    "a parameter of another rank": ({}, {"target_parameters": ["0.weight"], "r": 3}, "do not fit r = 3"),
+    "a parameter of rank 0": ({}, {"target_parameters": ["0.weight"], "r": 0}, "do not fit r = 0"),
     "aLoRA": ({}, {"alora_invocation_tokens": [1]}, "`alora_invocation_tokens` is set"),
     "a catastrophe": ({}, {"rank_pattern": {"(a+)+$": 2}}, "`rank_pattern`: '(a+)+$' is too intricate"),
     "a catastrophe of alphas": ({}, {"alpha_pattern": {"(a|aa)+$": 2}}, "`alpha_pattern`: '(a|aa)+$' is too intr"),
@@ -286,3 +289,24 @@ def test_errors_bear_the_name_of_the_function_that_was_called(tmp_path, format):
         with pytest.raises(lora.AdapterError, match=rf"\A{function.__name__}: ") as caught:
             function(what, tmp_path / "a", format=format)
         assert str(caught.value).count("_adapter: ") == 1
+
+
+# ---- errors bear the name of the function that was called -------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["lora", "peft", "portable", "diffusers"])
+def test_an_error_is_the_functions_that_was_called(format, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))  # "0" is in no model of a pipeline
+    lora.inject(model, target_modules=["0"], r=2, use_dora=True)
+    adapter = lora.adapter_of(model)
+    if format in ("lora", "peft"):  # which have a place for magnitudes
+        nn.init.constant_(model[0].lora_A, float("nan"))
+        adapter.tensors["0.lora_A"] = model[0].lora_A.detach()
+    calls = {
+        "save_adapter": lambda: lora.save_adapter(model, tmp_path, format),
+        "write_adapter": lambda: lora.write_adapter(adapter, tmp_path, format),
+    }
+    for name, call in calls.items():
+        with pytest.raises(lora.AdapterError, match=rf"^{name}: .*, because\n") as caught:
+            call()
+        assert str(caught.value).count("_adapter:") == 1

@@ -179,7 +179,7 @@ def test_other_methods_are_refused(tmp_path, make):
         lora.load_adapter(base, tmp_path / "a")
 
 
-def test_target_parameters_are_refused(tmp_path):
+def test_a_target_parameter_may_be_the_weight_of_a_layer(tmp_path):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -191,9 +191,14 @@ def test_target_parameters_are_refused(tmp_path):
 
     base = Experts()
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["o.weight"])
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(lora.AdapterError, match="`target_parameters` is set"):
-        lora.load_adapter(base, tmp_path / "a")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        [parameter.normal_() for name, parameter in model.named_parameters() if "lora_" in name]
+    model.save_pretrained(tmp_path / "a")
+    lora.load_adapter(base, tmp_path / "a")
+    assert isinstance(base.o, lora.LoRALayer)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(base(x), model(x))
 
 
 NAMED = {"default": "default", "another": "mine", "like a key": "weight_1"}

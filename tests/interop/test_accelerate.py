@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import os
+import re
 import unittest.mock
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, cpu_offload, hooks
+from accelerate import Accelerator, cpu_offload, dispatch_model, hooks
 from accelerate.state import AcceleratorState
 from conftest import randomised
 from test_ddp import ROUNDING, Net, adapted, batches_of, share
@@ -217,6 +219,28 @@ def test_a_layer_whose_hook_is_gone_is_a_layer_like_any():
     assert not torch.allclose(y, before)
     lora.eject(model)
     assert torch.equal(model(ids), before)
+
+
+def test_a_model_is_adapted_before_it_is_dispatched_or_between():
+    alone, ids, devices = adapted(), batches_of(1)[0], {"": "cpu"}
+    y = alone(ids)
+    model = dispatch_model(adapted(), devices, force_hooks=True)
+    assert torch.equal(model(ids), y)
+    got = train(model, optimizer_of(model), batches_of(3))
+    torch.testing.assert_close(got, train(alone, optimizer_of(alone), batches_of(3)), rtol=0, atol=0)
+    model = dispatch_model(Net(), devices, force_hooks=True)
+    with pytest.raises(
+        ValueError, match=r"blocks\.0: .* inject first, and dispatch then; or take them out with"
+    ) as caught:
+        lora.inject(model, target_modules=["blocks.0", "head"], r=2)
+    namespace = {"accelerate": accelerate, "model": model}
+    exec(re.search("`(accelerate.hooks.remove_hook_from_module.*?)`", str(caught.value)).group(1), namespace)
+    before = model(ids)
+    lora.inject(model, target_modules=["blocks.0", "head"], r=2)
+    randomised(model.head)
+    y = model(ids)
+    assert not torch.equal(y, before)
+    assert torch.equal(dispatch_model(model, devices, force_hooks=True)(ids), y)
 
 
 def test_an_offloaded_model_computes_the_same_and_is_not_saved_without_its_values(tmp_path):

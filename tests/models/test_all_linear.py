@@ -30,19 +30,11 @@ class Experts(nn.Module):
         return x
 
 
-class MambaMixer(nn.Module):
-    __module__, __qualname__ = "transformers.models.mamba.modeling_mamba", "MambaMixer"
-
-    def __init__(self):
-        super().__init__()
-        self.in_proj, self.x_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.up, self.router, self.experts = nn.Linear(8, 8), TopKRouter(8, 3), Experts()
-        self.empty, self.mixer = nn.Linear(8, 0), MambaMixer()
+        self.empty, self.mixer = nn.Linear(8, 0), nn.Linear(8, 8)
         self.normed = parametrizations.weight_norm(nn.Linear(8, 8))
         self.norm = nn.LayerNorm(8)
 
@@ -53,12 +45,11 @@ def model_of():
 
 def test_a_layer_that_cannot_be_adapted_is_left_out_and_the_report_says_why():
     report = lora.inject(model_of(), target_modules="all-linear", r=2)
-    adapted = ["layers.0.up", "layers.0.mixer.in_proj", "layers.1.up", "layers.1.mixer.in_proj"]
+    adapted = ["layers.0.up", "layers.0.mixer", "layers.1.up", "layers.1.mixer"]
     assert [module.names[0] for module in report.modules] == adapted
     reasons = {
         "router": "is a router, which decides where tokens go; name it in `target_modules` to adapt it.",
         "empty": "has a weight of the shape (0, 8), in which there is nothing to adapt.",
-        "mixer.x_proj": "its parent, a MambaMixer, reads its weight and bypasses its forward",
         "normed": "its `weight` is computed (by a parametrization, or pruning)",
     }
     assert list(report.left_out) == [f"layers.{i}.{name}" for i in (0, 1) for name in reasons]
@@ -87,7 +78,7 @@ def test_names_get_what_all_linear_leaves_out_or_an_error():
     ]
     assert not report.left_out
     assert not report.unreached
-    for name, reason in {"empty": "nothing to adapt", "normed": "is computed", "x_proj": "reads its weight"}.items():
+    for name, reason in {"empty": "nothing to adapt", "normed": "is computed"}.items():
         with pytest.raises(ValueError, match=rf"layers\.0\..*{name}: .*{reason}"):
             lora.inject(model_of(), target_modules=[name, "up"], r=2)
 

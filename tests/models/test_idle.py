@@ -79,6 +79,20 @@ def test_reentrant_checkpointing_over_inputs_without_a_gradient_is_found():
     assert "use_reentrant=True" in lora.check(model).idle["x"]
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_where_only_what_trains_in_full_has_a_gradient_every_adapter_is_named():
+    model = nn.ModuleDict({"x": nn.Linear(8, 8), "y": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    lora.inject(model, target_modules=["x", "y"], modules_to_save=["head"], r=2)
+    body = nn.Sequential(model["x"], model["y"])
+    model["head"](checkpoint(body, torch.ones(1, 8), use_reentrant=True)).sum().backward()
+    report = lora.check(model)
+    assert list(report.idle) == ["x", "y"]
+    assert all("`model.enable_input_require_grads()`" in reason for reason in report.idle.values())
+    model.zero_grad()
+    model["head"](checkpoint(body, torch.ones(1, 8).requires_grad_(), use_reentrant=True)).sum().backward()
+    assert not [name for name, reason in lora.check(model).idle.items() if "no gradient" in reason]
+
+
 def test_what_is_frozen_is_not_told_of():
     model = adapted()
     lora.mark_only_lora_as_trainable(model, freeze_A=True)

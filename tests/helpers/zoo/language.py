@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zoo.rows import Row, ids, of, words, words_twice
+from zoo.rows import DEAD, REFUSED, REWRITTEN, Row, ids, in_peft, of, words, words_twice
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 64,
@@ -81,7 +81,14 @@ GEMMA_4 = {
 }
 
 
+RESCALED = dict.fromkeys(
+    ("starts", "computes", "learns", "saves", "goes_to_peft", "comes_from_peft", "generates"),
+    "eval() divides weights in place, which is an error that says how it is switched off; in PEFT only W₀ is divided",
+)
 SINGLE = {"dtype": torch.float32}  # torch multiplies groups of experts in no float64
+
+
+RWKV = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 32}
 
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -126,7 +133,9 @@ ROWS = {
     "Gemma": decoder("Gemma", head_dim=8),
     "Gemma 2": decoder("Gemma2", head_dim=8),
     "Gemma 3": of("Gemma3ForCausalLM", words, "Gemma3TextConfig", **DECODER, head_dim=8),
-    "Gemma 3n": of("Gemma3nForCausalLM", words, "Gemma3nTextConfig", train=True, **DECODER | GEMMA_3N),
+    "Gemma 3n": of(
+        "Gemma3nForCausalLM", words, "Gemma3nTextConfig", train=True, faults=in_peft(DEAD), **DECODER | GEMMA_3N
+    ),
     "Gemma 4": of("Gemma4ForCausalLM", words, "Gemma4TextConfig", **DECODER | GEMMA_4),
     "Phi": decoder("Phi"),
     "Phi-3": decoder("Phi3"),
@@ -169,6 +178,7 @@ ROWS = {
     "BLOOM, slow but exact": of(
         "BloomForCausalLM",
         words,
+        faults=in_peft(DEAD),
         vocab_size=64,
         hidden_size=32,
         n_layer=2,
@@ -190,7 +200,7 @@ ROWS = {
         max_position_embeddings=32,
     ),
     "BioGPT": decoder("BioGpt"),
-    "XLNet": of("XLNetLMHeadModel", words, vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "XLNet": of("XLNetLMHeadModel", words, **SINGLE, vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48),
     "XLM": of(
         "XLMWithLMHeadModel", words, vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=32
     ),
@@ -201,6 +211,7 @@ ROWS = {
     "Qwen3-Next": decoder(
         "Qwen3Next",
         **SINGLE,
+        faults=in_peft(REWRITTEN),
         **EXPERTS,
         head_dim=8,
         layer_types=["linear_attention", "full_attention"],
@@ -213,10 +224,19 @@ ROWS = {
     "Phi-3.5-MoE": decoder("Phimoe", **SINGLE, num_local_experts=4),
     "GPT-OSS": decoder("GptOss", **SINGLE, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     "OLMoE": decoder("Olmoe", **SINGLE, num_experts=4, num_experts_per_tok=2),
-    "DeepSeek-V2": decoder("DeepseekV2", **SINGLE, **LATENT, **ROUTED, first_k_dense_replace=1, num_key_value_heads=4),
+    "DeepSeek-V2": decoder(
+        "DeepseekV2",
+        **SINGLE,
+        faults=in_peft(REWRITTEN),
+        **LATENT,
+        **ROUTED,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
+    ),
     "DeepSeek-V3": decoder(
         "DeepseekV3",
         **SINGLE,
+        faults=in_peft(REWRITTEN),
         **LATENT,
         **ROUTED,
         n_group=2,
@@ -227,6 +247,7 @@ ROWS = {
     "DeepSeek-V4": decoder(
         "DeepseekV4",
         **SINGLE,
+        faults=in_peft(REWRITTEN),
         **ROUTED,
         q_lora_rank=8,
         head_dim=8,
@@ -235,6 +256,7 @@ ROWS = {
         o_lora_rank=8,
         index_n_heads=2,
         index_head_dim=8,
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 2},
     ),
     "Llama 4": of(
         "Llama4ForCausalLM",
@@ -261,6 +283,7 @@ ROWS = {
     "LongCat-Flash": of(
         "LongcatFlashForCausalLM",
         words,
+        faults=in_peft(REWRITTEN),
         **without(DECODER, "num_hidden_layers", "num_key_value_heads"),
         **LATENT,
         num_layers=1,
@@ -273,10 +296,19 @@ ROWS = {
     ),
     "MiniMax": decoder("MiniMax", **SINGLE, num_local_experts=4, head_dim=8),
     # State spaces, and what has some.
-    "Mamba": of("MambaForCausalLM", words, vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "Mamba": of(
+        "MambaForCausalLM",
+        words,
+        faults=in_peft(REFUSED),
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+    ),
     "Mamba 2": of(
         "Mamba2ForCausalLM",
         words,
+        faults=in_peft(REFUSED),
         vocab_size=64,
         hidden_size=32,
         num_hidden_layers=2,
@@ -287,10 +319,17 @@ ROWS = {
         chunk_size=4,
     ),
     "Falcon Mamba": of(
-        "FalconMambaForCausalLM", words, vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
+        "FalconMambaForCausalLM",
+        words,
+        faults=in_peft(REFUSED),
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
     ),
     "Falcon H1": decoder(
         "FalconH1",
+        faults=in_peft(REFUSED),
         mamba_d_ssm=32,
         mamba_n_heads=4,
         mamba_d_head=8,
@@ -300,6 +339,7 @@ ROWS = {
     ),
     "Jamba": decoder(
         "Jamba",
+        faults=in_peft(DEAD),
         **SINGLE,
         attn_layer_period=2,
         attn_layer_offset=1,
@@ -345,6 +385,7 @@ ROWS = {
     ),
     "Nemotron-H": decoder(
         "NemotronH",
+        faults=in_peft(REFUSED),
         **SINGLE,
         num_hidden_layers=3,
         layers_block_type=["mamba", "moe", "attention"],
@@ -360,7 +401,8 @@ ROWS = {
         num_experts_per_tok=2,
     ),
     "RecurrentGemma": decoder("RecurrentGemma", num_hidden_layers=3, lru_width=32, attention_window_size=8),
-    "RWKV": of("RwkvForCausalLM", words, vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=32),
+    "RWKV": of("RwkvForCausalLM", words, **RWKV, rescale_every=0, use_cache=False),
+    "RWKV, rescaled": of("RwkvForCausalLM", words, **RWKV, rescale_every=2, faults=RESCALED),
     # Encoders and decoders.
     "T5": of("T5ForConditionalGeneration", words_twice, **T5),
     "mT5": of("MT5ForConditionalGeneration", words_twice, **T5),
@@ -435,7 +477,7 @@ ROWS = {
         pos_att_type=["p2c", "c2p"],
         norm_rel_ebd="layer_norm",
     ),
-    "MobileBERT": encoder("MobileBert", **MOBILE),
+    "MobileBERT": encoder("MobileBert", faults=in_peft(DEAD), **MOBILE),
     "ModernBERT": encoder("ModernBert", bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
     "FNet": of("FNetForMaskedLM", words, unused=POOLER, **without(ENCODER, "num_attention_heads")),
     "Longformer": of("LongformerForMaskedLM", with_global_words, **ENCODER, attention_window=4),
@@ -466,6 +508,7 @@ ROWS = {
     "CANINE": of(
         "CanineModel",
         lambda: {"input_ids": ids(2, 8)},
+        **SINGLE,
         **without(ENCODER, "vocab_size"),
         num_hash_buckets=16,
         local_transformer_stride=2,
@@ -485,7 +528,7 @@ ROWS = {
     "I-BERT": encoder("IBert", quant_mode=False),
     "X-MOD": encoder("Xmod", languages=["en_XX"], default_language="en_XX"),
     "LayoutLM": of("LayoutLMForMaskedLM", boxes, unused=POOLER, **ENCODER | BOXES),
-    "LayoutLMv3": of("LayoutLMv3Model", boxes, unused=r"encoder\.rel_pos\w*", **ENCODER | LAYOUT),
+    "LayoutLMv3": of("LayoutLMv3Model", boxes, unused=r"encoder\.rel_pos\w*", faults=in_peft(DEAD), **ENCODER | LAYOUT),
     "TAPAS": of("TapasModel", words, **ENCODER, type_vocab_sizes=[3, 8, 8, 2, 8, 8, 4]),
     "Perceiver": of(
         "PerceiverForMaskedLM",

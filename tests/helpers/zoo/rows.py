@@ -10,6 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Faults of PEFT's.
+DEAD = "PEFT's LoRA stands beside a layer's forward, and does nothing where its parent reads the weight instead"
+REWRITTEN = "PEFT takes gate_proj, up_proj and down_proj of such models for parts of their experts, wherever they are"
+
+REFUSED = "PEFT adapts no projection that Mamba's kernels might be given"
+
+
+def in_peft(why: str) -> dict[str, str]:
+    return {"goes_to_peft": why, "comes_from_peft": why}
+
 
 @dataclass(frozen=True)
 class Row:

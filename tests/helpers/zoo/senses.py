@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from zoo.language import BOTH, DECODER, ENCODER, GPT, without
-from zoo.rows import Row, config, ids, image, of, random, sound, words
+from zoo.rows import DEAD, Row, config, ids, image, in_peft, of, random, sound, words
 
 FIRST = r"(detr\.|conditional_detr\.)?model\.decoder\.layers\.0\.self_attn\.v_proj"  # of queries, which are zero
 CROSS = r".*\.encoder_attn\..*"  # to an encoder, which is not there
+
+IN_PLACE = "the model writes into the embeddings that checkpointing has given gradients to"
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -198,10 +200,18 @@ ROWS = {
     # Objects and their masks.
     "DETR": of("DetrForObjectDetection", SCENE, unused=FIRST, **DETR),
     "DETR, segmenting": of(
-        "DetrForSegmentation", SCENE, unused=FIRST, **DETR | {"d_model": 64, "encoder_attention_heads": 8}
+        "DetrForSegmentation",
+        SCENE,
+        unused=FIRST,
+        faults=in_peft(DEAD),
+        **DETR | {"d_model": 64, "encoder_attention_heads": 8},
     ),
     "Conditional DETR, segmenting": of(
-        "ConditionalDetrForSegmentation", SCENE, **DETR | {"d_model": 64, "encoder_attention_heads": 8}
+        "ConditionalDetrForSegmentation",
+        SCENE,
+        faults=in_peft(DEAD),
+        unused=r"\w+\.model\.decoder\.(layers\.0\.self_attn\.([qk]_content|v)_proj|query_scale\.layers\.[01])",
+        **DETR | {"d_model": 64, "encoder_attention_heads": 8},
     ),
     "Table Transformer": of("TableTransformerForObjectDetection", SCENE, **DETR),
     "YOLOS": of("YolosForObjectDetection", SMALL, **VISION | {"image_size": [16, 16]}, num_detection_tokens=3),
@@ -234,6 +244,7 @@ ROWS = {
     "Mask2Former": of(
         "Mask2FormerModel",
         SCENE,
+        faults=in_peft(DEAD),
         backbone_config=config(
             "SwinConfig",
             **SWIN | {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4},
@@ -276,7 +287,13 @@ ROWS = {
     ),
     # Pictures and words.
     "CLIP": two_towers("CLIPModel"),
-    "SigLIP": of("SiglipModel", CAPTIONED, text_config=TEXT | {"projection_size": 32}, vision_config=SHALLOW),
+    "SigLIP": of(
+        "SiglipModel",
+        CAPTIONED,
+        faults=in_peft(DEAD),
+        text_config=TEXT | {"projection_size": 32},
+        vision_config=SHALLOW,
+    ),
     "AltCLIP": two_towers("AltCLIPModel", text_config=TEXT | {"project_dim": 16}),
     "GroupViT": two_towers(
         "GroupViTModel",
@@ -308,7 +325,7 @@ ROWS = {
         num_query_tokens=4,
         image_token_index=63,
     ),
-    "GIT": of("GitForCausalLM", CAPTIONED, vision_config=SHALLOW, **TEXT),
+    "GIT": of("GitForCausalLM", CAPTIONED, faults={"recomputes": IN_PLACE}, vision_config=SHALLOW, **TEXT),
     "ViLT": of("ViltModel", CAPTIONED, **ENCODER | VISION),
     "FLAVA": of(
         "FlavaModel",
@@ -448,8 +465,8 @@ ROWS = {
     "ImageGPT": of("ImageGPTForCausalImageModeling", words, **GPT),
     # Sound.
     "Wav2Vec2": heard("Wav2Vec2"),
-    "Wav2Vec2's x-vector": heard("Wav2Vec2", "XVector"),
-    "Wav2Vec2 conformer's x-vector": heard("Wav2Vec2Conformer", "XVector"),
+    "Wav2Vec2's x-vector": heard("Wav2Vec2", "XVector", faults=in_peft(DEAD)),
+    "Wav2Vec2 conformer's x-vector": heard("Wav2Vec2Conformer", "XVector", faults=in_peft(DEAD)),
     "Wav2Vec2-BERT": of(
         "Wav2Vec2BertForCTC",
         lambda: {"input_features": random(2, 10, 8)},
@@ -458,7 +475,7 @@ ROWS = {
         conv_depthwise_kernel_size=3,
     ),
     "HuBERT": heard("Hubert"),
-    "WavLM": heard("WavLM"),
+    "WavLM": heard("WavLM", faults=in_peft(DEAD)),
     "UniSpeech-SAT": heard("UniSpeechSat"),
     "SEW": heard("SEW", squeeze_factor=2),
     "SEW-D": heard(
@@ -534,6 +551,7 @@ ROWS = {
         "MusicgenForCausalLM",
         words,
         "MusicgenDecoderConfig",
+        faults={"generates": "it needs a conditioned and an unconditioned half of what goes in"},
         unused=CROSS,
         vocab_size=64,
         hidden_size=32,
