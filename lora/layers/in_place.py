@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import with_article
+from lora.errors import instance
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -26,7 +26,8 @@ from lora.layers.kind import LayerKind
 def with_weight(layer: LayerKind, weight: object, *args: Any, **kwargs: Any) -> Any:
     """What the layer's base class computes with another value in the place of its weight."""
     base = layer.lora_base_class
-    return with_others(layer, base, base.forward, {"weight": weight}, *args, **kwargs)
+    others = layer.lora_needs.others(layer, {"weight": weight})
+    return with_others(layer, base, base.forward, others, *args, **kwargs)
 
 
 def with_others(
@@ -258,8 +259,8 @@ def _said(layer: Any) -> str:
     """A layer's weight in words; of a part, what the owner calls it."""
     owner = vars(layer).get("lora_owner")
     if owner is not None:
-        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
-    return f"the weight of {with_article(type(layer).__name__)}"
+        return f"`{layer.lora_parameter}` of {instance(owner)}"
+    return f"the weight of {instance(layer)}"
 
 
 def _dense(value: Any, why: str) -> Any:

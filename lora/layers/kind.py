@@ -11,8 +11,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import instance
 from lora.layers import weights
 from lora.layers.cache import Cached
+from lora.layers.code import Needs
 from lora.layers.registry import Kind, enter
 from lora.layers.starts import Init
 from lora.layers.switch import Switch
@@ -63,6 +65,8 @@ class LayerKind(nn.Module):
     lora_base_written: bool = True
     lora_needs_data: str | None = None
     lora_injected: bool = False
+    #: How often A and B had been written when they started; None if that would not tell what they learn (a file's).
+    lora_fresh: int | None = None
     lora_place: Place | None = None
     _merged: Cached | None = None
     _squares: Cached | None = None
@@ -96,8 +100,8 @@ class LayerKind(nn.Module):
     lora_base_class: ClassVar[type[nn.Module]] = nn.Module
     #: Whether `lora_forward_with` may stand in for the base class's own forward.
     lora_dense: ClassVar[bool] = False
-    #: Whether the base class's own forward applies a function of autograd's, which takes tensors alone.
-    lora_applies: ClassVar[bool] = False
+    #: What the base class's own forward needs of W.
+    lora_needs: ClassVar[Needs] = Needs()
     #: Which torch functions of W a base class's own forward may call without W being built: the names of the methods
     #: that compute them beside W₀, each with a `LowRankWeight` before the function's arguments.
     lora_taught: ClassVar[Mapping[Any, str]] = {}
@@ -153,7 +157,7 @@ class LayerKind(nn.Module):
     def lora_configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
         if wanted["splits"] is not None or wanted["enable_lora"] is not None:
-            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
+            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for {instance(base)}.")
         return cls, {}
 
     def lora_flat(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
