@@ -26,7 +26,8 @@ from lora.layers.kind import LayerKind
 def with_weight(layer: LayerKind, weight: object, *args: Any, **kwargs: Any) -> Any:
     """What the layer's base class computes with another value in the place of its weight."""
     base = layer.lora_base_class
-    return with_others(layer, base, base.forward, {"weight": weight}, *args, **kwargs)
+    others = layer.lora_needs.others(layer, {"weight": weight})
+    return with_others(layer, base, base.forward, others, *args, **kwargs)
 
 
 def with_others(

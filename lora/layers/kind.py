@@ -14,6 +14,7 @@ from torch import Tensor
 from lora.errors import instance
 from lora.layers import weights
 from lora.layers.cache import Cached
+from lora.layers.code import Needs
 from lora.layers.registry import Kind, enter
 from lora.layers.starts import Init
 from lora.layers.switch import Switch
@@ -99,8 +100,8 @@ class LayerKind(nn.Module):
     lora_base_class: ClassVar[type[nn.Module]] = nn.Module
     #: Whether `lora_forward_with` may stand in for the base class's own forward.
     lora_dense: ClassVar[bool] = False
-    #: Whether the base class's own forward applies a function of autograd's, which takes tensors alone.
-    lora_applies: ClassVar[bool] = False
+    #: What the base class's own forward needs of W.
+    lora_needs: ClassVar[Needs] = Needs()
     #: Which torch functions of W a base class's own forward may call without W being built: the names of the methods
     #: that compute them beside W₀, each with a `LowRankWeight` before the function's arguments.
     lora_taught: ClassVar[Mapping[Any, str]] = {}

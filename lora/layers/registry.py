@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.nn as nn
 
+from lora.layers.code import needs
+
 Base = type[nn.Module]
 Kind = type[Any]  # of a LoRALayer, whose file imports this one
 
@@ -90,8 +92,7 @@ def class_for(kind: Kind, base: Base) -> Kind:
             # A subclass with a forward of its own (scaled words, say) computes more than W₀ x + b.
             if hasattr(base, "scaling"):  # the base's own goes before loralib's word for ours
                 namespace["scaling"] = inspect.getattr_static(base, "scaling")
-            code = getattr(inspect.unwrap(base.forward), "__code__", None)
-            namespace["lora_applies"] = code is not None and "apply" in code.co_names
+            namespace["lora_needs"] = needs(base, ["forward"])
             namespace["lora_dense"] = any(base.forward is owner.forward for owner, _ in _registered(base))
         made = type(base.__name__, (kind, base), namespace)
         _classes.setdefault((kind, base), made)  # another thread may have made one, of which there may be layers

@@ -18,8 +18,8 @@ from lora.models.model import Names, lora_layers, names_of, without_wrappers
 
 _NO_GRADIENT = (
     "no gradient came to it: it was not called, or its weight was read where nobody could see it, or "
-    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient (`use_reentrant=False` lets it come, "
-    "and so does transformers' `model.enable_input_require_grads()`)"
+    "`checkpoint(…, use_reentrant=True)` ran over inputs that need no gradient "
+    "(transformers' `model.enable_input_require_grads()` gives them one)"
 )
 _REENTRANT = (
     "no gradient came to it, nor to what is around it: `checkpoint(…, use_reentrant=True)` runs there, over inputs "

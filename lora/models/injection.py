@@ -36,7 +36,7 @@ from lora.models.model import (
 )
 from lora.models.parameters import check_dropout, known_by
 from lora.models.patterns import Patterns
-from lora.models.readers import let_read, let_read_no_more
+from lora.models.readers import let_read, let_read_no_more, read_as_tensors
 from lora.models.refusals import unfit, unreached, why_alone, why_not_yet
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
@@ -111,6 +111,9 @@ class InjectionReport:
         return "\n".join(lines)
 
 
+_DRY = "has a weight that its parent may give to a kernel, of whose inputs none is dropped; adapt it without dropout."
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """One module and the adapter that it is to get."""
@@ -171,10 +174,11 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         targets = find_targets(model, names, config, saved, problems)
         check_saved(names, config, saved, targets, problems)
         patterns, by = patterns_of(config), known_by(targets, names)
-        left_out = {}
+        every, left_out = config.target_modules == "all-linear", dict[str, str]()
+        dry = read_as_tensors(names, targets) if every and config.lora_dropout else set()
         for module in targets:
             name, why_never = names[module][0], unfit(model, names[module], module)
-            if config.target_modules == "all-linear" and (reason := why_never or why_alone(module)):
+            if every and (reason := why_never or (_DRY if module in dry else why_alone(module))):
                 left_out[name] = reason
                 continue
             with problems.at(name):
@@ -202,7 +206,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         for layer in before:  # what they have learnt says nothing of those that begin now
             layer.lora_fresh = None
     report = report_of(model, names, layers, tuple(names[module][0] for module in saved))
-    if config.target_modules != "all-linear":
+    if not every:
         return report
     return replace(report, left_out=left_out, unreached=unreached(names))
 

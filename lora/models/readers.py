@@ -8,12 +8,9 @@ own, whose forward is theirs, of a twin in which the layers that it reads have W
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from dis import Instruction, get_instructions
-from inspect import getattr_static, isfunction, unwrap
-from types import CodeType
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from lora.errors import instance, some
 from lora.layers import weights
+from lora.layers.code import Needs, fusing, methods_of, needs, reads_what_it_is_given, words
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.parts import Part, forget_parts, own_name, own_weights, parts_of, replicate_parts
@@ -55,8 +53,8 @@ class WeightReader(nn.Module):
     lora_reads: Reads
     lora_fuses: dict[str, list[str]]
     lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]]]
-    #: Whether these apply a function of autograd's, which takes tensors alone.
-    lora_applies: ClassVar[bool]
+    #: What these need of W.
+    lora_needs: ClassVar[Needs]
 
     def extra_repr(self) -> str:
         """The module's own words, then those of its parts."""
@@ -100,16 +98,17 @@ class WeightReader(nn.Module):
 
 
 @functools.cache
-def _class_for(base: Any, methods: tuple[str, ...], fusing: tuple[str, ...]) -> type[WeightReader]:
+def _class_for(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...]) -> type[WeightReader]:
     def finding_weights(name: str) -> Any:
         method = getattr(base, name)
 
         @functools.wraps(method)  # with its signature, which trainers look at
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
             twins: list[_Twin] = []
-            others: dict[str, Any] = {**own_weights(self, "`apply`" if self.lora_applies else None)}
+            needed = self.lora_needs
+            others = needed.others(self, {**own_weights(self, needed.why_tensor())})
             if self.lora_reads:
-                others["_modules"] = _with_weights(self, self.lora_reads, self.lora_applies, twins)
+                others["_modules"] = _with_weights(self, self.lora_reads, needed, twins)
             output = with_others(self, base, method, others, *args, **kwargs)
             for twin in twins:
                 keep(*twin)
@@ -129,21 +128,20 @@ def _class_for(base: Any, methods: tuple[str, ...], fusing: tuple[str, ...]) -> 
 
         return call
 
-    namespace = {name: finding_weights(name) for name in methods} | {name: refusing(name) for name in fusing}
-    applies = any("apply()" in _words(base, name) for name in methods)
-    own = {"__module__": base.__module__, "lora_reader": (base, methods, fusing), "lora_applies": applies}
+    namespace = {name: finding_weights(name) for name in methods} | {name: refusing(name) for name in fuses}
+    own = {"__module__": base.__module__, "lora_reader": (base, methods, fuses), "lora_needs": needs(base, methods)}
     return type(base.__name__, (WeightReader, base), namespace | own)
 
 
-def _new(base: Any, methods: tuple[str, ...], fusing: tuple[str, ...] = ()) -> WeightReader:
-    return object.__new__(_class_for(base, methods, fusing))
+def _new(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...] = ()) -> WeightReader:
+    return object.__new__(_class_for(base, methods, fuses))
 
 
 # A module, what it had, its twin, and what that had in the place of it.
 _Twin = tuple[nn.Module, dict[str, Any], nn.Module, dict[str, Any]]
 
 
-def _with_weights(module: nn.Module, reads: Reads, applies: bool, twins: list[_Twin]) -> dict[str, nn.Module | None]:
+def _with_weights(module: nn.Module, reads: Reads, needed: Needs, twins: list[_Twin]) -> dict[str, nn.Module | None]:
     """A module's children, with twins of those that are read, which are added to others."""
     children = dict(module._modules)
     for name, within in reads.items():
@@ -151,12 +149,12 @@ def _with_weights(module: nn.Module, reads: Reads, applies: bool, twins: list[_T
         others: dict[str, Any] = {}
         cls: Any = type(child)
         if within is not None and child is not None:
-            others = {**own_weights(child, "`apply`" if applies else None)}
-            others["_modules"] = _with_weights(child, within, applies, twins)
+            others = needed.others(child, {**own_weights(child, needed.why_tensor())})
+            others["_modules"] = _with_weights(child, within, needed, twins)
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
-            weight = child.lora_weight_now()
-            weight = weight.dense("`apply`") if applies and isinstance(weight, LowRankWeight) else weight
-            others, cls = {"weight": weight}, child.lora_base_class
+            weight, why = child.lora_weight_now(), needed.why_tensor()
+            weight = weight.dense(why) if why and isinstance(weight, LowRankWeight) else weight
+            others, cls = needed.others(child, {"weight": weight}), child.lora_base_class
         if child is not None and others:
             children[name] = twin = twin_of(child, cls, others)
             twins.append((child, dict(vars(child)), twin, others))
@@ -172,14 +170,24 @@ def let_read(names: Names) -> list[str]:
     Returns:
         A complaint for each that cannot. If there is one, nothing was changed.
     """
-    readers = _readers_of(names)
+    layers: Names = {layer: known for layer, known in names.items() if isinstance(layer, LoRALayer) and layer.r > 0}
+    readers = _readers_of(layers, names)
     problems = [*_problems(readers, names)]
     reader: Any
     for reader, reading in readers.items() if not problems else ():
-        methods, fusing = (tuple(sorted(names)) for names in (reading.methods, reading.fusing))
-        reader.__class__ = _class_for(_written_class(reader), methods, fusing)
+        methods, fuses = (tuple(sorted(names)) for names in (reading.methods, reading.fusing))
+        reader.__class__ = _class_for(_written_class(reader), methods, fuses)
         reader.lora_reads, reader.lora_fuses = reading.layers, reading.fusing
     return problems
+
+
+def read_as_tensors(names: Names, layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of some layers whose weights a module around them may give to what takes tensors alone."""
+    readers = _readers_of({layer: names[layer] for layer in layers}, names)
+    reading = (
+        (module, found) for module, found in readers.items() if needs(_written_class(module), found.methods).apply
+    )
+    return {layer for module, found in reading for _, layer in _read_in(module, found.layers)}
 
 
 def let_read_no_more(module: nn.Module) -> None:
@@ -192,25 +200,25 @@ def let_read_no_more(module: nn.Module) -> None:
         reader.__class__ = _written_class(module)
 
 
-def _readers_of(names: Names) -> dict[nn.Module, Reading]:
-    """The modules of a model that read weights of LoRA layers in them, and what they read, by what is in their code."""
+def _readers_of(layers: Names, names: Names) -> dict[nn.Module, Reading]:
+    """The modules of a model that read weights of layers in them, and what they read, by what is in their code."""
     modules = {name: module for module, known in names.items() for name in known}
     found: dict[nn.Module, Reading] = {}
-    for layer, known in names.items():
-        for name in known if isinstance(layer, LoRALayer) and layer.r > 0 else ():
+    for layer, known in layers.items():
+        for name in known:
             called = {"forward"}
             for module, path in _around(modules, name):
                 cls, said = _written_class(module), without_wrappers(".".join(path)).split(".")
                 tensor = said.pop() if isinstance(layer, Part) else "weight"
-                methods = {method for method in called & _methods(cls) if _reads(module, cls, method, said, tensor)}
+                methods = {method for method in called & methods_of(cls) if _reads(module, cls, method, said, tensor)}
                 if not said:  # the owner itself, by whatever way it gets at its parameter
                     methods.add("forward")
                 if methods:
                     reading = found.setdefault(module, Reading())
                     reading.methods.update(methods)
                     _enter(reading.layers, path, layer)
-                called |= {word.removesuffix("()") for word in _words(cls, "forward")}
-                for method in _fusing(cls) - called:
+                called |= {word.removesuffix("()") for word in words(cls, "forward")}
+                for method in fusing(cls) - called:
                     if _reads(module, cls, method, said, tensor):
                         found.setdefault(module, Reading()).fusing.setdefault(method, []).append(".".join(path))
     return found
@@ -251,12 +259,12 @@ def _enter(reads: Reads, path: list[str], layer: nn.Module) -> None:
         reads[last] = None
 
 
-def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, LoRALayer]]:
+def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, nn.Module]]:
     for name, within in reads.items():
         child = module._modules.get(name)
         if child is not None and within is not None:
             yield from ((f"{name}.{rest}", layer) for rest, layer in _read_in(child, within))
-        elif isinstance(child, LoRALayer):
+        elif child is not None:
             yield name, child
 
 
@@ -266,113 +274,20 @@ def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: st
     Or it names the layer, and calls a child that reads the weight of what it is given. A layer whose name is called
     wherever it stands, as in `self.proj(x)`, is not read.
     """
-    words = _words(cls, method)
+    found = words(cls, method)
     *above, last = [name for name in path if not name.isdigit()] or [tensor]
-    if LoRALayer in cls.__mro__ or last not in words or not all(_named(name, words) for name in above):
+    if LoRALayer in cls.__mro__ or last not in found or not all(_named(name, found) for name in above):
         return False
-    return tensor in words or any(
-        f"{name}()" in words and _reads_what_it_is_given(_written_class(child))
+    return tensor in found or any(
+        f"{name}()" in found and _reads_given(_written_class(child))
         for name, child in module._modules.items()
         if child is not None
     )
 
 
-def _named(name: str, words: frozenset[str]) -> bool:
-    return name in words or f"{name}()" in words
+def _named(name: str, found: frozenset[str]) -> bool:
+    return name in found or f"{name}()" in found
 
 
-@functools.cache
-def _reads_what_it_is_given(cls: Any) -> bool:
-    """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
-    for code in _codes(_function(getattr_static(cls, "forward"))):
-        arguments, loaded = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], None
-        for one in get_instructions(code):
-            if loaded in arguments and one.argval == "weight":
-                return LoRALayer not in cls.__mro__
-            loaded = one.argval[-1] if isinstance(one.argval, tuple) and one.argval else one.argval
-    return False
-
-
-@functools.cache
-def _methods(cls: Any) -> frozenset[str]:
-    """The methods of a class that others may call in a forward."""
-    own = {name for owner in cls.__mro__ if owner.__module__ != "torch.nn.modules.module" for name in vars(owner)}
-    return frozenset(name for name in own if isfunction(getattr_static(cls, name)) and name not in _OF_TORCH)
-
-
-# What the functions and classes are called by which methods put weights together, and make layers of them.
-_JOINS = {"cat", "concat", "concatenate", "vstack", "hstack", "stack"}
-_LAYERS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
-
-
-@functools.cache
-def _fusing(cls: Any) -> frozenset[str]:
-    """The methods of a class that make one layer of the weights of several, as `fuse_projections` of diffusers'."""
-    called = {name: _codes(_function(getattr_static(cls, name))) for name in _methods(cls)}
-    words = {name: {word for code in codes for word in code.co_names} for name, codes in called.items()}
-    return frozenset(name for name, its in words.items() if "weight" in its and its & _JOINS and its & _LAYERS)
-
-
-@functools.cache
-def _words(cls: Any, method: str) -> frozenset[str]:
-    """The names and strings in a method's code, and in what it calls of its class and file; `name()` where called."""
-    words, seen = set[str](), set[object]()
-    waiting: list[Any] = [method]
-    while waiting:
-        one = waiting.pop()
-        if one not in seen:
-            seen.add(one)
-            function = _function(getattr_static(cls, one, None) if isinstance(one, str) else one)
-            for code in _codes(function):
-                found = {*_words_of(code)}
-                words |= found
-                named = {word.removesuffix("()") for word in found}
-                waiting += named - _OF_TORCH
-                waiting += _helpers(function, named)
-    return frozenset(words)
-
-
-def _helpers(function: Any, names: set[str]) -> Iterator[Any]:
-    """The functions of these names that stand beside one in its file."""
-    known = getattr(function, "__globals__", {})
-    for helper in filter(isfunction, map(known.get, names)):
-        if helper.__module__ == function.__module__:
-            yield helper
-
-
-def _words_of(code: CodeType) -> Iterator[str]:
-    """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
-    words = [f"{one.argval}{_call(one)}" for one in get_instructions(code) if isinstance(one.argval, str)]
-    for n, word in enumerate(words):
-        asked = {*words[n + 1 : n + 2]} & _ASKED or "isinstance" in words[max(0, n - 3) : n]
-        if word != "weight" or not asked:
-            yield word
-
-
-def _call(one: Instruction) -> str:
-    """Brackets for an attribute that is loaded to be called."""
-    return "()" if one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and "NULL|self" in one.argrepr) else ""
-
-
-_ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
-
-
-_OF_TORCH = {*dir(nn.Module)} - {"forward"}
-
-
-def _function(method: object) -> Any:
-    """The function of a method or a property, as it was written."""
-    if isinstance(method, property):
-        method = method.fget
-    function: Any = getattr(method, "__func__", method)  # of a static or a class method
-    return unwrap(function) if callable(function) else None
-
-
-def _codes(function: Any) -> Iterator[CodeType]:
-    """The code of a function, with that of the functions in it."""
-    waiting = [getattr(function, "__code__", None)]
-    while waiting:
-        code = waiting.pop()
-        if isinstance(code, CodeType):
-            yield code
-            waiting += [const for const in code.co_consts if isinstance(const, CodeType)]
+def _reads_given(cls: Any) -> bool:
+    return LoRALayer not in cls.__mro__ and reads_what_it_is_given(cls)

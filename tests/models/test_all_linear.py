@@ -106,3 +106,22 @@ def test_what_is_excluded_or_trains_in_full_is_not_told_of():
     assert not report.left_out
     assert list(report.unreached) == ["gru.weight_ih_l0", "gru.weight_hh_l0"]
     assert F.linear(torch.ones(4), model["x"].weight).shape == (4,)
+
+
+class Speaker(nn.Module):
+    """A model within a model, which knows its output, as BLIP's decoder of text."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.up, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+        self.head.weight = self.words.weight
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_the_output_embedding_of_a_model_within_is_one():
+    model = nn.ModuleDict({"sight": nn.Linear(8, 8), "speech": Speaker()})
+    report = lora.inject(model, target_modules="all-linear", r=2)
+    assert [module.names[0] for module in report.modules] == ["sight", "speech.up"]
+    lora.merge(model)

@@ -1,6 +1,7 @@
 """Modules that read the weights of layers within them, and do not call them, find W there."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -178,6 +179,56 @@ class Applied(nn.Module):
         return Product.apply(x, self.proj.weight)
 
 
+def replaced(function):
+    """As what transformers puts around functions that kernels may stand in for."""
+
+    @functools.wraps(function)
+    def call(x, weight):
+        return Product.apply(x, weight)
+
+    return call
+
+
+@replaced
+def product(x, weight):
+    return F.linear(x, weight)
+
+
+def of_another_file(x, weight):
+    return Product.apply(x, weight)
+
+
+of_another_file.__module__ = "kernels"
+
+
+class ToKernel(nn.Module):
+    """As Mamba's mixers."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return product(x, self.proj.weight)
+
+
+class ToAnotherFile(ToKernel):
+    def forward(self, x):
+        return of_another_file(x, self.proj.weight)
+
+
+class OnTheLeft(ToKernel):
+    """Square: a product with the operands exchanged has the same shape."""
+
+    def forward(self, x):
+        return self.proj.weight @ x.reshape(-1, 8)[:8]
+
+
+class ByDict(ToKernel):
+    def forward(self, x):
+        return F.linear(x, self.proj._parameters["weight"])
+
+
 class AppliedItself(nn.Linear):
     def forward(self, x):
         return Product.apply(x, self.weight)
@@ -226,6 +277,10 @@ READERS = {
     "given": (Given, ["words"], (torch.arange(5),), lambda y: y),
     "by a function": (ByFunction, "all-linear", (X,), lambda y: y),
     "applied": (Applied, "all-linear", (X,), lambda y: y),
+    "to a kernel": (ToKernel, "all-linear", (X,), lambda y: y),
+    "to another file": (ToAnotherFile, "all-linear", (X,), lambda y: y),
+    "on the left": (OnTheLeft, "all-linear", (X,), lambda y: y),
+    "by dict": (ByDict, "all-linear", (X,), lambda y: y),
     "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
@@ -345,12 +400,23 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(reader, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", ["fused", "far within", "parts", "attention"])
+@pytest.mark.parametrize("reader", ["fused", "far within", "parts", "attention", "on the left", "by dict"])
 def test_it_is_compiled_without_a_break(reader):
     torch._dynamo.reset()
     model, inputs, of, _ = adapted(reader)
     compiled = torch.compile(model["x"], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(of(compiled(*inputs)), of(model["x"](*inputs)))
+
+
+@pytest.mark.parametrize("reader", ["to a kernel", "to another file"])
+def test_all_linear_leaves_out_what_kernels_are_given_where_inputs_are_dropped(reader):
+    model = nn.ModuleDict({"x": READERS[reader][0](), "other": nn.Linear(8, 8)})
+    report = lora.inject(model, target_modules="all-linear", r=2, lora_dropout=0.1)
+    reason = (
+        "has a weight that its parent may give to a kernel, of whose inputs none is dropped; adapt it without dropout."
+    )
+    assert report.left_out == {"x.proj": reason}
+    assert [module.names for module in report.modules] == [("other",)]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

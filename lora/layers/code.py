@@ -1,0 +1,161 @@
+"""What a class's methods do with a weight, by what stands in their code: names, calls, and where tensors are needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dis import Instruction, get_instructions
+from inspect import getattr_static, isfunction, ismodule, unwrap
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+
+class Needs(NamedTuple):
+    """What code needs of the W that it finds in the place of a weight.
+
+    Attributes:
+        apply: it applies a function of autograd's, or may: that takes tensors alone.
+        matmul: it multiplies by `@`, whose operands a compiler takes in the other order if the left one is no tensor.
+        lists: it finds parameters in their dict, and not by name.
+    """
+
+    apply: bool = False
+    matmul: bool = False
+    lists: bool = False
+
+    def why_tensor(self) -> str | None:
+        """Why W must be a tensor; None if it need not be one."""
+        if self.apply:
+            return "`apply`"
+        return "`@`" if self.matmul and torch.compiler.is_compiling() else None
+
+    def others(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+        """What a twin of a module needs to have for code to find these in the places of its weights."""
+        lists = self.lists and weights
+        return {**weights, "_parameters": {**module._parameters, **weights}} if lists else weights
+
+
+def needs(cls: Any, methods: Iterable[str]) -> Needs:
+    """What methods of a class need."""
+    found = frozenset[str]().union(*(words(cls, method) for method in methods))
+    return Needs("apply()" in found, "@" in found, not found.isdisjoint(_LISTS))
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def words(cls: Any, method: str) -> frozenset[str]:
+    """The names and strings in a method's code, and in what it calls of its class and file; `name()` where called.
+
+    `@` is the operator, and `apply()` is also where it calls what may apply a function of autograd's.
+    """
+    known, seen = set[str](), set[object]()
+    waiting: list[Any] = [method]
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            function = _function(getattr_static(cls, one, None) if isinstance(one, str) else one)
+            for code in _codes(function):
+                found = {*_words_of(code)}
+                known |= found
+                named = {word.removesuffix("()") for word in found}
+                waiting += named - _OF_TORCH
+                for helper in _called(function, named):
+                    if _may_apply(helper, function):
+                        known.add("apply()")
+                    elif helper.__module__ == function.__module__:
+                        waiting.append(helper)
+    return frozenset(known)
+
+
+@functools.cache
+def methods_of(cls: Any) -> frozenset[str]:
+    """The methods of a class that others may call in a forward."""
+    own = {name for owner in cls.__mro__ if owner.__module__ != "torch.nn.modules.module" for name in vars(owner)}
+    return frozenset(name for name in own if isfunction(getattr_static(cls, name)) and name not in _OF_TORCH)
+
+
+@functools.cache
+def reads_what_it_is_given(cls: Any) -> bool:
+    """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
+    for code in _codes(_function(getattr_static(cls, "forward"))):
+        arguments, loaded = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], None
+        for one in get_instructions(code):
+            if loaded in arguments and one.argval == "weight":
+                return True
+            loaded = one.argval[-1] if isinstance(one.argval, tuple) and one.argval else one.argval
+    return False
+
+
+@functools.cache
+def fusing(cls: Any) -> frozenset[str]:
+    """The methods of a class that make one layer of the weights of several, as `fuse_projections` of diffusers'."""
+    called = {name: _codes(_function(getattr_static(cls, name))) for name in methods_of(cls)}
+    found = {name: {word for code in codes for word in code.co_names} for name, codes in called.items()}
+    return frozenset(name for name, its in found.items() if "weight" in its and its & _JOINS and its & _LAYERS)
+
+
+def _called(function: Any, names: set[str]) -> Iterator[Any]:
+    """The functions of these names that code of a function knows: in its file, imported, or in modules that are."""
+    known = getattr(function, "__globals__", {})
+    for one in map(known.get, names):  # whatever these are: tensors, say, which are neither true nor false
+        within = map(vars(one).get, names) if ismodule(one) else [one]
+        yield from (each for each in within if isfunction(each) and not each.__module__.startswith("torch."))
+
+
+def _may_apply(helper: Any, caller: Any) -> bool:
+    """Whether a function may apply a function of autograd's: that of another file does, or something is around it.
+
+    What a decorator puts around a function may call another one instead, a kernel such as those for Mamba.
+    """
+    if hasattr(helper, "__wrapped__"):
+        return True
+    return helper.__module__ != caller.__module__ and any("apply()" in _words_of(code) for code in _codes(helper))
+
+
+def _words_of(code: CodeType) -> Iterator[str]:
+    """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
+    found = [word for word in map(_word, get_instructions(code)) if word]
+    for n, word in enumerate(found):
+        asked = {*found[n + 1 : n + 2]} & _ASKED or "isinstance" in found[max(0, n - 3) : n]
+        if word != "weight" or not asked:
+            yield word
+
+
+def _word(one: Instruction) -> str:
+    """A name, with brackets if it is an attribute that is loaded to be called; a string; or `@`."""
+    if isinstance(one.argval, str):
+        called = one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and "NULL|self" in one.argrepr)
+        return f"{one.argval}()" if called else one.argval
+    return "@" if one.argrepr in ("@", "@=") or one.opname.endswith("MATRIX_MULTIPLY") else ""
+
+
+_ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
+_LISTS = {"_parameters", "parameters()", "named_parameters()"}
+# What the functions and classes are called by which methods put weights together, and make layers of them.
+_JOINS = {"cat", "concat", "concatenate", "vstack", "hstack", "stack"}
+_LAYERS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
+_OF_TORCH = {*dir(nn.Module)} - {"forward"}
+
+
+def _function(method: object) -> Any:
+    """The function of a method or a property, as it was written."""
+    if isinstance(method, property):
+        method = method.fget
+    function: Any = getattr(method, "__func__", method)  # of a static or a class method
+    return unwrap(function) if callable(function) else None
+
+
+def _codes(function: Any) -> Iterator[CodeType]:
+    """The code of a function, with that of the functions in it."""
+    waiting = [getattr(function, "__code__", None)]
+    while waiting:
+        code = waiting.pop()
+        if isinstance(code, CodeType):
+            yield code
+            waiting += [const for const in code.co_consts if isinstance(const, CodeType)]
