@@ -29,7 +29,7 @@ class AdapterCheckpoints:
     """What goes in front of a trainer. Models that FSDP or DeepSpeed shard keep the trainer's own checkpoints."""
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        with adapted(model):
+        with known_as_adapted(model):
             super().__init__(model, *args, **kwargs)
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -78,7 +78,7 @@ class Reference(torch.nn.Module):
 
 
 @contextmanager
-def adapted(model: Any) -> Iterator[None]:
+def known_as_adapted(model: Any) -> Iterator[None]:
     """Tell transformers of adapters in a quantised model, which its Trainer refuses to be given without."""
     # Only while Trainer asks: afterwards `save_pretrained` would look for PEFT's layers. `is_quantized` stays as it is,
     # since `.half()` and `.float()`, which would spoil the model, go by it.

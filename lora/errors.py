@@ -209,6 +209,15 @@ def with_article(word: str) -> str:
     return f"{'an' if word[:1].lower() in set('aeio') else 'a'} {word}"
 
 
+def instance(value: object) -> str:
+    """What a value is, by its class.
+
+    >>> instance([]), instance(1.5)
+    ('a list', 'a float')
+    """
+    return with_article(type(value).__name__)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as they need to be; numbers to the right."""
     written = ([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)

@@ -20,6 +20,7 @@ SCRIPTS = [
     "embedding",
     "merge",
     "decode",
+    "experts",
     "methods_time",
     "training_step",
 ]

@@ -169,7 +169,7 @@ class ModuleAdapter(Record):
 
             merged linear, G splits      A as it is, (G·r, in);  B block-diagonal, (out, G·r), zero where not enabled
             loralib's convolutions       A and B in blocks, rank r·k² in two dimensions, times groups²
-            stacks of matrices           A and B as they are: a pair for each matrix
+            stacks of matrices           so for each matrix
 
         The scaling stays; `lora_alpha` grows with the rank.
 
@@ -177,10 +177,9 @@ class ModuleAdapter(Record):
             ValueError: as `layer`.
         """
         A, B = self.layer(A, B).lora_single(A, B)
-        if self.base.kind == "stack":
-            return self, A, B
         factored = True if self.base.kind == "conv" else None
-        return replace(self, splits=None, enable_lora=None, factored=factored).at_rank(A.shape[0]), A, B
+        r = A.shape[1 if self.base.kind == "stack" else 0]
+        return replace(self, splits=None, enable_lora=None, factored=factored).at_rank(r), A, B
 
     def _shape_by(self, A: Tensor, B: Tensor) -> tuple[int, ...]:
         """The shape of a packed base weight, which its description leaves open."""
@@ -224,6 +223,7 @@ def _conv(shape: tuple[int, ...], base: Base) -> nn.Module:
 def _stack(shape: tuple[int, ...], base: Base) -> nn.Module:
     owner = nn.Module()
     owner.is_transposed = bool(base.fan_in_fan_out)  # type: ignore[assignment]
+    owner.is_concatenated = not base.interleaved  # type: ignore[assignment]
     owner.experts = nn.Parameter(torch.empty(shape, device="meta"), False)
     return Stack(owner, "experts")
 

@@ -26,7 +26,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import Conv1DLoRA, LinearLoRA, MergedConv1DLoRA, MergedLinearLoRA
 from lora.layers.parts import Part
 from lora.layers.registry import kind_for
-from lora.layers.stack import StackLoRA
+from lora.layers.stack import SplitStackLoRA, StackLoRA
 from lora.models.model import Names, Owned, by_tensor, is_persistent, owned_tensors, without_wrappers
 from lora.models.start import is_given_back, pretrained_weight
 from lora.models.training import has_moved, originals
@@ -42,6 +42,7 @@ _KINDS: dict[type[LoRALayer], str] = {
     EmbeddingLoRA: "embedding",
     ConvLoRA: "conv",
     StackLoRA: "stack",
+    SplitStackLoRA: "stack",
 }
 # How many values of a base weight an adapter remembers, and by how much they may differ where a file does not say how
 # exact they are, as files of before do not.
@@ -112,6 +113,7 @@ class Base(Record):
         fan_in_fan_out: whether a matrix, or each of a stack, is (in_features, out_features); None if it is not known.
         groups: of a convolution.
         beyond_peft: what a convolution's update does here and does not do in PEFT, in words.
+        interleaved: whether the outputs of a stack's splits alternate.
         parameter: whether the layer stands for one parameter of a module, whose name is then the layer's.
         beyond_weight: what of the merged layer's function its weight alone cannot say, in words.
         sample: values from all over the weight; None where it has no plain, finite ones.
@@ -127,6 +129,7 @@ class Base(Record):
     beyond_peft: str = ""
     beyond_weight: str | None = None
     parameter: bool = False
+    interleaved: bool = False
     sample: tuple[float, ...] | None = None
     margin: float | None = None
 
@@ -144,6 +147,7 @@ class Base(Record):
             beyond_peft=beyond_peft(layer) if name == "conv" else "",
             beyond_weight=layer.lora_not_in_weight(),
             parameter=isinstance(layer, Part),
+            interleaved=bool(getattr(layer, "interleaved", False)) if name == "stack" else False,
             **_sampled(layer),
         )
 
@@ -160,6 +164,8 @@ class Base(Record):
             entries["beyond_weight"] = self.beyond_weight
         if self.parameter:
             entries["parameter"] = True
+        if self.interleaved:
+            entries["interleaved"] = True
         if self.margin is not None:
             entries["margin"] = self.margin
         return {**entries, **self.more, "sample": self.sample}
@@ -177,8 +183,9 @@ class Base(Record):
             yield f"`groups` are for convolutions, got {short(self.groups)} for {short(self.kind)}."
         if not isinstance(self.fan_in_fan_out, (bool, type(None))):
             yield f"`fan_in_fan_out` must be true, false or unknown, got {short(self.fan_in_fan_out)}."
-        if not isinstance(self.parameter, bool):
-            yield f"`parameter` must be true or false, got {short(self.parameter)}."
+        for fact in ("parameter", "interleaved"):
+            if not isinstance(getattr(self, fact), bool):
+                yield f"`{fact}` must be true or false, got {short(getattr(self, fact))}."
         shape, sample = self.shape, self.sample
         sizes = [self.groups, *(shape if isinstance(shape, tuple) else () if shape is None else [None])]
         if not all(is_count(size, 1) for size in sizes) or math.prod(sizes) > _LARGEST:

@@ -20,6 +20,7 @@ from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import tensor_name
 from lora.layers.undo import undo_on_error
+from lora.models.idle import idle_problem
 from lora.models.injection import InjectionReport, adapt, report_of
 from lora.models.model import (
     Names,
@@ -62,7 +63,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
             converter and others read alike; or "diffusers" (`lora.write_adapter`). Default: "lora".
 
     Warns:
-        UserWarning: PEFT, reading its format, would lose adapters of some layers (a mixture's dense ones).
+        UserWarning: adapters are as they started, while others have learnt since `lora.inject`; or PEFT would lose
+            adapters of some layers (a mixture's dense ones).
 
     Raises:
         TypeError: `path` is no path.
@@ -85,6 +87,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
 
     def write() -> None:
         raise_all(what, () if format == "lora" else _beyond_names(names, adapter), AdapterError)
+        if idle := idle_problem(model, names):
+            warnings.warn(f"save_adapter: {idle}", stacklevel=4)
         for loss in FORMATS[format].losses(model, adapter) if format in FORMATS else ():
             warnings.warn(f"save_adapter: {loss}", stacklevel=4)
         known = [without_wrappers(name) for group in names.values() for name in group]
@@ -180,6 +184,8 @@ def load_adapter(
         adapted = [module for module in fit.names if isinstance(module, LoRALayer) and module.r > 0]
         report = report_of(model, fit.names, adapted, tuple(fit.adapter.modules_to_save))
         _write(targets, undo)
+        for layer in adapted:
+            layer.lora_fresh = None
     return report
 
 

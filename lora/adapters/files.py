@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora.adapters.paths import is_at, read_steadily
-from lora.errors import AdapterError, raise_all, short
+from lora.errors import AdapterError, instance, raise_all, short
 
 _LONGEST_NAME = 512
 LONGEST_JSON = 2**24  # bytes, of a configuration
@@ -94,7 +94,7 @@ def object_from(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {type(error).__name__}.") from None
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} must hold an object, got a {type(content).__name__}.")
+        raise AdapterError(f"{path} must hold an object, got {instance(content)}.")
     return content
 
 

@@ -68,6 +68,8 @@ class Fit:
         self.problems = Problems(what, AdapterError)
         self._injected = [m for m in self.names if isinstance(m, LoRALayer) and m.r > 0]
         self._unchanged: set[str] = set()
+        # The shapes of embeddings, which output layers have as well.
+        self._vocabularies = {(m.num_embeddings, m.embedding_dim) for m in self.names if isinstance(m, nn.Embedding)}
         adapter = FORMATS.get(adapter.format, FORMATS["lora"]).meant(adapter, self.modules, self.problems)
         self.adapter = self._in_forms(of_layers(renamed(adapter, self.modules, self.problems), self.modules))
         self._in_full, self._kept = {*self.adapter.trained_in_full}, {*self.adapter.kept}
@@ -201,18 +203,28 @@ class Fit:
             if self.plans and {tensor.dtype, value.dtype} <= _CAST:
                 # A plain model says by its dtype in which one everything is to be, a head that trained as well.
                 self.adapter.tensors[name] = value.to(tensor.dtype)
-            self._like(name, tensor.shape, tensor.dtype)
+            if own == "weight" and self._is_resized(tensor, value) and tensor.shape in self._vocabularies:
+                self._complain_of_rows(name, tensor, value)
+            else:
+                self._like(name, tensor.shape, tensor.dtype)
+
+    def _is_resized(self, tensor: Tensor, value: Tensor) -> bool:
+        """Whether only the number of rows differs."""
+        return tensor.dim() == value.dim() == 2 and tensor.shape[1:] == value.shape[1:] and len(tensor) != len(value)
+
+    def _complain_of_rows(self, name: str, tensor: Tensor, value: Tensor) -> None:
+        self.problems.add(
+            f"{name} has the shape {tuple(tensor.shape)} in the model, and {tuple(value.shape)} in the file: the "
+            "embeddings were resized where the adapter was trained; call "
+            f"`model.resize_token_embeddings({value.shape[0]})` first."
+        )
 
     def _fit_kept(self, name: str, module: nn.Module, own: str, tensor: Tensor) -> None:
         """Fit a part of the base model that did not train: it may be in another dtype, as the base model may."""
         value = self.adapter.tensors[name]
         embeds = own == "weight" and tensor.dim() == value.dim() == 2 and tensor.shape[1] == value.shape[1]
-        if embeds and tensor.shape != value.shape:
-            self.problems.add(
-                f"{name} has the shape {tuple(tensor.shape)} in the model, and {tuple(value.shape)} in the file: the "
-                "embeddings were resized where the adapter was trained; call "
-                f"`model.resize_token_embeddings({value.shape[0]})` first."
-            )
+        if own == "weight" and self._is_resized(tensor, value):
+            self._complain_of_rows(name, tensor, value)
         elif tensor.is_floating_point() != value.is_floating_point() or tensor.shape != value.shape:
             self._like(name, tensor.shape, tensor.dtype)
         elif embeds and not tensor.is_meta:
@@ -302,7 +314,7 @@ def _as_in(module: nn.Module, format: str, settings: ModuleAdapter, A: Tensor, B
         return settings.at_rank(layer.r), *to_start(layer, settings.r, settings.scaling, A, B)
     if format == "loralib":
         return _of_loralib(module, settings, A, B)
-    if format == "lora":
+    if format == "lora" or settings.splits:
         # Ours has the layer's form, but where `lora.combine` made one pair of an adapter of several splits.
         if settings.splits or not isinstance(layer, MergedLinearLoRA):
             return settings, A, B

@@ -218,18 +218,21 @@ def _is_left(folder: Path) -> bool:
 @contextmanager
 def _locked(folder: Path, patience: float = 0.0) -> Iterator[bool | None]:
     """A context with a folder's lock, as `_lock` says; while another writer has it, wait so many seconds for it."""
-    handle, locked = -1, None
+    handles, locked = list[int](), None
     try:
         with suppress(OSError):  # Windows opens no folders
-            handle = os.open(folder, os.O_RDONLY)
-        if handle >= 0:
+            handles.append(os.open(folder, os.O_RDONLY))
+        if handles:
             ends = time.monotonic() + patience
-            while (locked := _lock(handle)) is False and time.monotonic() < ends:
+            while (locked := _lock(handles[0])) is False and time.monotonic() < ends:
                 time.sleep(_BETWEEN)
         yield locked
     finally:
-        if handle >= 0:
-            _unlock(handle)
+        try:
+            _unlock(handles)
+        except BaseException:  # an interruption that came before it was done
+            _unlock(handles)
+            raise
 
 
 def _lock(handle: int) -> bool | None:
@@ -245,11 +248,10 @@ def _lock(handle: int) -> bool | None:
     return True
 
 
-def _unlock(handle: int) -> None:
+def _unlock(handles: list[int]) -> None:
     """Close what was locked; a process that was forked meanwhile, and has it open, too, does not keep the lock."""
-    try:
-        if sys.platform != "win32":
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-    finally:
-        os.close(handle)
+    if handles and sys.platform != "win32":
+        with suppress(OSError):
+            fcntl.flock(handles[0], fcntl.LOCK_UN)
+    if handles:
+        os.close(handles.pop())

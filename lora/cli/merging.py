@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, difference
+from lora.adapters.formats import FORMATS
 from lora.adapters.paths import open_file
 from lora.cli import Subparsers, add_adapter, add_command, check_output, dtype_word, path_argument, read, show
 from lora.cli.folder import (
@@ -52,7 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(os.path.realpath(arguments.base)) in Path(os.path.realpath(out)).parents:
         raise ValueError(f"{out} must not be in {arguments.base}.")
     check_replaced(out)
-    merge = FolderMerge(model, read(arguments.adapter), arguments.check_base)
+    adapter = read(arguments.adapter)
+    if unknown := FORMATS[adapter.format].only_model:
+        raise AdapterError(
+            f"merge: nothing was written: {unknown} ({arguments.adapter}), only its model knows: load it in Python "
+            "(`lora.load_adapter(model, path)`), and use `lora.merge(model)`."
+        )
+    merge = FolderMerge(model, adapter, arguments.check_base)
     copied, left_out = other_files(model)
     for path in copied:  # before anything is written
         open_file(model.path / path).close()

@@ -8,7 +8,7 @@ from typing import Any
 from lora.adapters.adapter import Adapter
 from lora.adapters.formats import FORMATS, Format
 from lora.adapters.paths import kind
-from lora.formats import diffusion, flat, peft, peft_folder
+from lora.formats import diffusion, flat, peft, peft_folder, peft_parts
 from lora.formats.peft_losses import losses
 from lora.formats.portable import portable
 
@@ -32,6 +32,9 @@ def enter() -> None:
         claims=peft_folder.claims,
         losses=losses,
         files=files,
+    )
+    FORMATS[peft_parts.FORMAT] = Format(
+        "PEFT", meant=peft_parts.resolved, only_model="the rest of a tensor that the file has a part of"
     )
     FORMATS["portable"] = Format(
         "PEFT",

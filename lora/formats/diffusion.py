@@ -22,6 +22,7 @@ from lora.adapters.paths import check_place, writing
 from lora.adapters.saving import write_tensors
 from lora.errors import AdapterError, Problems, join, raise_all, short
 from lora.formats import peft
+from lora.formats.peft_attention import attention_in
 from lora.formats.portable import portable
 from lora.layers.conv import ConvLoRA
 from lora.layers.layer import LoRALayer
@@ -256,6 +257,8 @@ def _without_place(adapter: Adapter, unknown: Collection[str]) -> Iterator[str]:
             '`lora.save_adapter(torch.nn.ModuleDict({"unet": unet}), folder, format="diffusers")`; the child is one of '
             f"{', '.join((*_MODELS, *_ENCODERS))}."
         )
+    for owner, names in attention_in(adapter).items():
+        yield f"{', '.join(names)}: diffusers adapts layers, and {owner} has parameters of its own."
     for name, settings in adapter.modules.items():
         if settings.base.kind not in ("linear", "conv"):
             yield f"{name}: diffusers adapts no layer of the kind {settings.base.kind}."

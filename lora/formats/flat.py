@@ -86,6 +86,7 @@ def _or_one(file: File) -> peft.Said:
 
     def said(name: str) -> tuple[Mapping[str, Any], int, float]:
         pair = file.pairs[name]
+        _check_magnitude(pair)
         r = _rank(pair)
         return _config(pair), r, _number(pair[ALPHA]) if ALPHA in pair else float(r if given is None else given)
 
@@ -158,8 +159,19 @@ def _config(pair: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"use_dora": MAGNITUDE in pair}
 
 
+def _check_magnitude(pair: Mapping[str, Tensor]) -> None:
+    """ValueError if magnitudes (DoRA) are not one for each output: LyCORIS may have one for each input."""
+    shape = pair[MAGNITUDE].shape if MAGNITUDE in pair else None
+    if shape is not None and (shape[:1] != pair["lora_B"].shape[:1] or shape.numel() != shape[0]):
+        raise ValueError(
+            f"`dora_scale` must have a value for each of the {len(pair['lora_B'])} outputs, got the shape {(*shape,)}: "
+            "one for each input is not read."
+        )
+
+
 def _rank(pair: Mapping[str, Tensor]) -> int:
-    return int((*pair["lora_A"].shape, 0)[0])  # what is no matrix is refused later
+    A = pair["lora_A"]
+    return len(A) if A.dim() else 0  # what is no matrix is refused later
 
 
 def _number(tensor: Tensor) -> float:
@@ -185,7 +197,7 @@ _OLD_ALPHA = rf"(?:{_OLD}(?:\.down)?)?\.(?:network_)?alpha"
 _PEFTS = tuple(rf"\.lora_{part}{_ADAPTER}\.weight|\.lora_embedding_{part}{_ADAPTER}" for part in "AB")
 _PEFTS_MAGNITUDE = rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?"
 _STYLES = (
-    Style("kohya", _parts(r"\.lora_down\.weight", r"\.lora_up\.weight", alpha=r"\.alpha"), _or_one),
+    Style("kohya", _parts(r"\.lora_down\.weight", r"\.lora_up\.weight", r"\.dora_scale", alpha=r"\.alpha"), _or_one),
     Style("diffusers", _parts(*_OLD_PARTS, alpha=_OLD_ALPHA), _or_one),
     Style("peft", _parts(*_PEFTS, _PEFTS_MAGNITUDE, alpha=r"\.alpha"), _raw),
     Style("torchtune", _parts(r"\.lora_a\.weight", r"\.lora_b\.weight", r"\.magnitude"), _torchtune, matrices=True),
@@ -300,6 +312,10 @@ def of_kinds(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Probl
     for name in settings.keys() & modules.keys():
         kind = "embedding" if isinstance(modules[name], nn.Embedding) else "linear"
         settings[name] = _of_kind(settings[name], kind)
+        if kind == "embedding" and settings[name].use_dora:
+            problems.add(
+                f"{name}: mlx-lm has a magnitude (DoRA) for each row of an embedding, and lora for each column."
+            )
     return replace(adapter, modules=settings)
 
 

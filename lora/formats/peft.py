@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from lora.adapters.base import Base, sample_of
 from lora.adapters.formats import object_in, rest_as_metadata, rest_of
 from lora.adapters.paths import kind
 from lora.errors import AdapterError, Problems, is_number, join, raise_all, short, some
+from lora.formats import peft_merged, peft_parts
 from lora.formats.expressions import cost_problem, pattern_problem
 from lora.formats.peft_attention import (
     Place,
@@ -29,9 +30,16 @@ from lora.formats.peft_attention import (
     placed,
 )
 from lora.formats.peft_folder import CONFIG, adapter_in, check_folder, read_folder, write_folder
-from lora.formats.peft_groups import over_all_channels, within_groups
-from lora.formats.peft_parameters import config_problems, homeless, names_in_file, packed, parameters_in, unpacked
-from lora.formats.portable import singles
+from lora.formats.peft_parameters import (
+    config_problems,
+    names_in_file,
+    packed,
+    parameter_problems,
+    parameters_in,
+    parameters_of,
+    unpacked,
+)
+from lora.formats.portable import over_all_channels, singles, within_groups
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
 from lora.models.training import is_bias
@@ -53,11 +61,10 @@ _PARTS = {
     "lora_B": re.compile(r"\.lora_B(\.[^.]+)?\.weight$|\.lora_embedding_B(\.[^.]+)?$"),
     MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.(?!weight$)[^.]+)?(?:\.weight)?$"),
 }
-_BIAS_OF_B = re.compile(r"\.lora_B(\.[^.]+)?\.bias$")
 # Settings under which an adapter's A and B alone do not say what it computes.
 _REFUSED_SETTINGS = (
-    *("use_qalora", "lora_bias", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
-    *("velora_config", "monteclora_config", "layer_replication", "trainable_token_indices"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("velora_config", "monteclora_config", "layer_replication"),
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
@@ -76,34 +83,37 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     """
     what = f"write_adapter: {path} is not written"
     forms = singles(adapter, what)
-    raise_all(what, _homeless(adapter, names), AdapterError)
+    attention = attention_in(adapter)
+    parameters = parameters_of(adapter, attention)
+    raise_all(what, [*_homeless(adapter), *parameter_problems(parameters, names)], AdapterError)
     check_folder(path)
     layouts = {name: settings.base.fan_in_fan_out for name, (settings, _, _) in forms.items()}
     known = {name: {fact: getattr(s.base, fact) for fact in _NOTED} for name, (s, _, _) in forms.items()}
-    forms = placed(forms, attention_in(adapter))
+    forms = placed(forms, attention)
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
-    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms).items()}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms, names_in_file(parameters)).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    write_folder(path, tensors, metadata, _config(adapter, forms, names))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names, [*parameters]))
 
 
-def named(adapter: Adapter, forms: Mapping[str, Form]) -> dict[str, Tensor]:
-    """A, B and magnitudes by PEFT's names."""
-    called = names_in_file({name: settings for name, (settings, _, _) in forms.items()})
+def named(
+    adapter: Adapter, forms: Mapping[str, Form], called: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """A, B and magnitudes by PEFT's names: those that are `called` otherwise than the layers."""
     tensors: dict[str, Tensor] = {}
     for name, (settings, A, B) in forms.items():
-        embedding = settings.base.kind == "embedding"
-        A, B = packed((settings, over_all_channels(A, settings.base.groups), B))
+        embedding, place = settings.base.kind == "embedding", called.get(name, name)
+        A, B = packed(settings, over_all_channels(A, settings.base.groups), B)
         for part, tensor in (("A", A), ("B", B)):
-            tensors[f"{called[name]}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
-        magnitude = adapter.magnitude(name)
+            tensors[f"{place}." + (f"lora_embedding_{part}" if embedding else f"lora_{part}.weight")] = tensor
+        magnitude = adapter.magnitude(name) if settings.use_dora else None
         if magnitude is not None:
             shape = (1, -1, *[1] * (A.dim() - 2)) if A.dim() > 2 else (-1,)
-            tensors[f"{name}.lora_magnitude_vector"] = magnitude.view(shape)
+            tensors[f"{place}.lora_magnitude_vector"] = magnitude.view(shape)
     return tensors
 
 
-def _homeless(adapter: Adapter, names: Iterable[str]) -> Iterator[str]:
+def _homeless(adapter: Adapter) -> Iterator[str]:
     """What PEFT has no name for, and what trained in full, but is no bias nor in a module that does as a whole."""
     for name, settings in adapter.modules.items():
         beyond = settings.base.beyond_peft
@@ -111,9 +121,7 @@ def _homeless(adapter: Adapter, names: Iterable[str]) -> Iterator[str]:
             yield f"{name}: PEFT would compute the update of a convolution without its {beyond}."
     if "" in adapter.modules:
         yield "the model is itself the layer that is adapted: PEFT adapts layers within a model."
-    attentive = {name for names in attention_in(adapter).values() for name in names}
     yield from attention_problems(adapter)
-    yield from homeless({name: about for name, about in adapter.modules.items() if name not in attentive}, names)
     with_dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     if with_dora and len(with_dora) < len(adapter.modules):
         yield f"PEFT has `use_dora` for all modules or for none; here it is for {', '.join(with_dora)}."
@@ -148,14 +156,17 @@ def _full_key(name: str, forms: Mapping[str, Form]) -> str:
     return f"{owner}.base_layer.{own}" if owner in forms else name
 
 
-def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str], parameters: Collection[str]
+) -> dict[str, Any]:
     about = {name: settings for name, (settings, _, _) in forms.items() if not is_follower(name)}
     rslora = all(settings.use_rslora for settings in about.values())
     ranks = {name: settings.r for name, settings in about.items()}
     alphas = {name: alpha_of(s.scaling, s.r, rslora) for name, s in about.items()}
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    parameters = [name for name, settings in about.items() if settings.base.parameter]
-    linear = [s.base for name, s in about.items() if s.base.kind == "linear" and not parameters]
+    # PEFT adapts no parameter with either of these.
+    linear = [settings.base for settings in about.values() if settings.base.kind == "linear" and not parameters]
+    lora_dropout = 0.0 if parameters else max(settings.lora_dropout for settings in about.values())
     alone = {*adapter.trained_in_full} - {*adapter.kept}
     biases = {name.rpartition(".")[0] for name in alone} - set(adapter.modules_to_save)
     return {
@@ -165,13 +176,12 @@ def _config(adapter: Adapter, forms: Mapping[str, Form], names: Iterable[str]) -
         "inference_mode": True,
         "r": r,
         "lora_alpha": _short(lora_alpha),
-        # PEFT makes none of a parameter that would have dropout.
-        "lora_dropout": 0.0 if parameters else max(settings.lora_dropout for settings in about.values()),
+        "lora_dropout": lora_dropout,
         "use_rslora": rslora,
         "use_dora": any(settings.use_dora for settings in about.values()),
         "fan_in_fan_out": bool(linear) and all(base.fan_in_fan_out for base in linear),
-        "target_modules": targets([name for name in about if not about[name].base.parameter], names),
-        **({"target_parameters": parameters} if parameters else {}),
+        "target_modules": targets([name for name in about if name not in parameters], names),
+        **({"target_parameters": [*parameters]} if parameters else {}),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {_exactly(name): _short(alpha) for name, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": [*_saved(adapter)] or None,
@@ -208,13 +218,15 @@ def read(path: Path) -> Adapter:
 
     file, config, tensors, metadata = read_folder(path, lambda config: check_config(what, config))
     pairs, full, problems = _sort(tensors)
-    own = parameters_in(config, pairs, object_in(metadata, BASES) or (), problems)
-    places = attention_among(pairs, config.get("peft_version"))
-    places |= {told: Place(name, name, parameter=True, packed=True) for told, name in own.items()}
-    said = said_by(what, config, [places[told].by if told in places else told for told in pairs])
+    parts = {name: full.pop(key) for key in [*full] if (name := peft_parts.known(key))}
     with Problems(what, AdapterError) as found:
-        found.add(*problems)
+        found.add(*problems, *peft_parts.unannounced(parts, config))
+        places = attention_among(pairs, config.get("peft_version"))
+        places |= parameters_in(config, pairs, object_in(metadata, BASES) or (), found)
+        said = said_by(what, config, [*pairs, *(place.by for place in places.values())])
         adapter = _adapter(config, said, pairs, full, places, found)
+        found.raise_any()
+        adapter = peft_parts.noted(adapter, parts, config, found)
     _tell(adapter, config, metadata)
     kept, rest = rest_of(metadata, file)
     return replace(adapter, kept=kept, rest=rest) if kept or rest else adapter
@@ -232,11 +244,8 @@ def _tell(adapter: Adapter, config: Mapping[str, Any], metadata: Mapping[str, st
         noted = noted if isinstance(noted, dict) else {}
         facts = {fact: noted[fact] for fact in _NOTED if noted.get(fact) is not None}
         if settings.base.kind in ("linear", "stack"):
-            sure = (
-                settings.base.kind == "linear"
-                and not config.get("fan_in_fan_out")
-                and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
-            )
+            sure = settings.base.kind == "linear" and not config.get("fan_in_fan_out")
+            sure = sure and name.rpartition(".")[2] not in _MAYBE_TRANSPOSED
             layout = (False if sure else None) if layouts is None else layouts.get(name)
             facts["fan_in_fan_out"] = layout if isinstance(layout, bool) else None
         adapter.modules[name] = replace(settings, base=Base.from_mapping({**settings.base, **facts}))
@@ -273,7 +282,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(init, str) and _REFUSED_INITS.fullmatch(init):
         yield f"`init_lora_weights` is {short(init)}, which changes the base weight; let PEFT convert it first."
     yield from settings_problems(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout") or 0.0)
-    for option in ("use_rslora", "use_dora"):
+    for option in ("use_rslora", "use_dora", peft_parts.BIAS):
         if not isinstance(config.get(option) or False, bool):
             yield f"`{option}` must be true or false, got {short(config[option])}."
     for option in _PATTERNS:
@@ -287,7 +296,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             for p, v in patterns.items()
             if not is_number(v)
         )
-    yield from config_problems(config)
+    yield from (*config_problems(config), *peft_merged.problems(config))
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         yield f"`modules_to_save` must be a list of names, got {short(saved)}."
@@ -307,9 +316,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         name = key.removeprefix(PREFIX)
         part, found = next(((p, match) for p, ending in _PARTS.items() if (match := ending.search(name))), (None, None))
         called.update({next(filter(None, found.groups()), "")} if found else ())
-        if _BIAS_OF_B.search(name):
-            problems.append(f"{key}: a bias of lora_B (`lora_bias`) has no place here.")
-        elif part is None:
+        if part is None:
             full[name] = tensor
         else:
             module = _PARTS[part].sub("", name)
@@ -349,8 +356,10 @@ def modules_of(
         with problems.at(name):
             config, r, lora_alpha = said(place.by)
             A, B = pair["lora_A"], pair["lora_B"]
-            if place.packed:
+            if place.parameter and place.by == name:
                 modules[name], A, B = unpacked(config, r, lora_alpha, A, B)
+            elif config.get(peft_merged.OPTION):
+                modules[name], A, B = peft_merged.form_of(config, r, lora_alpha, A, B)
             else:
                 modules[name] = _settings(config, r, lora_alpha, pair, place)
                 A = within_groups(A, modules[name].base.groups)

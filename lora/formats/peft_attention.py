@@ -107,14 +107,12 @@ class Place(NamedTuple):
         by: the name that PEFT's settings are given to.
         parameter: whether it is a parameter.
         times: how often PEFT adds the update.
-        packed: whether it is one of `target_parameters`, which may be a stack.
     """
 
     name: str
     by: str
     parameter: bool = False
     times: int = 1
-    packed: bool = False
 
 
 def attention_among(places: Iterable[str], version: object) -> dict[str, Place]:

@@ -8,21 +8,28 @@ counts fastest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lora.adapters.adapter import Form, ModuleAdapter
+from lora.adapters.adapter import Adapter, Form, ModuleAdapter
 from lora.adapters.base import Base
-from lora.errors import is_count, join, short
+from lora.errors import Problems, is_count, join, short
+from lora.formats.peft_attention import Place
 from lora.layers.settings import scaling_of
 from lora.models.patterns import ends_of
 
 _WRAPPER = ".base_layer"
-# The order in which mixtures of experts have them.
-_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# The orders in which mixtures of experts have them, torch's attention, and a layer of torch's recurrent ones.
+_ORDERS = (
+    ("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
+    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ("weight_ih", "weight_hh", "weight_hr"),
+)
+_OF_A_LAYER = re.compile(r"(weight_[ih][hr])(?:_l(\d{1,9}))?(_reverse)?")
 # unsloth's word in the configuration for how B is packed, and what it says: as in PEFT, or expert by expert.
 LAYOUT = "lora_B_layout"
 _AS_PEFT, _BY_EXPERT = "rank_major", "grouped_by_expert"
@@ -31,29 +38,35 @@ _AS_PEFT, _BY_EXPERT = "rank_major", "grouped_by_expert"
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def names_in_file(modules: Mapping[str, ModuleAdapter]) -> dict[str, str]:
-    """What PEFT calls the modules in its weights: their own names, but for parameters."""
+def parameters_of(adapter: Adapter, attention: Mapping[str, Iterable[str]]) -> dict[str, ModuleAdapter]:
+    """The parameters that an adapter adapts, but for those of attention, which PEFT adapts by name."""
+    attentive = {name for names in attention.values() for name in names}
+    return {
+        name: settings
+        for name, settings in adapter.modules.items()
+        if settings.base.parameter and name not in attentive
+    }
+
+
+def names_in_file(parameters: Iterable[str]) -> dict[str, str]:
+    """What PEFT calls parameters in its weights, by their own names."""
     of_owner: dict[str, list[str]] = {}
-    for name, settings in modules.items():
-        if settings.base.parameter:
-            of_owner.setdefault(name.rpartition(".")[0], []).append(name)
-    found = {name: name for name in modules}
-    for owner, names in of_owner.items():
-        names = _in_order(names) or names
-        found |= {name: owner + _WRAPPER * (len(names) - 1 - n) for n, name in enumerate(names)}
-    return found
+    for name in parameters:
+        of_owner.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: owner + _WRAPPER * (len(names) - 1 - n)
+        for owner, names in of_owner.items()
+        for n, name in enumerate(_in_order(names) or names)
+    }
 
 
-def homeless(modules: Mapping[str, ModuleAdapter], names: Iterable[str]) -> Iterator[str]:
-    """What PEFT cannot do to parameters."""
-    owners = {name.rpartition(".")[0]: name for name, settings in modules.items() if settings.base.parameter}
-    for name, settings in modules.items():
-        if settings.base.parameter and settings.use_dora:
-            yield f"{name}: PEFT has no DoRA for parameters."
-    for owner, name in owners.items():
-        if not owner:
-            yield f"{name}: PEFT adapts no parameters of the model itself, only of modules within it."
-    for other in names:
+def parameter_problems(parameters: Mapping[str, ModuleAdapter], names: Iterable[str]) -> Iterator[str]:
+    """What PEFT cannot do to parameters, in a model whose modules have these names."""
+    owners = {name.rpartition(".")[0]: name for name in parameters}
+    yield from (f"{name}: PEFT has no DoRA for parameters." for name, about in parameters.items() if about.use_dora)
+    if "" in owners:
+        yield f"{owners['']}: PEFT adapts no parameters of the model itself, only of modules within it."
+    for other in names if owners else ():
         if other not in owners:
             yield from (
                 f"{owners[end]}: PEFT would adapt the parameter of {other}, too, whose name ends alike."
@@ -62,9 +75,8 @@ def homeless(modules: Mapping[str, ModuleAdapter], names: Iterable[str]) -> Iter
             )
 
 
-def packed(form: Form) -> tuple[Tensor, Tensor]:
+def packed(settings: ModuleAdapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as PEFT has them."""
-    settings, A, B = form
     if settings.base.kind != "stack":
         return A, B
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E · r, in), (out, r · E)
@@ -84,9 +96,9 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def parameters_in(
-    config: Mapping[str, Any], names: Iterable[str], noted: Iterable[str], problems: list[str]
-) -> dict[str, str]:
-    """Which of the names in a file are those of parameters, and the parameters' own names.
+    config: Mapping[str, Any], names: Iterable[str], noted: Iterable[str], problems: Problems
+) -> dict[str, Place]:
+    """Which of the names in a file are those of parameters, and which parameters they are.
 
     Args:
         config: PEFT's.
@@ -105,7 +117,7 @@ def parameters_in(
             owner = owner.removesuffix(_WRAPPER)
         depths[owner] = depths.get(owner, 0) + 1
     order = list(noted)
-    found: dict[str, str] = {}
+    found: dict[str, Place] = {}
     for owner, depth in depths.items():
         own = {join(owner, own): None for end in ("", *ends_of(owner)) for own in wanted.get(end, ())}
         if not own:
@@ -113,17 +125,18 @@ def parameters_in(
         known = [name for name in order if name in own]
         sure = known if len(known) == depth else _in_order(own)
         if len(own) != depth:
-            problems.append(
+            problems.add(
                 f"{owner}: `target_parameters` names {len(own)} parameters of it ({', '.join(own)}), and there are "
                 f"{depth} pairs of A and B."
             )
         elif sure is None:
-            problems.append(
+            problems.add(
                 f"{owner}: which pair of A and B belongs to which of {', '.join(own)} only PEFT's model says, where "
                 "it depends on the order in which its module has them."
             )
         else:
-            found |= {owner + _WRAPPER * (depth - 1 - n): name for n, name in enumerate(sure)}
+            places = (Place(name, name, parameter=True) for name in sure)
+            found |= {owner + _WRAPPER * (depth - 1 - n): place for n, place in enumerate(places)}
     return found
 
 
@@ -163,8 +176,19 @@ def unpacked(config: Mapping[str, Any], r: int, lora_alpha: float, A: Tensor, B:
 
 def _in_order(names: Iterable[str]) -> list[str] | None:
     """Parameters of one module in the order in which modules have them; None if that is not known."""
-    names = [*names]
-    own = [name.rpartition(".")[2] for name in names]
-    if len(names) > 1 and not {*own} <= {*_ORDER}:
+    by_name = {name: _place(name.rpartition(".")[2]) for name in names}
+    places = [*by_name.values()]
+    if len(places) > 1 and (None in places or len({place[0] for place in places if place}) > 1):
         return None
-    return sorted(names, key=lambda name: _ORDER.index(name.rpartition(".")[2])) if len(names) > 1 else names
+    return sorted(by_name, key=lambda name: by_name[name] or ())
+
+
+def _place(own: str) -> tuple[int, ...] | None:
+    """Which order a parameter of this name is in, and where."""
+    layer, direction = 0, 0
+    if of_layer := _OF_A_LAYER.fullmatch(own):
+        own, layer, direction = of_layer[1], int(of_layer[2] or 0), len(of_layer[3] or "")
+    for number, order in enumerate(_ORDERS):
+        if own in order:
+            return number, layer, direction, order.index(own)
+    return None

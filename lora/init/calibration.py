@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import Problems, is_number, raise_all, table
+from lora.errors import Problems, instance, is_number, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
 from lora.init.observe import Step, observe
@@ -151,7 +151,7 @@ def calibrate(
 
 def _argument_problems(batches: Any, step: Any, options: Options) -> Iterator[str]:
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-        yield f"`batches` must be an iterable of batches, got a {type(batches).__name__}; one batch goes into a list."
+        yield f"`batches` must be an iterable of batches, got {instance(batches)}; one batch goes into a list."
     if step is not None and not callable(step):
         yield f"`step` must be a function of a model and a batch, got {step!r}."
     if not is_number(options.rho) or options.rho < 1:
@@ -173,7 +173,7 @@ def _waiting_problems(names: Names, layers: list[LoRALayer], options: Options) -
     for layer in layers:
         method, name = METHODS[str(layer.lora_needs_data)], names[layer][0]
         if not isinstance(layer, LinearLoRA):
-            yield f"{name}: {layer.lora_needs_data!r} is for linear layers, not for a {type(layer).__name__}."
+            yield f"{name}: {layer.lora_needs_data!r} is for linear layers, not for {instance(layer)}."
             continue
         if layer.lora_is_in_place():
             yield f"{name}: has a forward of its own, in which nobody sees what its weight is multiplied by."

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lora.errors import instance
 from lora.functional.fused import exact_dtype
 from lora.layers.linear import LinearLoRA
 from lora.models.disabling import disabled
@@ -192,7 +193,7 @@ def _loss(result: Any) -> Tensor:
     """The loss in what a step returned: itself, its `loss`, or its entry of that name."""
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"a tensor of {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        what = f"a tensor of {tuple(loss.shape)}" if isinstance(loss, Tensor) else instance(loss)
         raise ValueError(
             "LoRA-GA needs a loss: `step`, or without one the model, must return a scalar tensor, or something that "
             f"has one as its `loss` (transformers' models do, where a batch has labels); got {what}."

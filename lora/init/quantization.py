@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import Problems, is_count, join, raise_all, table
+from lora.errors import Problems, instance, is_count, join, raise_all, table
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.layers.undo import undo_on_error
@@ -119,7 +119,7 @@ def loftq(model: nn.Module, weights: Weights, steps: int = 1, *, niter: int | No
 
 def _argument_problems(weights: object, steps: object, niter: object, layers: Sequence[LoRALayer]) -> Iterator[str]:
     if not isinstance(weights, Mapping) and not callable(weights):
-        yield f"`weights` must be a mapping, or a function of a name, got a {type(weights).__name__}."
+        yield f"`weights` must be a mapping, or a function of a name, got {instance(weights)}."
     if not is_count(steps, 1):
         yield f"`steps` must be an integer of at least 1, got {steps!r}."
     if niter is not None and not is_count(niter):

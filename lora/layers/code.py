@@ -92,10 +92,18 @@ def reads_what_it_is_given(cls: Any) -> bool:
     return False
 
 
+@functools.cache
+def fusing(cls: Any) -> frozenset[str]:
+    """The methods of a class that make one layer of the weights of several, as `fuse_projections` of diffusers'."""
+    called = {name: _codes(_function(getattr_static(cls, name))) for name in methods_of(cls)}
+    found = {name: {word for code in codes for word in code.co_names} for name, codes in called.items()}
+    return frozenset(name for name, its in found.items() if "weight" in its and its & _JOINS and its & _LAYERS)
+
+
 def _called(function: Any, names: set[str]) -> Iterator[Any]:
     """The functions of these names that code of a function knows: in its file, imported, or in modules that are."""
     known = getattr(function, "__globals__", {})
-    for one in filter(None, map(known.get, names)):
+    for one in map(known.get, names):  # whatever these are: tensors, say, which are neither true nor false
         within = map(vars(one).get, names) if ismodule(one) else [one]
         yield from (each for each in within if isfunction(each) and not each.__module__.startswith("torch."))
 
@@ -129,6 +137,9 @@ def _word(one: Instruction) -> str:
 
 _ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
 _LISTS = {"_parameters", "parameters()", "named_parameters()"}
+# What the functions and classes are called by which methods put weights together, and make layers of them.
+_JOINS = {"cat", "concat", "concatenate", "vstack", "hstack", "stack"}
+_LAYERS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
 _OF_TORCH = {*dir(nn.Module)} - {"forward"}
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import with_article
 from lora.functional.fused import exact_dtype, is_plain, without_autocast
 from lora.functional.magnitude import magnify
 from lora.layers import weights
@@ -100,8 +101,8 @@ class Magnitudes(LayerKind):
             raise ValueError(f"`use_dora` is not for the kind {cls.__name__}, which does not say what its outputs are.")
         if not cls.lora_dense and weights.packing_of(base) is None and weights.is_packed(base):
             raise ValueError(
-                f"`use_dora` needs to know the weight that a {cls.lora_base_class.__name__} computes with, which has a "
-                "forward of its own; `lora.register_weight` teaches how to read it."
+                f"`use_dora` needs to know the weight that {with_article(cls.lora_base_class.__name__)} computes with, "
+                "which has a forward of its own; `lora.register_weight` teaches how to read it."
             )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import with_article
+from lora.errors import instance
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.kind import LayerKind
 
@@ -259,8 +259,8 @@ def _said(layer: Any) -> str:
     """A layer's weight in words; of a part, what the owner calls it."""
     owner = vars(layer).get("lora_owner")
     if owner is not None:
-        return f"`{layer.lora_parameter}` of {with_article(type(owner).__name__)}"
-    return f"the weight of {with_article(type(layer).__name__)}"
+        return f"`{layer.lora_parameter}` of {instance(owner)}"
+    return f"the weight of {instance(layer)}"
 
 
 def _dense(value: Any, why: str) -> Any:

@@ -52,7 +52,8 @@ class LowRankStack(LowRankWeight):
         base: Tensor | None = None,
     ) -> None:
         super().__init__(layer, A, B, scaling, gain=gain, dropout=dropout, base=base)
-        gains = layer.lora_gains().view(B.shape[:2]) if gain else None  # (E, out)
+        gains = layer.lora_output_gains() if gain else None  # (E, out)
+        B = layer.lora_wide(B)
         if layer.fan_in_fan_out:
             self.left, self.right, self.column_gain = A.mT, B.mT, gains
         else:
@@ -270,9 +271,9 @@ _TAUGHT: dict[Any, str] = {
         (torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.t, torch.chunk, torch.split), "_method"
     ),
     **dict.fromkeys((torch.narrow, torch.unbind, torch.index_select), "_method"),
-    # The first is not in every version of torch; the second is transformers', which need not be there.
+    # Not all versions of torch have these; the last is transformers', which need not be there.
+    **{getattr(torch, name): "_grouped" for name in ("_grouped_mm",) if hasattr(torch, name)},
     **{getattr(F, name): "_grouped" for name in ("grouped_mm",) if hasattr(F, name)},
-    torch._grouped_mm: "_grouped",
     "transformers.grouped_mm_fallback": "_grouped",
 }
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import instance
 from lora.layers import weights
 from lora.layers.cache import Cached
 from lora.layers.code import Needs
@@ -64,6 +65,8 @@ class LayerKind(nn.Module):
     lora_base_written: bool = True
     lora_needs_data: str | None = None
     lora_injected: bool = False
+    #: How often A and B had been written when they started; None if that would not tell what they learn (a file's).
+    lora_fresh: int | None = None
     lora_place: Place | None = None
     _merged: Cached | None = None
     _squares: Cached | None = None
@@ -154,7 +157,7 @@ class LayerKind(nn.Module):
     def lora_configure(cls, base: nn.Module, **wanted: Any) -> tuple[Kind, dict[str, Any]]:
         """The kind and its own settings for `base`, from the fields of a LoraConfig that only some kinds know."""
         if wanted["splits"] is not None or wanted["enable_lora"] is not None:
-            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for a {type(base).__name__}.")
+            raise ValueError(f"`splits` and `enable_lora` are for linear layers, not for {instance(base)}.")
         return cls, {}
 
     def lora_flat(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
-from lora.layers.settings import scaling_of, settings_problems
+from lora.layers.settings import scaling_of, scaling_problem, settings_problems
 from lora.layers.state import PARAMETERS as PARAMETERS
 from lora.layers.state import StateDicts
 from lora.layers.weights import sparing
@@ -32,7 +32,8 @@ from lora.layers.weights import sparing
 # What a layer keeps beside its settings and parameters.
 _STATE = (
     *("lora_scaling", "lora_disabled", "lora_injected", "init_lora_weights", "lora_start", "lora_base_written"),
-    *("lora_needs_data", "lora_place", "_merged", "_squares", "_norms", "_subclassed", "_checked", "_in_place"),
+    *("lora_needs_data", "lora_place", "lora_fresh", "_merged", "_squares", "_norms"),
+    *("_subclassed", "_checked", "_in_place"),
 )
 
 
@@ -325,6 +326,8 @@ class LoRALayer(StateDicts):
             return setattr(self, "lora_scaling", value)
         if name == "lora_scaling" and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
             raise TypeError(f"`scaling` must be a number, got {short(value)}.")
+        if name == "lora_scaling" and (problem := scaling_problem(value if isinstance(value, int) else float(value))):
+            raise ValueError(problem)
         super().__setattr__(name, value)
         # FSDP puts a sharded parameter and a plain, whole one in each other's place around every forward: a merged
         # weight that outlived the whole one would undo the sharding.
@@ -387,5 +390,6 @@ class LoRALayer(StateDicts):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         switch.copy_blocks(self)
+        vars(self).pop("lora_fresh", None)  # which was of other tensors
         self.lora_refresh()
         weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot

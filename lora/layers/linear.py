@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.errors import short
+from lora.errors import instance, short
 from lora.functional import Adapted, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
@@ -137,7 +137,7 @@ class LinearLoRA(TaughtLinear):
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
         if not self.lora_dense:
-            raise ValueError(f"a {type(self).__name__} has a forward of its own, which `lora_linear` does not know.")
+            raise ValueError(f"{instance(self)} has a forward of its own, which `lora_linear` does not know.")
         if self.use_dora:
             raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
         return self._adapted()

@@ -120,6 +120,11 @@ class Stack(Part):
         """Whether it is (n, in_features, out_features), and not (n, out_features, in_features): transformers' word."""
         return bool(getattr(self.lora_owner, "is_transposed", False))
 
+    @property
+    def is_concatenated(self) -> bool:
+        """Whether outputs that are several in one lie one after the other, and do not alternate: transformers' word."""
+        return bool(getattr(self.lora_owner, "is_concatenated", True))
+
 
 #: The kinds of part, by the number of a parameter's dimensions.
 PARTS: dict[int, type[Part]] = {2: Matrix, 3: Stack}

@@ -76,7 +76,7 @@ class StateDicts(Magnitudes):
         if untrained:
             self.reset_magnitude()
         if keys["lora_A"] in state_dict and keys["lora_B"] in state_dict:
-            self.lora_needs_data = None
+            self.lora_needs_data = self.lora_fresh = None
 
     def _has_weight(self, weight: Tensor) -> bool:
         return weights.same_values(weights.of(None, "weight", weight).whole(), weights.of(self, "weight").whole())

@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora.errors import instance
 from lora.functional.fused import is_plain, is_storage
 from lora.layers.registry import keys_of
 
@@ -270,7 +271,7 @@ def _known(module: nn.Module) -> Packing:
         weight: Any = module.weight
         cls = type(weight)
         raise ValueError(
-            f"a {type(module).__name__} with a {cls.__module__}.{cls.__qualname__} of {weight.dtype} for its weight is "
+            f"{instance(module)} with a {cls.__module__}.{cls.__qualname__} of {weight.dtype} for its weight is "
             "packed in a way that is not known; `lora.register_weight` teaches it."
         )
     return packing

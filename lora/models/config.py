@@ -248,8 +248,8 @@ def find_targets(
         kinds = {module: kind_for(type(module)) for module in names}
         linear = [module for module, kind in kinds.items() if kind and issubclass(kind, LinearLoRA)]
         # A model within it, such as a decoder of text, may know of one that the whole does not.
-        known: Any = [module for module in names if hasattr(module, "get_output_embeddings")]
-        outputs = {id(module.get_output_embeddings()) for module in known}
+        models: Any = [module for module in names if hasattr(module, "get_output_embeddings")]
+        outputs = {id(one.get_output_embeddings()) for one in models}
         targets = [module for module in linear if id(module) not in outputs]
         if not targets:
             problems.add("`target_modules` 'all-linear' matches no module: there is no linear layer.")

@@ -57,6 +57,10 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     return _Disabled(model)
 
 
+# A model's modules, each with its parents and its names there.
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
 class _Disabled(ContextDecorator, AbstractContextManager[None]):
     """Entered whole or not at all, and left whole: what an interruption leaves undone is done again."""
 
@@ -67,6 +71,7 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.exchanges: list[Exchanged] = []
+        self.places: Places = {}
 
     def _recreate_cm(self) -> _Disabled:  # as a decorator: one for each call
         return _Disabled(self.model)
@@ -99,6 +104,7 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
         exchanges = [*_exchanges(self.model)]
         block = self.block = Block(layers)
         block.exchanges, self.exchanges = bool(exchanges), exchanges
+        self.places = _places(self.model) if exchanges else {}
         for layer in layers:
             switch.add(layer, block)
         for one in exchanges:
@@ -115,11 +121,12 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
             self._take_turn()
             for one in self.exchanges:
                 one.end(block)
+            _hand_on(self.exchanges, self.places)
             for layer in block.layers:
                 switch.remove(layer, block)
                 if isinstance(layer, LoRALayer):
                     layer.lora_refresh()
-            block.layers, self.exchanges, self.block = [], [], None
+            block.layers, self.exchanges, self.places, self.block = [], [], {}, None
         self._end_turn()
 
     # One at a time enters or leaves. An interruption could leave a lock of `threading` taken for ever. A turn knows
@@ -139,6 +146,24 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
 
 
 _turn: dict[str, _Disabled] = {}
+
+
+def _places(model: nn.Module) -> Places:
+    places: Places = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return places
+
+
+def _hand_on(exchanges: list[Exchanged], places: Places) -> None:
+    """Let modules that were made in the block in the place of others have what trained in these."""
+    for one in exchanges:
+        for parent, name in places.get(one.module, ()):
+            now = parent._modules.get(name)
+            if now is not one.module:
+                one.hand_on(now)
 
 
 def _sharded_problems(model: nn.Module) -> Iterator[str]:

@@ -66,7 +66,23 @@ class Exchanged:
         now: Tensor = getattr(self.module, self.own)
         return now
 
+    @torch.no_grad()
+    def hand_on(self, other: nn.Module | None) -> None:
+        """Give what trained to a module that was made of the base's meanwhile, as a head of a larger vocabulary is."""
+        made = None if other is None else other._parameters.get(self.own)
+        if made is None or made.shape[1:] != self.trained.shape[1:] or made.is_meta:
+            return
+        rows = min(len(made), len(self.trained))
+        if torch.equal(made[:rows], self.base[:rows].to(made.device, made.dtype)):
+            made[:rows].copy_(self.trained[:rows])
+            made.requires_grad_(self.trained.requires_grad)
+
     def _follow(self, now: Tensor) -> None:
+        if now is not self.trained and isinstance(now, nn.Parameter) and now.shape[1:] == self.trained.shape[1:]:
+            kept = self.trained.detach()[: len(now)]
+            if len(now) != len(self.trained):  # of a vocabulary that was resized: what is new is the base's
+                new = now.detach()[len(kept) :].to(kept.device, kept.dtype)
+                self.trained.grad, self.trained.data = None, torch.cat([kept, new])
         if now is self.trained or (now.device, now.dtype) == self.like:
             return
         keeps = is_storage(now.dtype) and isinstance(self.trained, nn.Parameter)  # as a LoRA layer's `.to()` keeps it

@@ -166,7 +166,7 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         got = f"{type(config).__module__}.{type(config).__name__}"
         raise TypeError(f"`config` must be a lora.LoraConfig, got {with_article(got)}{hint}.")
     config = config or LoraConfig(**settings)
-    lora_layers(model, "inject", none=True, replaced=True)
+    before = lora_layers(model, "inject", none=True, replaced=True)
     names = names_of(model)
     plans = []
     with Problems("inject: nothing was changed") as problems:
@@ -203,6 +203,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
             model.requires_grad_(False)
         remember_values(names)
         begin(layers, config.init_lora_weights, undo)
+        for layer in before:  # what they have learnt says nothing of those that begin now
+            layer.lora_fresh = None
     report = report_of(model, names, layers, tuple(names[module][0] for module in saved))
     if not every:
         return report

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import Problems, table
+from lora.errors import Problems, instance, table
 from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
@@ -240,7 +240,7 @@ def _check_values(layer: LoRALayer) -> None:
         raise ValueError("has no values yet, being on the meta device.")
     computes = layer.lora_dense or layer.lora_is_in_place()
     if not _is_packed_as_known(layer) and not (computes and is_plain(layer.weight, layer.lora_A, layer.lora_B)):
-        what = f"a {type(layer.weight).__name__} in a {type(layer).__name__}"
+        what = f"{instance(layer.weight)} in {instance(layer)}"
         raise ValueError(f"{what} is neither dense nor packed in a known way.")
     _check_shapes(layer)
     if is_storage(layer.weight.dtype):

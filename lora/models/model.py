@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import join, raise_all, some
+from lora.errors import instance, join, raise_all, some
 from lora.layers.kind import Place
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.parts import Part, own_name, parts_of, tensor_name, with_parts
@@ -393,7 +393,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                 continue
             if kind_for(type(now)) is not None and not (isinstance(now, LoRALayer) and now.r > 0):
                 yield (
-                    f"{join(prefix, child)}: had LoRA, and a {type(now).__name__} without it has taken its place, as "
+                    f"{join(prefix, child)}: had LoRA, and {instance(now)} without it has taken its place, as "
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
                     "`lora.inject`. (`lora.eject` takes out what is left.)"
                 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch.nn as nn
 
-from lora.errors import Problems, did_you_mean, join, last_parts, with_article
+from lora.errors import Problems, did_you_mean, instance, join, last_parts
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import PARTS, Part, parts_of
@@ -83,7 +83,7 @@ def check_dropout(module: nn.Module, lora_dropout: float) -> None:
     owner = module.lora_owner if isinstance(module, Part) else None
     if lora_dropout and isinstance(owner, _RECURRENT):
         raise ValueError(
-            f"`lora_dropout` (={lora_dropout}) must be 0 for a weight of {with_article(type(owner).__name__)}: torch "
+            f"`lora_dropout` (={lora_dropout}) must be 0 for a weight of {instance(owner)}: torch "
             "computes its steps in one go, and takes W as a whole, of whose inputs none can be dropped."
         )
 

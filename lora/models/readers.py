@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch.nn as nn
 from torch import Tensor
 
+from lora.errors import instance, some
 from lora.layers import weights
-from lora.layers.code import Needs, methods_of, needs, reads_what_it_is_given, words
+from lora.layers.code import Needs, fusing, methods_of, needs, reads_what_it_is_given, words
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
 from lora.layers.layer import PARAMETERS, LoRALayer
 from lora.layers.parts import Part, forget_parts, own_name, own_weights, parts_of, replicate_parts
@@ -29,10 +30,15 @@ Reads = dict[str, Any]
 
 @dataclass
 class Reading:
-    """What a module reads: the layers, and the methods of its class, called by others, that read them."""
+    """What a module reads: the layers, and the methods of its class, called by others, that read them.
+
+    Attributes:
+        fusing: the methods that would make another layer of what these weigh, without LoRA, and the layers.
+    """
 
     layers: Reads = field(default_factory=dict)
     methods: set[str] = field(default_factory=set)
+    fusing: dict[str, list[str]] = field(default_factory=dict)
 
 
 class WeightReader(nn.Module):
@@ -40,11 +46,13 @@ class WeightReader(nn.Module):
 
     Attributes:
         lora_reads: the layers whose weights it reads, by their names; its own parts it reads in any case.
-        lora_reader: its class, and the methods that read.
+        lora_fuses: the layers of which methods would make others, by the names of the methods.
+        lora_reader: its class, the methods that read, and those that make layers.
     """
 
     lora_reads: Reads
-    lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...]]]
+    lora_fuses: dict[str, list[str]]
+    lora_reader: ClassVar[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]]]
     #: What these need of W.
     lora_needs: ClassVar[Needs]
 
@@ -90,7 +98,7 @@ class WeightReader(nn.Module):
 
 
 @functools.cache
-def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
+def _class_for(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...]) -> type[WeightReader]:
     def finding_weights(name: str) -> Any:
         method = getattr(base, name)
 
@@ -108,13 +116,25 @@ def _class_for(base: Any, methods: tuple[str, ...]) -> type[WeightReader]:
 
         return call
 
-    namespace = {name: finding_weights(name) for name in methods}
-    own = {"__module__": base.__module__, "lora_reader": (base, methods), "lora_needs": needs(base, methods)}
+    def refusing(name: str) -> Any:
+        @functools.wraps(getattr(base, name))
+        def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
+            layers = self.lora_fuses[name]
+            raise RuntimeError(
+                f"`{name}` makes a layer of the weights of {some(layers, len(layers))}, in which their adapters would "
+                "do nothing. Merge them first (`lora.merge`), or call it before `lora.inject` and adapt the new layer, "
+                "with `splits`."
+            )
+
+        return call
+
+    namespace = {name: finding_weights(name) for name in methods} | {name: refusing(name) for name in fuses}
+    own = {"__module__": base.__module__, "lora_reader": (base, methods, fuses), "lora_needs": needs(base, methods)}
     return type(base.__name__, (WeightReader, base), namespace | own)
 
 
-def _new(base: Any, methods: tuple[str, ...]) -> WeightReader:
-    return object.__new__(_class_for(base, methods))
+def _new(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...] = ()) -> WeightReader:
+    return object.__new__(_class_for(base, methods, fuses))
 
 
 # A module, what it had, its twin, and what that had in the place of it.
@@ -155,8 +175,9 @@ def let_read(names: Names) -> list[str]:
     problems = [*_problems(readers, names)]
     reader: Any
     for reader, reading in readers.items() if not problems else ():
-        reader.__class__ = _class_for(_written_class(reader), tuple(sorted(reading.methods)))
-        reader.lora_reads = reading.layers
+        methods, fuses = (tuple(sorted(names)) for names in (reading.methods, reading.fusing))
+        reader.__class__ = _class_for(_written_class(reader), methods, fuses)
+        reader.lora_reads, reader.lora_fuses = reading.layers, reading.fusing
     return problems
 
 
@@ -173,6 +194,7 @@ def let_read_no_more(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, WeightReader):
         vars(module).pop("lora_reads")
+        vars(module).pop("lora_fuses", None)
         forget_parts(module)
         reader: Any = module
         reader.__class__ = _written_class(module)
@@ -196,12 +218,15 @@ def _readers_of(layers: Names, names: Names) -> dict[nn.Module, Reading]:
                     reading.methods.update(methods)
                     _enter(reading.layers, path, layer)
                 called |= {word.removesuffix("()") for word in words(cls, "forward")}
+                for method in fusing(cls) - called:
+                    if _reads(module, cls, method, said, tensor):
+                        found.setdefault(module, Reading()).fusing.setdefault(method, []).append(".".join(path))
     return found
 
 
 def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
     for module, reading in readers.items():
-        if has_own_forward(module):
+        if reading.methods and has_own_forward(module):
             yield (
                 f"{names[module][0] or 'the model'}: reads the weights of layers in it, and its instance has a "
                 "`forward` of its own, which would go on doing so; remove that first."
@@ -209,7 +234,7 @@ def _problems(readers: dict[nn.Module, Reading], names: Names) -> Iterator[str]:
         for name, layer in _read_in(module, reading.layers):
             if weights.is_packed(layer):
                 yield (
-                    f"{names[layer][0]}: its weight is packed, and a {type(module).__name__} around it reads "
+                    f"{names[layer][0]}: its weight is packed, and {instance(module)} around it reads "
                     f"`{name}.weight` as it is; leave it out with `exclude_modules`."
                 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from lora.errors import with_article
+from lora.errors import instance, with_article
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part
@@ -27,7 +27,7 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
     if isinstance(module, LoRALayer) and module.r > 0:
         return "has LoRA already; eject or merge it first."
     if kind_for(type(module)) is None:
-        return f"no kind of LoRA layer adapts {with_article(type(module).__name__)}; `lora.register` teaches one."
+        return f"no kind of LoRA layer adapts {instance(module)}; `lora.register` teaches one."
     if is_lazy(module):
         return "is lazy and has no shape yet; run one forward pass first."
     if isinstance(module, Part):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora.errors import Problems, is_count
+from lora.errors import Problems, instance, is_count
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.layers.layer import LoRALayer
 from lora.models.blocks import Pair, Spectrum, cut, dense_spectrum
@@ -46,7 +46,7 @@ def pissa(layer: LoRALayer, niter: int | None = None) -> list[Pair]:
     >>> torch.allclose(torch.linalg.svdvals(residual)[0], torch.linalg.svdvals(layer.weight)[3], atol=1e-6)
     True
     """
-    with Problems(f"pissa: a {type(layer).__name__} cannot start so") as problems:
+    with Problems(f"pissa: {instance(layer)} cannot start so") as problems:
         if niter is not None and not is_count(niter):
             problems.add(f"`niter` must be an integer of at least 0, got {niter!r}.")
         problems.add(*start_problems(layer, scales=True))
@@ -71,7 +71,7 @@ def olora(layer: LoRALayer) -> list[Pair]:
     >>> torch.allclose(B.T @ B, torch.eye(2), atol=1e-6)
     True
     """
-    with Problems(f"olora: a {type(layer).__name__} cannot start so") as problems:
+    with Problems(f"olora: {instance(layer)} cannot start so") as problems:
         problems.add(*start_problems(layer, scales=False))
     pairs, q = [], layer.lora_block_rank()
     for block in weight_blocks(layer, layer.lora_base_weight()):

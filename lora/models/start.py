@@ -86,6 +86,14 @@ def begin(layers: Sequence[LoRALayer], how: Init, undo: undo_on_error) -> None:
             start_from(layer, spectral.olora(layer), writes_base=True)
         elif _is_pissa(how):
             start_from(layer, spectral.pissa(layer, starts.niter_of(str(how))), writes_base=True)
+        note_fresh(layer, whether=how is True or (isinstance(how, str) and how != "orthogonal"))
+
+
+def note_fresh(layer: LoRALayer, whether: bool = True) -> None:
+    """Note that A and B start now; or forget it, where they start at values by which nobody could tell what moves."""
+    tensors = (layer.lora_A, layer.lora_B)
+    counted = whether and not any(tensor.is_inference() for tensor in tensors)
+    layer.lora_fresh = sum(tensor._version for tensor in tensors) if counted else None
 
 
 def _is_pissa(how: Init) -> bool:
@@ -166,6 +174,7 @@ def start_from(layer: LoRALayer, pairs: Sequence[Pair], *, writes_base: bool) ->
         layer.lora_base_written = True
     layer.lora_needs_data = None
     layer.reset_magnitude()
+    note_fresh(layer)
 
 
 def remember_start(layer: LoRALayer, base_written: bool = True) -> None:

@@ -21,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
+from lora.errors import instance
 from lora.functional.fused import is_plain
 from lora.layers.layer import LoRALayer
 from lora.layers.weights import is_sharded
@@ -64,7 +65,7 @@ def check_dropout(layer: LoRALayer, input: Tensor) -> None:
     # On other devices DTensor keeps the ranks' random states together by itself.
     if input.device.type == "cpu" and is_sharded(input) and is_sharded(layer.weight):
         raise RuntimeError(
-            f"dropout of a {type(layer).__name__} under torch's own tensor-parallel styles would differ between ranks; "
+            f"dropout of {instance(layer)} under torch's own tensor-parallel styles would differ between ranks; "
             "use those of `lora.parallel`, or `lora_dropout=0`."
         )
 
@@ -130,7 +131,7 @@ def _unsynchronised(wrapper: DistributedDataParallel, layer: nn.Module) -> Itera
             yield f"{own[0]}: was frozen when the model was wrapped, or has been cast or moved since."
     for name, parameter in layer._parameters.items():
         if parameter is not None and parameter not in names and _trains(parameter) and not _is_hooked(parameter):
-            yield f"{name} of a {type(layer).__name__} that the wrapped model calls, and does not hold as a module."
+            yield f"{name} of {instance(layer)} that the wrapped model calls, and does not hold as a module."
 
 
 def _trains(parameter: nn.Parameter) -> bool:

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel as _Colwise
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
-from lora.errors import raise_all
+from lora.errors import instance, raise_all
 from lora.layers import weights
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
@@ -156,7 +156,7 @@ class MergedColwiseParallel(_Colwise):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, (nn.Linear, LinearLoRA)):
-            raise ValueError(f"`MergedColwiseParallel` is for linear layers, not for a {type(module).__name__}.")
+            raise ValueError(f"`MergedColwiseParallel` is for linear layers, not for {instance(module)}.")
         splits = self._splits_of(module, device_mesh.size())
         local = local_forward(module, {LinearLoRA: ColwiseLinear}, device_mesh) if is_adapted(module) else None
         with undo_on_error([module]) as undo, undo:
@@ -177,7 +177,7 @@ class MergedColwiseParallel(_Colwise):
         splits = tuple(getattr(module, "splits", ()) or self.splits or ())
         outputs = module.weight.shape[dim_of_rows(module, "weight")]
         if not splits:
-            raise ValueError(f"a {type(module).__name__} does not say how it is split; give `splits`.")
+            raise ValueError(f"{instance(module)} does not say how it is split; give `splits`.")
         if self.splits not in (None, splits):
             raise ValueError(f"`splits` (={self.splits}) disagrees with the layer's own splits (={splits}).")
         if sum(splits) != outputs:
@@ -226,7 +226,7 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         yield "it is sharded already; tensor parallelism comes first, then `fully_shard`."
     if not layer.lora_dense or weights.packing_of(layer) is not None:
-        yield f"its weight, a {type(layer.weight).__name__}, is packed, or its forward is not its base class's."
+        yield f"its weight, {instance(layer.weight)}, is packed, or its forward is not its base class's."
     if layer.lora_start is not None or layer.lora_needs_data:
         yield f"it starts from its base weight or from data (`init_lora_weights={layer.init_lora_weights!r}`)."
     if isinstance(layer, EmbeddingLoRA) and layer.sparse:

@@ -359,3 +359,25 @@ def test_memory_that_ends_half_way_leaves_the_model_as_it_was(file, monkeypatch)
         with pytest.raises(MemoryError):
             lora.load_adapter(model, file.path)
     assert snapshot(model) == before
+
+
+def test_a_vocabulary_of_another_size_that_trained_in_full(tmp_path):
+    def model(rows):
+        return nn.ModuleDict(
+            {
+                "embed": nn.Embedding(rows, 4),
+                "body": nn.Linear(4, 4),
+                "head": nn.Linear(4, rows),
+                "labels": nn.Linear(4, 9),
+            }
+        )
+
+    theirs = model(7)
+    lora.inject(theirs, target_modules=["body"], r=2, modules_to_save=["embed", "head", "labels"])
+    lora.save_adapter(theirs, tmp_path / "a.safetensors")
+    ours = model(5)
+    ours["labels"] = nn.Linear(4, 8)  # a head, and no vocabulary
+    message = refuses(ours, tmp_path / "a.safetensors", "call `model.resize_token_embeddings(7)` first.")
+    for name in ("embed.weight", "head.weight"):
+        assert f"{name} has the shape (5, 4) in the model, and (7, 4) in the file" in message
+    assert "labels.weight must have the shape (8, 4), got (9, 4)." in message

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import safetensors.torch
+import tools
 import torch
 from cli_model import base_folder, run, trained
 
@@ -332,4 +333,14 @@ def test_an_embedding_that_bounds_its_rows_is_not_merged(tmp_path, capsys):
     lora.save_adapter(model, tmp_path / "adapter")
     assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
     assert "e: weights cannot say that `max_norm` does not bound the update" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_the_model_knows_of_other_tools_names(tmp_path, capsys):
+    path, model, *_ = tools.kohya(tmp_path)
+    base = base_folder(tmp_path / "base", model.state_dict())
+    code, _, error = run(capsys, "merge", base, path, tmp_path / "out")
+    assert code == 2
+    assert "where the dots belong in names with underscores in their place" in error
+    assert "use `lora.merge(model)`" in error
     assert not (tmp_path / "out").exists()

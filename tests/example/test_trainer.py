@@ -9,7 +9,7 @@ import transformers
 from phi3.tiny import tokenizer
 from safetensors import safe_open
 from torch.nn.functional import logsigmoid
-from trainer import AdapterCheckpoints, Reference, Trainer
+from trainer import AdapterCheckpoints, Reference, Trainer, known_as_adapted
 
 import lora
 
@@ -70,7 +70,7 @@ def trained_in(model):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_resumes_bit_for_bit_from_the_adapter_alone(name, folder):
+def test_training_resumes_bit_for_bit_from_the_adapter_alone_which_a_plain_base_can_load(name, folder):
     whole = trainer_of(adapted(folder, name), folder)
     whole.train()
     checkpoint = folder / "run" / "checkpoint-2"
@@ -80,20 +80,14 @@ def test_training_resumes_bit_for_bit_from_the_adapter_alone(name, folder):
     got, expected = trained_in(rest.model), trained_in(whole.model)
     assert any("lora_B" in own for own in expected)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_checkpoint_loads_into_a_base_that_nobody_touched(name, folder):
-    trainer = trainer_of(adapted(folder, name), folder)
-    trainer.train()
     plain = pretrained(folder, name)
     lora.load_adapter(plain, folder / "run" / "checkpoint-4")
     ids, close = IDS[2][None], {"rtol": 1e-4, "atol": 1e-5} if name == "pissa" else {"rtol": 0, "atol": 0}
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(ids).logits, trainer.model.eval()(ids).logits, **close)
+        torch.testing.assert_close(plain.eval()(ids).logits, whole.model.eval()(ids).logits, **close)
 
 
-@pytest.mark.parametrize("name", ["float32", "nf4"])
+@pytest.mark.parametrize("name", ["float32", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_the_best_model_is_there_at_the_end(name, folder):
     trainer = trainer_of(adapted(folder, name), folder, best=True)
     trainer.train()
@@ -122,7 +116,7 @@ def test_a_process_that_is_not_to_save_writes_nothing(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_transformers_own_trainer_refuses_a_quantised_base(name, folder):
-    """When this fails, `adapted` in the example is needed no more."""
+    """When this fails, `known_as_adapted` is needed no more."""
     with pytest.raises(ValueError, match="attach trainable adapters"):
         trainer_of(adapted(folder, name), folder, transformers.Trainer)
 
@@ -134,6 +128,15 @@ def test_a_quantised_model_is_what_it_was_when_it_has_a_trainer(folder):
     assert {*vars(model)} - before <= {"train", "eval", "forward"}
     assert model.is_quantized
     assert not model._hf_peft_config_loaded
+
+
+def test_any_trainer_can_be_made_of_a_quantised_model_that_is_known_as_adapted(folder):
+    model = adapted(folder, "nf4")
+    with known_as_adapted(model):
+        trainer = trainer_of(model, folder, transformers.Trainer)
+    before = trained_in(model)
+    trainer.train()
+    assert not any(torch.equal(before[name], now) for name, now in trained_in(model).items() if "lora_B" in name)
 
 
 def test_a_quantised_base_without_adapters_is_refused_as_ever(folder):

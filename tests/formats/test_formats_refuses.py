@@ -53,7 +53,7 @@ WRONG = {
     "a weight of another adapter": ({"0.lora_A.other.weight": torch.ones(2, 4)}, {}, "(one without a name, other)"),
     "DoRA without magnitudes": ({}, {"use_dora": True}, "0.lora_magnitude is missing."),
     "magnitudes without DoRA": ({"0.lora_magnitude_vector": torch.ones(3)}, {}, "0.lora_magnitude is unexpected."),
-    "a bias of B": ({"0.lora_B.bias": torch.ones(3)}, {}, "0.lora_B.bias: a bias of lora_B (`lora_bias`) has no place"),
+    "a bias of B": ({"0.lora_B.bias": torch.ones(3)}, {}, "0.lora_B.bias: `lora_bias` is not set in the"),
     "another method": ({}, {"peft_type": "IA3"}, "`peft_type` must be 'LORA', got 'IA3'."),
     "no method": ({}, {"peft_type": None}, "`peft_type` must be 'LORA', got None."),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "`init_lora_weights` is 'pissa', which changes the base weight"),
@@ -87,7 +87,7 @@ def test_what_is_wrong_in_a_folder_is_refused(tmp_path, tensors, config, message
 
 
 def test_one_error_lists_all_that_a_configuration_cannot_be(tmp_path):
-    wrong = {"use_dora": 1, "lora_bias": True, "r": "8", "layer_replication": [[0, 1]], "use_rslora": 1}
+    wrong = {"use_dora": 1, "use_qalora": True, "r": "8", "layer_replication": [[0, 1]], "use_rslora": 1}
     wrong |= {"init_lora_weights": "pissa", "rank_pattern": {"(a+)+": 2, "b": "2"}, "modules_to_save": "head"}
     message = refuses(write_peft(tmp_path / "a", GOOD, **wrong))
     assert message.count("\n  - ") == 9

@@ -163,8 +163,8 @@ REFUSED = {
     ),
     "a difference": (GOOD | {"lora_unet_norm.diff": torch.ones(2)}, "lora_unet_norm.diff is of whole differences"),
     "dora_scale": (
-        GOOD | {"lora_unet_a.dora_scale": torch.ones(6, 1)},
-        "lora_unet_a.dora_scale is no part of an adapter",
+        GOOD | {"lora_unet_a.dora_scale": torch.ones(1, 6)},
+        "lora_unet_a: `dora_scale` must have a value for each of the 6 outputs, got the shape (1, 6)",
     ),
     "unread": (GOOD | {"x": torch.ones(2)}, "x is no part of an adapter as kohya names them."),
     "several tools": (GOOD | AB, "it has names of several tools, as "),
@@ -275,6 +275,42 @@ def test_an_embedding_of_mlx_lms_is_not_taken_for_a_linear_layer(tmp_path):
     refused(lambda: lora.write_adapter(adapter, tmp_path / "out", "peft"), "which only its model knows")
 
 
+def test_mlx_lms_dora_has_a_magnitude_for_each_output(tmp_path):
+    linear = nn.Linear(6, 8).double()
+    A, B, m = torch.randn(2, 6), torch.randn(8, 2), torch.rand(8) + 0.5
+    tools.save(tmp_path / "adapters.safetensors", {"it.lora_a": A.T, "it.lora_b": B.T, "it.m": m})
+    about = {"fine_tune_type": "dora", "lora_parameters": {"scale": 2.5, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    weight = linear.weight.detach().numpy() + 2.5 * tools.product(A, B)
+    weight *= (m.double().numpy() / np.linalg.norm(weight, axis=1))[:, None]
+    model = tools.nested(it=linear)
+    before = linear.weight.detach().clone().numpy()
+    agree(changes(model, lambda model: lora.load_adapter(model, tmp_path)), {"it": weight - before})
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_dora_scale_of_lycoris_with_one_for_each_output(tmp_path, kernel):
+    layer = nn.Conv2d(6, 8, 3).double() if kernel else nn.Linear(6, 8).double()
+    A, B = torch.randn(2, 6, *kernel), torch.randn(8, 2, *[1] * len(kernel))
+    m = torch.rand(8, *[1] * (layer.weight.dim() - 1)) + 0.5
+    tensors = {"lora_unet_it.lora_down.weight": A, "lora_unet_it.lora_up.weight": B, "lora_unet_it.dora_scale": m}
+    tools.save(tmp_path / "a.safetensors", tensors | {"lora_unet_it.alpha": torch.tensor(3.0)})
+    before = layer.weight.detach().clone().numpy()
+    weight = (before + 3 / 2 * tools.product(A, B)).reshape(8, -1)
+    weight *= (m.double().numpy().ravel() / np.linalg.norm(weight, axis=1))[:, None]
+    model = tools.nested(it=layer)
+    got = changes(model, lambda model: lora.load_adapter(model, tmp_path / "a.safetensors"))
+    agree(got, {"it": weight.reshape(before.shape) - before})
+
+
+def test_mlx_lms_dora_of_an_embedding_is_another(tmp_path):
+    tensors = {"embed.lora_a": torch.ones(6, 2), "embed.lora_b": torch.ones(2, 6), "embed.m": torch.ones(6)}
+    tools.save(tmp_path / "adapters.safetensors", tensors)
+    about = {"fine_tune_type": "dora", "lora_parameters": {"scale": 2.5}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about), encoding="utf-8")
+    refuses(tmp_path, "embed: mlx-lm has a magnitude (DoRA) for each row", model=tools.nested(embed=nn.Embedding(6, 6)))
+
+
 def test_litgpts_fused_projection_with_grouped_queries(tmp_path):
     model = tools.nested(transformer__h__0__attn__qkv=nn.Linear(6, 12))  # 8 of queries, 2 of keys, 2 of values
     name, r = "transformer.h.0.attn.qkv", 2
@@ -357,6 +393,10 @@ def test_what_diffusers_has_no_place_for(tmp_path):
     lora.inject(dilated, target_modules=["conv"], r=2, factored=True)
     message = "diffusers would compute the update of a convolution without its dilation"
     refused(lambda: lora.save_adapter(dilated, tmp_path / "out", format="diffusers"), message)
+    attends = nn.ModuleDict({"unet": nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})})
+    lora.inject(attends, target_modules=["attention"], r=2)
+    message = "diffusers adapts layers, and unet.attention has parameters of its own."
+    refused(lambda: lora.save_adapter(attends, tmp_path / "out", format="diffusers"), message)
     with_dora = of_pipeline(use_dora=True)
     refused(lambda: lora.save_adapter(with_dora, tmp_path / "out", format="diffusers"), "has a magnitude (DoRA)")
     assert not (tmp_path / "out").exists()

@@ -130,7 +130,8 @@ def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
 
 # ---- what a model is ---------------------------------------------------------------------------------------------
 
-_CACHES = ("_merged", "_norms", "_squares", "_checked")  # computed anew when they are old
+# Computed anew when they are old; and a count of writes, those that were undone among them.
+_CACHES = ("_merged", "_norms", "_squares", "_checked", "lora_fresh")
 _BACK = ("lora_owner", "_owner")  # from a part to the module that it is of
 
 

@@ -88,7 +88,11 @@ def test_layers_that_cannot_wait_are_listed_at_once():
     model = Model()
     lora.inject(model, target_modules=["embed", "q_proj", "head"], r=9, init_lora_weights="eva")
     refused(
-        model, BATCHES, "embed: 'eva' is for linear layers, not for a Embedding", "head: r must be at most 8", "r` is 9"
+        model,
+        BATCHES,
+        "embed: 'eva' is for linear layers, not for an Embedding",
+        "head: r must be at most 8",
+        "r` is 9",
     )
     model = Model()
     lora.inject(model, target_modules=["q_proj", "head"], r=5, lora_alpha=-1, init_lora_weights="lora_ga")

@@ -90,6 +90,23 @@ def test_settings_are_those_of_layers(name, settings):
     torch.testing.assert_close(logits(model), y, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize(("name", "gate"), [("Mixtral", slice(0, 48)), ("GPT-OSS", slice(0, None, 2))])
+def test_gate_and_up_may_have_an_a_each(name, gate):
+    """GPT-OSS has their outputs alternate, and its matrices transposed."""
+    words = {"splits": {"gate_up_proj": (48, 48)}, "enable_lora": {"gate_up_proj": (False, True)}}
+    model, base = adapted(name, **words), make(name)
+    y = logits(randomise(model))
+    before = base.state_dict()
+    for key, W in lora.merged_state_dict(model).items():
+        if key.endswith("gate_up_proj"):
+            own, was = (tensor.mT if name == "GPT-OSS" else tensor for tensor in (W, before[key]))
+            moved = (own != was).any(0).any(1)
+            assert not moved[gate].any()
+            assert int(moved.sum()) == 48
+    lora.merge(model)
+    torch.testing.assert_close(logits(model), y)
+
+
 @each_model
 def test_it_is_saved_loaded_merged_and_ejected(name, tmp_path):
     base, model = make(name), randomise(adapted(name))

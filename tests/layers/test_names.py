@@ -130,3 +130,13 @@ def test_a_scaling_is_a_number(name, value):
     assert layer.scaling == 0.5
     setattr(layer, name, np.float32(2))
     assert layer.scaling == 2
+
+
+@pytest.mark.parametrize("value", [1e308, -1e300, float("inf"), float("nan"), 10**400, np.float64("inf")], ids=str)
+def test_a_scaling_set_by_hand_is_refused_as_in_a_constructor(value):
+    layer = lora.Linear(4, 4, r=2)
+    with pytest.raises(ValueError, match="`scaling` must be a finite number"):
+        layer.scaling = value
+    assert layer.scaling == 0.5
+    with pytest.raises(ValueError, match="`lora_alpha` must"):
+        lora.Linear(4, 4, r=2, lora_alpha=value)

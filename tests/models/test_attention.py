@@ -104,7 +104,9 @@ ATTENTIVE = {
 }
 each = pytest.mark.parametrize("name", ATTENTIVE)
 nested = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-SETTINGS = [{}, {"use_dora": True}, {"use_rslora": True}, {"merge_weights": True}]
+# In all of them, and how it is scaled in one.
+SETTINGS = [(name, settings) for name in ATTENTIVE for settings in ({}, {"use_dora": True}, {"merge_weights": True})]
+SETTINGS.append(("itself", {"use_rslora": True}))
 
 
 def scaling(settings):
@@ -112,8 +114,7 @@ def scaling(settings):
 
 
 @nested
-@each
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 def test_the_output_is_that_of_w(name, settings):
     _, _, _, of = ATTENTIVE[name]
     model, inputs, base = adapted(*ATTENTIVE[name], **settings)
@@ -355,3 +356,26 @@ def test_what_is_excluded_is_left_alone():
     assert once == ["a.in_proj_weight", "a.out_proj"]
     with pytest.raises(ValueError, match="leave no module to adapt"):
         names(target_parameters=["a.in_proj_weight"], exclude_modules=["a"])
+
+
+def test_the_bias_of_the_keys_is_a_parameter_that_can_be_named():
+    model = nn.ModuleDict({"x": nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)}).double()
+    base = copy.deepcopy(model)
+    lora.inject(model, target_parameters=["bias_k"], r=2, lora_alpha=4)
+    attention, x = moved(model)["x"], X.double()
+    base["x"].bias_k.data += (2 * attention.bias_k_lora_B @ attention.bias_k_lora_A).detach()
+    assert_close(attention(x, x, x)[0], base["x"](x, x, x)[0])
+    attention(x, x, x)[0].sin().sum().backward()
+    assert not lora.check(model).idle
+
+
+def test_torchs_transforms_and_twice_differentiating():
+    model, (x, _, _), base = adapted(*ATTENTIVE["itself"])
+    attention, right = model["x"], by_hand(model, base)
+    expected = right(x, x, x)[0]
+    one = torch.func.vmap(lambda x: attention(x[None], x[None], x[None])[0][0])
+    assert_close(one(x), expected)
+    exported = torch.export.export(attention, (x, x, x), strict=False).module()
+    assert_close(exported(x, x, x)[0], expected)
+    some = x[:1, :2].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: attention(x, x, x)[0], (some,))

@@ -93,6 +93,15 @@ def test_where_only_what_trains_in_full_has_a_gradient_every_adapter_is_named():
     assert not [name for name, reason in lora.check(model).idle.items() if "no gradient" in reason]
 
 
+def test_gradients_that_the_base_had_before_say_nothing():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model(torch.ones(8)).sum().backward()
+    lora.inject(model, target_modules=["0"], r=2)
+    assert model[0].weight.grad is not None
+    with pytest.raises(ValueError, match="nothing in this model has been trained yet"):
+        lora.check(model)
+
+
 def test_what_is_frozen_is_not_told_of():
     model = adapted()
     lora.mark_only_lora_as_trainable(model, freeze_A=True)

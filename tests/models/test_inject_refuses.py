@@ -181,7 +181,7 @@ def test_settings_that_do_not_fit_a_module_are_refused_for_each(fields, message)
 
 
 def test_splits_are_refused_for_what_is_not_linear():
-    refuses(Model(), "for linear layers, not for a Embedding", target_modules=["embed"], splits={"embed": (4, 4)})
+    refuses(Model(), "for linear layers, not for an Embedding", target_modules=["embed"], splits={"embed": (4, 4)})
 
 
 def test_a_rank_that_groups_do_not_divide_is_refused():

@@ -206,13 +206,20 @@ def test_a_layer_under_two_names_is_not_tied_and_merged_once():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["weight", "lora_A", "lora_B", "scaling"])
+@pytest.mark.parametrize("where", ["weight", "lora_A", "lora_B"])
 def test_what_is_not_finite_is_refused(where, value):
     model = nn.Sequential(make("Linear"), make("Linear", in_features=5))
-    if where == "scaling":
-        model[1].scaling = value
-    else:
-        nn.init.constant_(getattr(model[1], where), value)
+    nn.init.constant_(getattr(model[1], where), value)
+    message = "1: the merged weight would not be finite in torch.float32."
+    refuses(model, message, functions=(lora.merge, lora.merged_state_dict))
+
+
+@pytest.mark.parametrize("scaling", [3e38, -3e38])
+def test_a_scaling_that_makes_an_infinity_is_refused(scaling):
+    model = nn.Sequential(make("Linear"), make("Linear", in_features=5))
+    model[1].scaling = scaling  # what is not finite itself is refused there
+    nn.init.constant_(model[1].lora_A, 10)
+    nn.init.constant_(model[1].lora_B, 10)
     message = "1: the merged weight would not be finite in torch.float32."
     refuses(model, message, functions=(lora.merge, lora.merged_state_dict))
 

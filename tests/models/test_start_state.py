@@ -107,29 +107,32 @@ def test_every_kind_is_told_apart(kind):
     assert torch.equal(again(x), layer(x))
 
 
-def test_a_parameter_of_an_owner_is_told_apart():
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.matrix = nn.Parameter(torch.randn(8, 6))
+class Owner(nn.Module):
+    """It keeps a matrix, or a stack of matrices, for itself."""
 
-        def forward(self, x):
-            return x @ self.matrix.T
+    def __init__(self, *shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(shape))
 
-    model, again = Owner(), Owner()
-    for one in (model, again):
-        lora.inject(one, target_parameters=["matrix"], r=2, init_lora_weights="pissa")
+    def forward(self, x):
+        return x @ self.matrix.mT
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (3, 8, 6), (1, 8, 6)])
+def test_a_parameter_of_an_owner_is_told_apart(shape):
+    model, again, fresh, plain = (Owner(*shape) for _ in range(4))
+    for one, how in ((model, "pissa"), (again, "pissa"), (fresh, True)):
+        lora.inject(one, target_parameters=["matrix"], r=2, init_lora_weights=how)
     state = moved(model).state_dict()
-    assert state["matrix"].shape == (1, 8, 6)
+    assert state["matrix"].shape == (1, *shape)
     with pytest.raises(RuntimeError, match="size mismatch for matrix"):
-        Owner().load_state_dict(state, strict=False)
-    again.load_state_dict(state)
-    assert torch.equal(again(torch.ones(6)), model(torch.ones(6)))
-    fresh = Owner()
-    lora.inject(fresh, target_parameters=["matrix"], r=2)
+        plain.load_state_dict(state, strict=False)
     with pytest.raises(RuntimeError, match="matrix is what a start such as PiSSA's left"):
         fresh.load_state_dict(state)
+    again.load_state_dict(state)
+    x = torch.ones(2, 6)
+    assert torch.equal(again(x), model(x))
 
 
 # ---- for what works with state dicts in place, or with Parameters ------------------------------------------------

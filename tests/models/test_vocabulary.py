@@ -315,3 +315,79 @@ def test_a_failed_injection_leaves_nothing_behind():
 
 def stop(layer):
     raise RuntimeError("stop")
+
+
+# ---- within `lora.disabled`, where the base's values stand in the model ----------------------------------------
+
+
+def in_full(tied, saved):
+    model = llama(tied)
+    lora.inject(model, target_modules=["q_proj"], r=2, modules_to_save=[saved])
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter += torch.randn(parameter.shape) / 4
+    return model
+
+
+@pytest.mark.parametrize("size", [44, 30])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_what_trains_in_full_follows_a_vocabulary_that_is_resized_in_the_block(tied, saved, size, tmp_path):
+    model = in_full(tied, saved)
+    before, kept, trained = logits(model), min(size, 40), trained_names(model)
+    with lora.disabled(model):
+        base = logits(model)
+        model.resize_token_embeddings(size)
+        torch.testing.assert_close(logits(model)[..., :kept], base[..., :kept])
+    assert (before - base).abs().max() > 0.1
+    got = logits(model)
+    assert got.shape[-1] == size
+    torch.testing.assert_close(got[..., :kept], before[..., :kept])
+    assert trained_names(model) == trained
+    lora.save_adapter(model, tmp_path / "a")
+    adapter = lora.read_adapter(tmp_path / "a")
+    assert {len(adapter.tensors[name]) for name in adapter.trained_in_full} == {size}
+    model(IDS, labels=IDS).loss.backward()
+    (gradient,) = (p.grad for name, p in model.named_parameters() if name in trained and "lora_" not in name)
+    assert gradient.shape == (size, 16)
+
+
+def test_another_head_that_is_put_in_there_stays_as_it_is():
+    model = in_full(False, "lm_head")
+    with lora.disabled(model):
+        model.lm_head = nn.Linear(16, 44, bias=False)
+        values = model.lm_head.weight.detach().clone()
+    assert torch.equal(model.lm_head.weight, values)
+
+
+# ---- tie_weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD]], ids=str)
+def test_weights_that_are_tied_again_are_what_they_were(tied, names):
+    model = adapted(tied, names)
+    before, parameters = logits(model), dict(model.named_parameters(remove_duplicate=False))
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+
+
+@pytest.mark.parametrize("names", [[EMBEDDING], [HEAD]], ids=str)
+def test_weights_that_are_tied_after_lora_was_put_in_are_the_base_of_both(names):
+    model = adapted(False, names)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    assert head.weight is embedding.weight
+    layer = embedding if names == [EMBEDDING] else head
+    delta = layer.lora_delta(layer.lora_A, layer.lora_B) * layer.lora_scaling
+    words, outputs = (
+        (embedding.weight + delta, head.weight) if layer is embedding else (embedding.weight, head.weight + delta)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(embedding(IDS), words[IDS])
+        hidden = torch.randn(2, 16)
+        torch.testing.assert_close(head(hidden), hidden @ outputs.T)
+    with pytest.raises(ValueError, match="its weight is tied to that of"):
+        lora.merge(model)

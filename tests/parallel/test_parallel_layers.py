@@ -291,7 +291,7 @@ def test_what_cannot_be_divided_is_refused(ranks):
     assert told["unknown"] == "a Linear does not say how it is split; give `splits`."
     assert told["wrong"] == "`splits` (=(8, 4)) must add up to `out_features` (=16)."
     assert told["other"] == "`splits` (=(4, 4, 8)) disagrees with the layer's own splits (=(8, 4, 4))."
-    assert told["embedding"] == "`MergedColwiseParallel` is for linear layers, not for a Embedding."
+    assert told["embedding"] == "`MergedColwiseParallel` is for linear layers, not for an Embedding."
 
 
 def test_a_plan_in_words_becomes_styles():
