@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from lora.errors import instance, with_article
+from lora.errors import instance
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part
