@@ -60,7 +60,8 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
 
 def case(shape: Shape, scale: int, how: str) -> Case:
     experts, chosen, hidden, intermediate, tokens = shape
-    hidden, intermediate, tokens = hidden // scale, intermediate // scale, -(-tokens // scale)
+    # torch's product of groups wants rows of 16 bytes.
+    hidden, intermediate, tokens = hidden // scale, -(-intermediate // (4 * scale)) * 4, -(-tokens // scale)
     config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts)
     config._experts_implementation = how
     base = MixtralExperts(config)

@@ -162,7 +162,7 @@ class _Links(HTMLParser):
 
 
 def on_post_build(config):
-    """Warn of every link to a page, a file or an anchor that is not there, or to another server's files."""
+    """Warn of every link within the site to a page, a file or an anchor that is not there."""
     site = Path(config.site_dir)
     pages = {path.resolve(): _Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
     for path, page in pages.items():

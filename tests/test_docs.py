@@ -38,6 +38,11 @@ def test_every_picture_is_drawn_by_the_script_and_is_on_a_page():
     assert set(re.findall(r"\]\(pictures/(\w+)\.svg\)", pages)) == set(DRAW["PICTURES"])
 
 
+def test_every_page_has_its_place_in_the_site_once():
+    places = re.findall(r"\b(\w+\.md)\b", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(places) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
 def test_the_reference_has_every_public_name_once():
     assert re.findall(r"^### (.+)$", REFERENCE, re.MULTILINE) == [*SOURCES]
     assert sorted(SOURCES) == sorted(PUBLIC)

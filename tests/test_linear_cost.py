@@ -609,6 +609,39 @@ def loralibs(n):
     return lambda: lora.read_adapter(path, lora_alpha=1)
 
 
+def kohyas(n):
+    path = place(".safetensors")
+    ends = {"lora_down.weight": torch.ones(1, 2), "lora_up.weight": torch.ones(2, 1), "alpha": torch.ones(())}
+    tensors = {f"lora_unet_layers_{i:02}_{up(i)}.{end}": t.clone() for i in range(n) for end, t in ends.items()}
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+@case("read_adapter")
+def kohyas_names(n):
+    path = kohyas(n)
+    return lambda: lora.read_adapter(path)
+
+
+@case("load_adapter")
+def kohyas_names_(n):
+    adapter, model = named(lora.read_adapter(kohyas(n))), Model(n)
+    return lambda: lora.load_adapter(model, adapter)
+
+
+@case("load_adapter")
+def biases_of_B(n):
+    path = place()
+    path.mkdir()
+    ends = {"lora_A.weight": torch.ones(1, 2), "lora_B.weight": torch.ones(2, 1), "lora_B.bias": torch.ones(2)}
+    names = {f"base_model.model.layers.{i:02}.{up(i)}.{end}": t.clone() for i in range(n) for end, t in ends.items()}
+    safetensors.torch.save_file(names, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_bias": True}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    adapter, model = named(lora.read_adapter(path)), Model(n)
+    return lambda: lora.load_adapter(model, adapter)
+
+
 @case("write_adapter")
 def what_has_no_place(n):
     adapter = dataclasses.replace(in_full(n), modules_to_save=[])

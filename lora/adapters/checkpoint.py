@@ -13,7 +13,7 @@ from torch import Tensor
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import describe, describe_tensor, own_tensors, tied, trained_in_full
 from lora.adapters.fitting import Fit, Target
-from lora.adapters.formats import FORMATS, read_adapter, write_adapter
+from lora.adapters.formats import FORMATS, read_adapter, write_as
 from lora.adapters.paths import as_path
 from lora.errors import AdapterError, join, raise_all
 from lora.layers import weights
@@ -92,10 +92,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], format: str = "
         for loss in FORMATS[format].losses(model, adapter) if format in FORMATS else ():
             warnings.warn(f"save_adapter: {loss}", stacklevel=4)
         known = [without_wrappers(name) for group in names.values() for name in group]
-        try:
-            write_adapter(adapter, path, format, module_names=known)
-        except AdapterError as error:  # under the name of the function that was called
-            raise AdapterError(str(error).replace("write_adapter:", "save_adapter:", 1)) from None
+        write_as(adapter, path, format, known, "save_adapter")
 
     ranks.on_first(write)
 

@@ -193,10 +193,12 @@ def read_tensors(
     return read_steadily(path, read)
 
 
-def packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def packed(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], function: str = "write_adapter"
+) -> bytes:
     """The content of a safetensors file with a checksum; AdapterError if `read_tensors` could not read it."""
     unknown = (f"{name} has the dtype {t.dtype}." for name, t in tensors.items() if t.dtype not in _WORDS)
-    raise_all(f"write_adapter: {path} is not written", unknown, AdapterError)
+    raise_all(f"{function}: {path} is not written", unknown, AdapterError)
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():

@@ -33,8 +33,8 @@ class Format(NamedTuple):
 
     Attributes:
         owner: whose format it is, for errors.
-        write: writes an adapter to a path, given the names of all modules of the model, if they are known. None where
-            the format is only read.
+        write: writes an adapter to a path, given the names of all modules of the model, if they are known, and the
+            name of the function that was called, for errors. None where the format is only read.
         read: reads what is at a path; the second argument is the `lora_alpha` that a user gave, or None.
         reads: whether what is at a path is of this format.
         claims: whether a file would be read in this format for its name, whatever is in it.
@@ -46,7 +46,7 @@ class Format(NamedTuple):
     """
 
     owner: str
-    write: Callable[[Adapter, Path, Iterable[str]], None] | None = None
+    write: Callable[[Adapter, Path, Iterable[str], str], None] | None = None
     read: Callable[[Path, float | None], Adapter] | None = None
     reads: Callable[[Path], bool] = lambda path: False
     claims: Callable[[Path], bool] = lambda path: False
@@ -65,9 +65,11 @@ def unasked(path: Path, owner: str) -> str:
 # ---- our format ------------------------------------------------------------------------------------------------------
 
 
-def _write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
+def _write(adapter: Adapter, path: Path, names: Iterable[str], function: str) -> None:
     about = {"version": VERSION, **{part: getattr(adapter, part) for part in _ABOUT}}
-    write_tensors(path, adapter.tensors, {"lora": json.dumps(about, default=dict), **rest_as_metadata(adapter)})
+    write_tensors(
+        path, adapter.tensors, {"lora": json.dumps(about, default=dict), **rest_as_metadata(adapter)}, function
+    )
 
 
 def _read(path: Path, lora_alpha: float | None) -> Adapter:
@@ -263,14 +265,21 @@ def write_adapter(
     >>> sorted(os.listdir(os.path.join(folder, "theirs")))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    write_as(adapter, path, format, module_names, "write_adapter")
+
+
+def write_as(
+    adapter: Adapter, path: str | os.PathLike[str], format: str, module_names: Iterable[str], function: str
+) -> None:
+    """Write an adapter, in errors under the name of the function that was called."""
     writers = {name: entry.write for name, entry in FORMATS.items() if entry.write is not None}
     if format not in writers:
         raise ValueError(f"`format` must be one of {', '.join(map(repr, writers))}, got {format!r}.")
     place = place_of(path, format)
-    raise_all(f"write_adapter: {path} is not written", adapter.problems(), AdapterError)
+    raise_all(f"{function}: {path} is not written", adapter.problems(), AdapterError)
     if format != adapter.format and (unknown := FORMATS.get(adapter.format, FORMATS["lora"]).only_model):
         raise AdapterError(
-            f"write_adapter: {path} is not written: {unknown}, only its model knows. Load it into the model with "
+            f"{function}: {path} is not written: {unknown}, only its model knows. Load it into the model with "
             "`lora.load_adapter(model, file, …)`, and save that."
         )
-    writers[format](adapter, place, module_names)
+    writers[format](adapter, place, module_names, function)

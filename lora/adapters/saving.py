@@ -39,14 +39,16 @@ def replace_file(path: Path, content: bytes) -> None:
     replace_files({path: content})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], function: str = "write_adapter"
+) -> None:
     """Write a safetensors file with a checksum: the old file or the new one is there, whenever this is killed.
 
     Raises:
         OSError: there is no folder to write it to, or it cannot be written.
         AdapterError: `read_tensors` could not read such a file; nothing is written.
     """
-    replace_file(path, packed(path, tensors, metadata))
+    replace_file(path, packed(path, tensors, metadata, function))
 
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:

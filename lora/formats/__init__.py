@@ -38,7 +38,7 @@ def enter() -> None:
     )
     FORMATS["portable"] = Format(
         "PEFT",
-        write=lambda adapter, path, names: peft.write(portable(adapter), path, names),
+        write=lambda adapter, path, names, function: peft.write(portable(adapter, function), path, names, function),
         losses=losses,
         files=files,
     )

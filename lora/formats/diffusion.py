@@ -225,10 +225,10 @@ def configured(path: Path, metadata: Mapping[str, str], names: Iterable[str]) ->
 # ---- diffusers' file, written ---------------------------------------------------------------------------------------
 
 
-def write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
+def write(adapter: Adapter, path: Path, names: Iterable[str], function: str) -> None:
     """Write the folder that diffusers' `load_lora_weights` reads: one rank and s = 1, as its old releases want it."""
-    what = f"write_adapter: {path} is not written"
-    adapter = portable(adapter)
+    what = f"{function}: {path} is not written"
+    adapter = portable(adapter, function)
     by_model: dict[str, list[str]] = {}
     for name in adapter.modules:
         by_model.setdefault(_model_of(name) or "", []).append(name)
@@ -246,7 +246,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str]) -> None:
     forms = {name: (settings, *adapter.pair(name)) for name, settings in adapter.modules.items()}
     with writing(path):
         path.mkdir(exist_ok=True)
-    write_tensors(path / FILE, peft.named(adapter, forms), {_CONFIGS: json.dumps(configs)})
+    write_tensors(path / FILE, peft.named(adapter, forms), {_CONFIGS: json.dumps(configs)}, function)
 
 
 def _without_place(adapter: Adapter, unknown: Collection[str]) -> Iterator[str]:

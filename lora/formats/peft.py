@@ -74,14 +74,14 @@ _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
+def write(adapter: Adapter, path: Path, names: Iterable[str], function: str) -> None:
     """Write the folder that PEFT's `from_pretrained` reads.
 
     Args:
         names: of all modules of the model, where it is there: a target that is also the end of another module's name
             is then written as part of a regular expression, which PEFT matches as a whole.
     """
-    what = f"write_adapter: {path} is not written"
+    what = f"{function}: {path} is not written"
     forms = singles(adapter, what)
     attention = attention_in(adapter)
     parameters = parameters_of(adapter, attention)
@@ -93,7 +93,7 @@ def write(adapter: Adapter, path: Path, names: Iterable[str] = ()) -> None:
     tensors = {f"{PREFIX}{_full_key(name, forms)}": adapter.tensors[name] for name in adapter.trained_in_full}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in named(adapter, forms, names_in_file(parameters)).items()}
     metadata = {LAYOUTS: json.dumps(layouts), BASES: json.dumps(known), **rest_as_metadata(adapter)}
-    write_folder(path, tensors, metadata, _config(adapter, forms, names, [*parameters]))
+    write_folder(path, tensors, metadata, _config(adapter, forms, names, [*parameters]), function)
 
 
 def named(

@@ -59,14 +59,16 @@ def check_folder(path: Path) -> None:
         check_place(path / name)
 
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Config) -> None:
+def write_folder(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Config, function: str
+) -> None:
     """Write a folder, or replace the adapter in one: the old or the new one is read, whenever this is killed."""
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("utf-8")
     settings = json.dumps(config, separators=(",", ":"), sort_keys=True)
 
     def content(before: bytes | None) -> bytes:
         replaced = {} if before is None or before == text else {_REPLACED: _digest(before)}
-        return packed(path / WEIGHTS, tensors, {**metadata, _SETTINGS: settings, **replaced})
+        return packed(path / WEIGHTS, tensors, {**metadata, _SETTINGS: settings, **replaced}, function)
 
     before = _before(path)
     weights = content(before)

@@ -23,6 +23,7 @@ from lora.errors import Problems, is_count, join, short
 from lora.functional.fused import exact_dtype
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
+from lora.models.patterns import ends_of
 from lora.models.start import pretrained_weight
 from lora.models.training import originals
 
@@ -73,11 +74,11 @@ def noted(adapter: Adapter, parts: Mapping[str, Tensor], config: Mapping[str, An
 def _places(module: str, rows: Tensor, said: Any) -> Tensor:
     """The indices of rows: a list for the input embeddings, or one for each module by the end of its name."""
     if isinstance(said, dict):
-        said = next((places for end, places in said.items() if f".{module}".endswith(f".{end}")), None)
+        said = next((said[end] for end in ends_of(module) if end in said), None)
+    if isinstance(said, list) and (rows.dim() != 2 or len(rows) != len(said)):
+        raise ValueError(f"`{INDICES}` names {len(said)} rows, and the file has the shape {(*rows.shape,)}.")
     if not isinstance(said, list) or not all(map(is_count, said)) or len({*said}) < len(said):
         raise ValueError(f"`{INDICES}` must list the indices of its rows, each once, got {short(said)}.")
-    if rows.dim() != 2 or len(rows) != len(said):
-        raise ValueError(f"`{INDICES}` names {len(said)} rows, and the file has the shape {(*rows.shape,)}.")
     return torch.tensor(said, dtype=torch.int64)
 
 
@@ -97,7 +98,7 @@ def _scaled(adapter: Adapter, module: str, bias: Tensor) -> Tensor:
 
 def resolved(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Problems) -> Adapter:
     """The adapter with whole tensors, made of the model's own: rows do not train on, biases do."""
-    tensors, full, kept = dict(adapter.tensors), [*adapter.trained_in_full], [*adapter.kept]
+    tensors, full, kept = dict(adapter.tensors), dict.fromkeys(adapter.trained_in_full), [*adapter.kept]
     for part, own, change in _CHANGES:
         for name in [name for name in full if name.endswith(f".{part}")]:
             module = name.removesuffix(f".{part}")
@@ -105,13 +106,17 @@ def resolved(adapter: Adapter, modules: Mapping[str, nn.Module], problems: Probl
             with problems.at(key):
                 base = tensors[key] if key in tensors else _of_base(modules.get(module), own)
                 tensors[key] = change(base, tensors[name], tensors.get(join(module, _PLACES)))
-                if key not in full:
-                    full.append(key)
-                    kept += [key] if own == "weight" else []
+                kept += [key] if own == "weight" and key not in full else []
+                full[key] = None
     left = {name for name in full if name.endswith((f".{_ROWS}", f".{_PLACES}", f".{_BIAS}"))}
-    full = [name for name in full if name not in left]
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
-    return replace(adapter, tensors=tensors, trained_in_full=full, kept=kept, format="peft")
+    return replace(
+        adapter,
+        tensors=tensors,
+        trained_in_full=[name for name in full if name not in left],
+        kept=kept,
+        format="peft",
+    )
 
 
 def _of_base(module: nn.Module | None, own: str) -> Tensor:

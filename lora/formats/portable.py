@@ -57,7 +57,7 @@ def _values(settings: ModuleAdapter, A: Tensor, B: Tensor) -> int:
     return of_A * groups + of_B  # kernels for the channels of other groups, too
 
 
-def portable(adapter: Adapter) -> Adapter:
+def portable(adapter: Adapter, function: str = "write_adapter") -> Adapter:
     """The same adapter with one rank for all modules, and a scaling of 1 that every reader agrees on.
 
     Each scaling is folded into B, and A and B are padded with zeros to the largest rank: r = lora_alpha = that rank.
@@ -68,7 +68,7 @@ def portable(adapter: Adapter) -> Adapter:
         AdapterError: something trains in full, or is a part of the base model that its files lack (rows that were
             added, buffers that moved), for which the form has no place; or a kind of layer is a user's own.
     """
-    what = "write_adapter: the adapter has no portable form"
+    what = f"{function}: the adapter has no portable form"
     dora = [name for name, settings in adapter.modules.items() if settings.use_dora]
     problems = [f"{name} has a magnitude (DoRA), which no scaling can say: merge it." for name in dora]
     # PEFT's own files hold the weight of every adapted embedding; those with samples of the rest, only of resized ones.

@@ -64,7 +64,7 @@ def words(cls: Any, method: str) -> frozenset[str]:
                 found = {*_words_of(code)}
                 known |= found
                 named = {word.removesuffix("()") for word in found}
-                waiting += named - _OF_TORCH
+                waiting += (*(named - _OF_TORCH), *_of_bases(cls, named))
                 for helper in _called(function, named):
                     if _may_apply(helper, function):
                         known.add("apply()")
@@ -98,6 +98,15 @@ def fusing(cls: Any) -> frozenset[str]:
     called = {name: _codes(_function(getattr_static(cls, name))) for name in methods_of(cls)}
     found = {name: {word for code in codes for word in code.co_names} for name, codes in called.items()}
     return frozenset(name for name, its in found.items() if "weight" in its and its & _JOINS and its & _LAYERS)
+
+
+def _of_bases(cls: Any, names: set[str]) -> Iterator[Any]:
+    """The methods of these names of the classes that a class derives from, where its own calls them."""
+    bases = [base for base in cls.__mro__[1:] if base not in (nn.Module, object)]
+    if names & {"super", *(base.__name__ for base in bases)}:
+        for base in bases:
+            its = (vars(base).get(name) for name in names - _OF_TORCH)
+            yield from (method for method in its if isfunction(method) or isinstance(method, (property, staticmethod)))
 
 
 def _called(function: Any, names: set[str]) -> Iterator[Any]:

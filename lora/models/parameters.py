@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch.nn as nn
 
@@ -53,19 +54,35 @@ def within(modules: Iterable[nn.Module], names: Names, problems: Problems) -> li
     named = [*modules]
     if not any(map(keeps_matrices, named)):
         return named
-    kept: dict[nn.Module, list[Owned]] = {}
+    kept: dict[nn.Module, dict[str, Owned]] = {}
     for one in owned_tensors(names):
         if one.own in one.module._parameters:
-            kept.setdefault(one.module, []).append(one)
-    memory, found = Memory(one for its in kept.values() for one in its), list[nn.Module]()
+            kept.setdefault(one.module, {})[one.own] = one
+    memory, found = Memory(one for its in kept.values() for one in its.values()), list[nn.Module]()
     for module in named:
-        if keeps_matrices(module):
-            matrices = (one for one in kept.get(module, ()) if len(weights.whole_shape(one.tensor)) == 2)
-            found += (*parts_of(module).values(), *_as_modules(matrices, memory, names, problems))
-            found += (child for child in module.children() if kind_for(type(child)) is not None)
-        else:
+        if not keeps_matrices(module):
             found.append(module)
+            continue
+        parts, its, child = parts_of(module), kept.get(module, {}), module._modules.get("out_proj")
+        for own in _matrices_of(module):
+            if own in parts:
+                found.append(parts[own])
+            elif own in its:
+                found += _as_modules([its[own]], memory, names, problems)
+            else:
+                name = join(names[module][0], own)
+                problems.add(f"{name}: is computed (by a parametrization, or pruning); make that permanent first.")
+        found += [] if child is None or kind_for(type(child)) is None else [child]
     return found
+
+
+def _matrices_of(module: Any) -> Sequence[str]:
+    """What the matrices are called that such a module keeps, be they its parameters now or computed."""
+    if isinstance(module, nn.RNNBase):
+        return [own for own in module._flat_weights_names if own.startswith("weight_")]
+    if isinstance(module, nn.RNNCellBase):
+        return "weight_ih", "weight_hh"
+    return ("in_proj_weight",) if module._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def known_by(targets: Iterable[nn.Module], names: Names) -> Names:

@@ -1,14 +1,19 @@
 """examples/trainer.py: checkpoints of the adapter alone, quantised bases, a reference that is the same model."""
 
 import copy
+import os
+import unittest.mock
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.state import AcceleratorState
 from phi3.tiny import tokenizer
 from safetensors import safe_open
 from torch.nn.functional import logsigmoid
+from torch.nn.parallel import DistributedDataParallel
 from trainer import AdapterCheckpoints, Reference, Trainer, known_as_adapted
 
 import lora
@@ -172,6 +177,27 @@ def test_sharded_models_keep_the_trainers_own_checkpoints(sharding):
     one = Sharding(torch.nn.Linear(2, 2))
     one._save("folder", {}), one._load_from_checkpoint("folder", one.model), one._load_best_model()
     assert calls == [("save", "folder", {}), ("load", "folder", one.model), ("best",)]
+
+
+def two_train(folder):
+    rank = str(dist.get_rank())
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with unittest.mock.patch.dict(os.environ, group):
+        AcceleratorState._reset_state(True)
+        whole, rest = (trainer_of(adapted(folder), folder, best=True) for _ in range(2))
+        whole.train()
+        assert type(whole.model_wrapped) is DistributedDataParallel
+        rest.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+        AcceleratorState._reset_state(True)
+    torch.testing.assert_close(trained_in(rest.model), trained_in(whole.model), rtol=0, atol=0)
+    return trained_in(whole.model)
+
+
+@pytest.mark.slow
+def test_two_processes_share_checkpoints_and_resume_alike(ranks, folder):
+    first, second = ranks.run(two_train, folder)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert len([*(folder / "run").rglob("adapter.safetensors")]) == 2
 
 
 # ---- the reference of DPO --------------------------------------------------------------------------------------------

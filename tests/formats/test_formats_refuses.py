@@ -289,3 +289,24 @@ def test_errors_bear_the_name_of_the_function_that_was_called(tmp_path, format):
         with pytest.raises(lora.AdapterError, match=rf"\A{function.__name__}: ") as caught:
             function(what, tmp_path / "a", format=format)
         assert str(caught.value).count("_adapter: ") == 1
+
+
+# ---- errors bear the name of the function that was called -------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["lora", "peft", "portable", "diffusers"])
+def test_an_error_is_the_functions_that_was_called(format, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))  # "0" is in no model of a pipeline
+    lora.inject(model, target_modules=["0"], r=2, use_dora=True)
+    adapter = lora.adapter_of(model)
+    if format in ("lora", "peft"):  # which have a place for magnitudes
+        nn.init.constant_(model[0].lora_A, float("nan"))
+        adapter.tensors["0.lora_A"] = model[0].lora_A.detach()
+    calls = {
+        "save_adapter": lambda: lora.save_adapter(model, tmp_path, format),
+        "write_adapter": lambda: lora.write_adapter(adapter, tmp_path, format),
+    }
+    for name, call in calls.items():
+        with pytest.raises(lora.AdapterError, match=rf"^{name}: .*, because\n") as caught:
+            call()
+        assert str(caught.value).count("_adapter:") == 1

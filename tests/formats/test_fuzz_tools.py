@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     tensors=tensors(),
     file=st.sampled_from(["a.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors", "a.pt"]),

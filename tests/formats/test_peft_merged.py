@@ -25,7 +25,7 @@ def saved(folder, enabled, size, inputs=5):
     return write_peft(folder, tensors, enable_lora=enabled, merge_weights=False), update
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(enabled=st.lists(st.booleans(), min_size=1, max_size=5).filter(any), size=st.integers(1, 3))
 def test_the_update_is_that_of_its_convolution(tmp_path_factory, enabled, size):
     size *= 2  # of which two groups can be made

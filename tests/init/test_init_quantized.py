@@ -88,7 +88,8 @@ def test_an_unquantised_base_loads_what_training_has_added(tmp_path):
     lora.loftq(model, weights_of(plain))
     with torch.no_grad():
         model[2].lora_B.add_(0.05)
-    lora.save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.warns(UserWarning, match="1 of 2 adapters are as they started, and others have learnt: 0. "):
+        lora.save_adapter(model, tmp_path / "adapter.safetensors")
     other = copy.deepcopy(plain)
     lora.load_adapter(other, tmp_path / "adapter.safetensors")
     A, largest = model[2].lora_A.double().detach().numpy(), np.abs(update(model[2])).max()

@@ -8,6 +8,7 @@ import re
 
 import pages
 import pytest
+import transformers  # noqa: F401 (most sections' code needs it)
 from test_extras import brought_by, imported_by
 
 SECTIONS = pages.sections(pages.ROOT / "docs" / "training.md")

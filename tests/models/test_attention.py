@@ -241,10 +241,8 @@ def test_checkpointing_changes_nothing(name, use_reentrant):
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("name", ["itself", "other keys", "crossed", "clip", "vit", "encoder layer"])
 def test_it_is_compiled_without_a_break(name):
-    if name == "encoder":
-        return  # torch's own goes by what is in the mask
     _, _, _, of = ATTENTIVE[name]
     for settings in ({}, {"use_dora": True}):
         model, inputs, _ = adapted(*ATTENTIVE[name], **settings)
@@ -341,6 +339,34 @@ def test_what_is_wrong_is_said_at_once_and_leaves_the_model_as_it_was():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match=r"a.in_proj_weight: `splits` .*must .*add up to `out_features` \(=24\)"):
         lora.inject(model, target_modules=["a"], splits={"in_proj_weight": (8, 8)})
+
+
+def test_what_is_computed_is_not_passed_over():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.LSTM(8, 4), "c": nn.Linear(8, 8)})
+    nn.utils.parametrizations.weight_norm(model["a"], "in_proj_weight")
+    nn.utils.parametrizations.orthogonal(model["b"], "weight_hh_l0")
+    with pytest.raises(ValueError, match=r"a.in_proj_weight: is computed .*\n.*b.weight_hh_l0: is computed") as e:
+        lora.inject(model, target_modules=["a", "b", "c"], r=2)
+    assert str(e.value).count("\n") == 2
+    lora.inject(model, target_modules=["c"], r=2)
+
+
+class Placed(nn.MultiheadAttention):
+    """With a matrix that it does not project with, and a layer of its own."""
+
+    def __init__(self):
+        super().__init__(8, 2, batch_first=True)
+        self.places, self.gate = nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.places
+        return super().forward(x, x, x)[0] * self.gate(x).sigmoid()
+
+
+def test_what_a_subclass_keeps_beside_is_left_alone():
+    model, (x,), base = adapted(Placed, ["x"], (X,), lambda y: y)
+    assert {*adapters(model)} == {"x.in_proj_weight", "x.out_proj.weight"}
+    assert_close(model["x"](x), by_hand(model, base)(x))
 
 
 def test_what_is_excluded_is_left_alone():

@@ -266,6 +266,18 @@ def encoder(layers=None):
     return nn.TransformerEncoder(layer, layers) if layers else layer
 
 
+class Called(nn.MultiheadAttention):
+    """What reads stands in the forward of the class that it derives from."""
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0] * 2
+
+
+class CalledByName(Fused):
+    def forward(self, x):
+        return Fused.forward(self, x) * 2
+
+
 X = torch.randn(2, 5, 8)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 # For each: the module, its targets, what goes in, and what of the output counts.
@@ -284,6 +296,8 @@ READERS = {
     "parts": (OfParts, "all-linear", (X,), lambda y: y),
     "kernel": (Kernel, "all-linear", (X,), lambda y: y),
     "attention": (attention, ["out_proj"], (X, X, X), lambda y: y[0]),
+    "called": (lambda: Called(8, 2), ["out_proj"], (X,), lambda y: y),
+    "called by name": (CalledByName, "all-linear", (X,), lambda y: y),
     "encoder layer": (encoder, "all-linear", (X,), lambda y: y),
     "encoder": (lambda: encoder(2), "all-linear", (X, None, PADDED), lambda y: y[:, :3]),
     "decoder": (

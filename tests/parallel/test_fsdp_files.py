@@ -245,7 +245,7 @@ def _load_refused(folder):
     shard(model)
     with refused(model, FileNotFoundError, "there is no file"):
         lora.load_adapter(model, folder / "nothing")
-    with refused(model, TypeError, "`lora_alpha` is for loralib's files"):
+    with refused(model, TypeError, "`lora_alpha` is for files that do not say it"):
         lora.load_adapter(model, lora.adapter_of(one), lora_alpha=2)
     (folder / f"{dist.get_rank()}").write_text("no adapter" * 10)
     with refused(model, lora.AdapterError, "0 is not"):
