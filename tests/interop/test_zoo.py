@@ -280,8 +280,8 @@ def generates(case: Case, tmp_path) -> None:
     close(list(got.logits), list(expected.logits), 1e-4)
 
 
-QUICK = [starts, computes, learns, is_disabled]
-SLOW = [saves, merges, ejects, goes_to_peft, comes_from_peft, recomputes, generates]
+QUICK = [computes, learns, is_disabled]
+SLOW = [starts, saves, merges, ejects, goes_to_peft, comes_from_peft, recomputes, generates]
 
 
 def run(case: Case, checks: list[Callable[..., None]], tmp_path) -> None:
@@ -307,7 +307,7 @@ def test_a_model_with_adapters_is_that_of_w(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.ROWS)
-def test_it_is_saved_merged_ejected_checkpointed_and_exchanged_with_peft_and_generates(name, tmp_path):
+def test_it_starts_is_saved_merged_ejected_checkpointed_and_exchanged_with_peft_and_generates(name, tmp_path):
     run(Case(zoo.ROWS[name]), SLOW, tmp_path)
 
 
