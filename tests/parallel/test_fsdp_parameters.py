@@ -98,3 +98,34 @@ def _refused():
 
 def test_what_is_sharded_already_is_refused(ranks):
     ranks.run(_refused)
+
+
+class Sequence(nn.Module):
+    """Attention and a recurrent layer, which keep their matrices for themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x):
+        x = x.unflatten(1, (2, 3)).repeat(1, 1, 2)  # (rows, 6) -> (rows, 2, 6)
+        return self.lstm(self.attn(x, x, x, need_weights=False)[0])[0].contiguous()  # FSDP2 warns of views
+
+
+def _sequence(use_dora):
+    torch.manual_seed(0)
+    fields = {"target_modules": ["attn", "lstm"], "splits": {}, "enable_lora": {}, "r": 1, "use_dora": use_dora}
+    sharded, one = twins(model=nn.Sequential(nn.Identity(), Sequence()).double(), **fields)
+    shard(sharded)
+    for model, batch in ((sharded, mine(X)), (one, X)):
+        loss_of(model, batch).backward()
+    assert_same(sharded, one, gradient)
+    adapter, expected = lora.adapter_of(sharded), lora.adapter_of(one)
+    assert adapter.modules == expected.modules
+    assert all(torch.equal(adapter.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_attention_and_recurrent_layers_are_sharded(ranks, use_dora):
+    ranks.run(_sequence, use_dora)
