@@ -1,13 +1,15 @@
 """What the site needs beside Markdown and mkdocs' own plugins; mkdocs.yml names this file.
 
 The pages are written to be read in the repository. For the site:
-- files that they link to outside of docs/ become pages as well, under `repository/`;
+- files that they link to outside of docs/ become pages as well, under `repository/`: notebooks with what they put out;
 - each heading of reference.md that is a public name is followed by its docstring;
 - doctests in docstrings become blocks of code;
 - `lora.name`, in code, leads to the reference;
 - what a link in the built site leads to must be there, or the build has a warning, an error with `--strict`.
 """
 
+import base64
+import json
 import logging
 import os
 import re
@@ -55,7 +57,7 @@ def _targets(path):
     """What a page, or a folder's list of files, links to."""
     if path.is_dir():
         return [] if (path / "README.md").exists() else _files_in(path)
-    text = FENCE.sub("", path.read_text(encoding="utf-8")) if path.suffix == ".md" else ""
+    text = FENCE.sub("", _markdown(path)) if path.suffix in (".md", ".ipynb") else ""
     return [_target(link, path.parent) for _, link in LINK.findall(text)]
 
 
@@ -82,9 +84,28 @@ def _page(target):
         links = "\n".join(f"- [{path.name}]({path.name})" for path in _files_in(target))
         return f"{front}# {name}\n\n{links}\n"
     text = target.read_text(encoding="utf-8")
-    if target.suffix == ".md":
-        return front + text
+    if target.suffix in (".md", ".ipynb"):
+        return front + _markdown(target)
     return f"{front}# {name}\n\n`````{LANGUAGES.get(target.suffix, 'sh')}\n{text}\n`````\n"
+
+
+def _markdown(path):
+    """The text of a page, or of a notebook with what its cells put out."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).strip()}\n```")
+            for kind in output.get("data", {}).keys() & {"image/png", "image/svg+xml"}:
+                data = "".join(output["data"][kind])
+                data = data if kind == "image/png" else base64.b64encode(data.encode()).decode()
+                parts.append(f'<img alt="what this cell shows" src="data:{kind};base64,{data}">')
+    return "\n\n".join(parts) + "\n"
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
