@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from dis import Instruction, get_instructions
 from inspect import getattr_static, isfunction, ismodule, unwrap
-from types import CodeType
+from types import BuiltinMethodType, CellType, CodeType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,28 +20,47 @@ class Needs(NamedTuple):
         apply: it applies a function of autograd's, or may: that takes tensors alone.
         matmul: it multiplies by `@`, whose operands a compiler takes in the other order if the left one is no tensor.
         lists: it finds parameters in their dict, and not by name.
+        asks: it asks whether the weight is a parameter or a tensor.
+        maps: it gives what it has to one of torch's transforms, which take tensors alone.
     """
 
     apply: bool = False
     matmul: bool = False
     lists: bool = False
+    asks: bool = False
+    maps: bool = False
 
     def why_tensor(self) -> str | None:
         """Why W must be a tensor; None if it need not be one."""
-        if self.apply:
-            return "`apply`"
+        for needed, why in (
+            (self.apply, "`apply`"),
+            (self.asks, "`isinstance`"),
+            (self.maps, "one of torch's transforms"),
+        ):
+            if needed:
+                return why
         return "`@`" if self.matmul and torch.compiler.is_compiling() else None
 
     def others(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
         """What a twin of a module needs to have for code to find these in the places of its weights."""
-        lists = self.lists and weights
-        return {**weights, "_parameters": {**module._parameters, **weights}} if lists else weights
+        if self.asks:
+            for weight in weights.values():
+                if isinstance(weight, torch.Tensor):
+                    weight._is_param = True  # of which `isinstance(…, nn.Parameter)` asks
+        if not self.lists or not weights:
+            return weights
+        own = {f"{name}_{its}" for name in weights for its in _ADAPTERS} | (
+            {*_ADAPTERS} if "weight" in weights else set()
+        )
+        kept = {name: parameter for name, parameter in module._parameters.items() if name not in own}
+        return {**weights, "_parameters": {**kept, **weights}}
 
 
 def needs(cls: Any, methods: Iterable[str]) -> Needs:
     """What methods of a class need."""
     found = frozenset[str]().union(*(words(cls, method) for method in methods))
-    return Needs("apply()" in found, "@" in found, not found.isdisjoint(_LISTS))
+    some = [not found.isdisjoint(words) for words in (LISTS, _ASKS, _MAPS)]
+    return Needs("apply()" in found, "@" in found, *some)
 
 
 # ---- words --------------------------------------------------------------------------------------------------------
@@ -63,8 +82,11 @@ def words(cls: Any, method: str) -> frozenset[str]:
             for code in _codes(function):
                 found = {*_words_of(code)}
                 known |= found
+                known |= {part for word in found if "." in word for part in word.split(".")}  # as `get_submodule` has
                 named = {word.removesuffix("()") for word in found}
-                waiting += (*(named - _OF_TORCH), *_of_bases(cls, named))
+                waiting += (*(named - _OF_TORCH), *_of_bases(cls, named), *_enclosed(function))
+                if _applies_by_name(cls, function, named):
+                    known.add("apply()")
                 for helper in _called(function, named):
                     if _may_apply(helper, function):
                         known.add("apply()")
@@ -117,6 +139,27 @@ def _called(function: Any, names: set[str]) -> Iterator[Any]:
         yield from (each for each in within if isfunction(each) and not each.__module__.startswith("torch."))
 
 
+def _enclosed(function: Any) -> Iterator[Any]:
+    """The functions that one is around, as a decorator's is that does not say so."""
+    for cell in getattr(function, "__closure__", None) or ():
+        inner = cell.cell_contents if cell != CellType() else None
+        if isfunction(inner) and not inner.__module__.startswith("torch."):
+            yield inner
+
+
+def _applies_by_name(cls: Any, function: Any, names: set[str]) -> bool:
+    """Whether some of these names is a function of autograd's, or its `apply`, which code may call by another name."""
+    known = getattr(function, "__globals__", {})
+    for name in names:
+        for one in (known.get(name), getattr_static(cls, name, None)):
+            one = getattr(one, "__func__", one) if isinstance(one, staticmethod) else one
+            its = getattr(one, "__self__", None) if isinstance(one, (MethodType, BuiltinMethodType)) else one
+            applied = (its is one and "apply" in names) or getattr(one, "__name__", "") == "apply"
+            if isinstance(its, type) and issubclass(its, torch.autograd.Function) and applied:
+                return True
+    return False
+
+
 def _may_apply(helper: Any, caller: Any) -> bool:
     """Whether a function may apply a function of autograd's: that of another file does, or something is around it.
 
@@ -131,6 +174,10 @@ def _words_of(code: CodeType) -> Iterator[str]:
     """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
     found = [word for word in map(_word, get_instructions(code)) if word]
     for n, word in enumerate(found):
+        if word in LISTS and n:
+            yield f"{found[n - 1]}.{word}"
+        if word == "isinstance" and found[n + 1 : n + 2] == ["self"] and {*found[n + 2 : n + 7]} & _TENSORS:
+            yield "isinstance(self)"
         asked = {*found[n + 1 : n + 2]} & _ASKED or "isinstance" in found[max(0, n - 3) : n]
         if word != "weight" or not asked:
             yield word
@@ -145,7 +192,12 @@ def _word(one: Instruction) -> str:
 
 
 _ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}
-_LISTS = {"_parameters", "parameters()", "named_parameters()"}
+#: Ways to a module's parameters that do not name them.
+LISTS = {"_parameters", "parameters()", "named_parameters()", "state_dict()", "__getattr__()"}
+_ASKS = {"isinstance(self)", "get_parameter()"}
+_MAPS = {"vmap()", "vmap", "functional_call()", "functional_call", "jacrev", "jacfwd", "grad_and_value"}
+_TENSORS = {"Tensor", "Parameter"}
+_ADAPTERS = "lora_A", "lora_B", "lora_magnitude"
 # What the functions and classes are called by which methods put weights together, and make layers of them.
 _JOINS = {"cat", "concat", "concatenate", "vstack", "hstack", "stack"}
 _LAYERS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}

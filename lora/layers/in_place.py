@@ -10,7 +10,9 @@ that stands for W and is not built where that can be avoided.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
+from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -38,18 +40,36 @@ def with_others(
     The method is called of a twin of the module that shares everything else with it. So the module itself is never
     without its own, and other threads may compute with it meanwhile.
     """
-    own = dict(vars(module))
+    own = own_of(module)
     twin = twin_of(module, cls, others)
     output = method(twin, *args, **kwargs)
     keep(module, own, twin, others)
     return output
 
 
+def own_of(module: nn.Module) -> dict[str, Any]:
+    """What a module has, before a method of its runs on a twin."""
+    return {**vars(module), "_parameters": {**module._parameters}}
+
+
 def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> Any:
-    """An instance of a class that shares everything but some attributes with a module."""
+    """An instance of a class that shares everything but some attributes with a module.
+
+    A method of the module that the module keeps, as a table of activations does, is the twin's there.
+    """
     twin = object.__new__(cls)
     vars(twin).update(vars(module), **others)  # they go before parameters of the same name
+    for name, value in [*vars(twin).items()]:
+        held = exchanged_in(value, [(module, twin)]) if _holds_methods(value) else value
+        if held is not value:
+            others[name] = vars(twin)[name] = held
     return twin
+
+
+def _holds_methods(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds_methods(each) for each in (value.values() if isinstance(value, dict) else value))
+    return type(value) is MethodType
 
 
 def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[str, Any]) -> None:
@@ -58,16 +78,21 @@ def keep(module: nn.Module, own: dict[str, Any], twin: nn.Module, others: dict[s
     It is not given what holds the others, as when recurrent layers note which weights they have seen.
     """
     for name, value in vars(twin).items():
-        changed = name not in others and (name not in own or own[name] is not value)
+        changed = name not in others and name != "_parameters" and (name not in own or own[name] is not value)
         if changed and not _holds(value, [*others.values()]):
             vars(module)[name] = value
+    for name in others:
+        before = own["_parameters"].get(name)
+        if before is not None and module._parameters.get(name) is not before:
+            module._parameters[name] = before
+            raise RuntimeError(f"`{name}` of {instance(module)}{_NOT_WRITTEN.format('an assignment')}")
 
 
 def _holds(value: Any, others: list[Any]) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return any(_holds(each, others) for each in (value.values() if isinstance(value, dict) else value))
     value = value() if isinstance(value, ref) else value
-    return any(value is other for other in others)
+    return isinstance(value, LowRankWeight) or any(value is other for other in others)
 
 
 def exchanged_in(value: Any, others: list[tuple[Any, Any]]) -> Any:
@@ -77,12 +102,21 @@ def exchanged_in(value: Any, others: list[tuple[Any, Any]]) -> Any:
         value: what may hold some, itself or further within.
         others: what may be held, each with the other that is to stand in its place.
     """
-    if type(value) in (list, tuple):
-        new = type(value)(exchanged_in(each, others) for each in value)
-        return value if all(a is b for a, b in zip(value, new, strict=True)) else new
-    if type(value) is dict:
-        new = {key: exchanged_in(each, others) for key, each in value.items()}
-        return value if all(a is b for a, b in zip(value.values(), new.values(), strict=True)) else new
+    if isinstance(value, (list, tuple)):
+        new = [exchanged_in(each, others) for each in value]
+        if all(a is b for a, b in zip(value, new, strict=True)):
+            return value
+        make = getattr(value, "_make", type(value))  # of a namedtuple, whose class takes them one by one
+        return make(new)
+    if isinstance(value, dict):
+        held = {key: exchanged_in(each, others) for key, each in value.items()}
+        if all(value[key] is each for key, each in held.items()):
+            return value
+        changed = copy(value)
+        changed.update(held)
+        return changed
+    if type(value) is MethodType:
+        return next((MethodType(value.__func__, new) for old, new in others if value.__self__ is old), value)
     return next((new for old, new in others if value is old), value)
 
 
@@ -160,13 +194,16 @@ class LowRankWeight:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
         for value in (*args, *kwargs.values()):
             how = value.taught(function) if isinstance(value, LowRankWeight) else None
             result = NotImplemented if how is None else how(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        why = getattr(function, "__name__", str(function))
-        return function(*(_dense(v, why) for v in args), **{name: _dense(v, why) for name, v in kwargs.items()})
+        for value in _written(name, args, kwargs):
+            if isinstance(value, LowRankWeight):
+                value.refuse_to_write(name)
+        return function(*(_dense(v, name) for v in args), **{key: _dense(v, name) for key, v in kwargs.items()})
 
     # ---- what is known of a tensor without its values ------------------------------------------------------------
 
@@ -218,29 +255,46 @@ class LowRankWeight:
         """W in float32."""
         return self.to(torch.float32)
 
-    def transpose(self, one: int, other: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         """W with two dimensions exchanged."""
-        whole = self.base.dim() == 2 and {one % 2, other % 2} == {0, 1}
-        return self.t() if whole else self.dense("transpose").transpose(one, other)
+        whole = self.base.dim() == 2 and {dim0 % 2, dim1 % 2} == {0, 1}
+        return self.t() if whole else self.dense("transpose").transpose(dim0, dim1)
 
     def __getattr__(self, name: str) -> Any:
         if name in _KNOWN:
             return getattr(self.part(), name)
         if name.startswith("__"):  # what copy, pickle and others look for
             raise AttributeError(name)
-        if name.endswith("_") and not name.startswith("_"):
-            raise RuntimeError(
-                f"{_said(self.layer)} must not be written to in a forward, as `.{name}` does: "
-                "the weight there is W₀ + s · B A, which is made anew in each forward. Leave the layer out of "
-                "`target_modules`, or switch that off in the model (RWKV: `model.config.rescale_every = 0`)."
-            )
+        if _writes(name):
+            self.refuse_to_write(f".{name}")
         method: Any = getattr(Tensor, name, None)
         if method in type(self.layer).lora_taught:
             return lambda *args, **kwargs: LowRankWeight.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.dense(name), name)
 
+    def refuse_to_write(self, name: str) -> None:
+        """RuntimeError: what is written to W, which is made anew in each forward, would be lost."""
+        raise RuntimeError(f"{_said(self.layer)}{_NOT_WRITTEN.format(f'`{name}`')}")
+
+    @property
+    def data(self) -> Tensor:
+        """W without gradients, which cannot be written to either."""
+        values = self.dense("data").detach()
+        if torch.compiler.is_compiling():
+            return values
+        values = values.as_subclass(_Unwritten)
+        values.of = self
+        return values
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self.refuse_to_write(".data =")
+
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense("indexing")[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.refuse_to_write("[…] =")
 
     __hash__ = object.__hash__  # `==` is of the values
 
@@ -251,6 +305,53 @@ class LowRankWeight:
         return iter(self.dense("iteration"))
 
 
+class _Unwritten(Tensor):
+    """The values of W, of which a write would be lost."""
+
+    of: LowRankWeight
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        for value in _written(name, args, kwargs):
+            if isinstance(value, _Unwritten):
+                value.of.refuse_to_write(f".data.{name}")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+        if isinstance(result, Tensor) and args and isinstance(args[0], _Unwritten):
+            values = result.as_subclass(Tensor)
+            if not _shares(values, args[0]):
+                return values
+            result = values.as_subclass(_Unwritten)
+            result.of = args[0].of
+        return result
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.startswith("_")) or name in _IN_PLACE
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call writes to; a compiler does not trace the names of functions."""
+    if torch.compiler.is_compiling():
+        return ()
+    return (*(args[:1] if _writes(name) else ()), kwargs.get("out"))
+
+
+_NOT_WRITTEN = (
+    " must not be written to in a forward, as {} does: the weight there is W₀ + s · B A, which is made anew in each "
+    "forward. Leave the layer out of `target_modules`, or switch that off in the model "
+    "(RWKV: `model.config.rescale_every = 0`)."
+)
 # What a weight has in common with W.
 _KNOWN = {"dtype", "device", "ndim", "dim", "numel", "layout", "is_cuda", "is_cpu", "is_meta", "element_size"}
 
@@ -269,6 +370,15 @@ def _dense(value: Any, why: str) -> Any:
     return type(value)(_dense(each, why) for each in value) if type(value) in (list, tuple) else value
 
 
+def _in_place(name: str) -> Callable[..., Any]:
+    def compute(self: LowRankWeight, other: Any) -> Any:
+        if self.base is self.layer.weight:  # else it is a copy, or a part, which the forward has for itself
+            self.refuse_to_write(name)
+        return getattr(Tensor, name.replace("__i", "__"))(self.dense(name), _dense(other, name))
+
+    return compute
+
+
 def _operator(name: str) -> Callable[..., Any]:
     def compute(self: LowRankWeight, *others: Any) -> Any:
         function = getattr(Tensor, name)
@@ -281,3 +391,6 @@ _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_COMPARISONS, "neg", "abs"):
     setattr(LowRankWeight, f"__{_name}__", _operator(f"__{_name}__"))
+_IN_PLACE = {f"__i{name}__" for name in _BINARY if name != "matmul"}
+for _name in _IN_PLACE:
+    setattr(LowRankWeight, _name, _in_place(_name))

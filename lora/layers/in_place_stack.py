@@ -120,9 +120,9 @@ class LowRankStack(LowRankWeight):
         cut: LowRankStack = self[tuple(index)]
         return cut
 
-    def split(self, sizes: int | list[int], dim: int = 0) -> tuple[LowRankStack, ...]:
+    def split(self, split_size: int | list[int], dim: int = 0) -> tuple[LowRankStack, ...]:
         """W in parts of these sizes, along a dimension."""
-        whole = self.shape[dim]
+        whole, sizes = self.shape[dim], split_size
         if isinstance(sizes, int):
             sizes = [min(sizes, whole - start) for start in range(0, whole, sizes)]
         if sum(sizes) != whole:
@@ -135,6 +135,7 @@ class LowRankStack(LowRankWeight):
 
     def narrow(self, dim: int, start: int, length: int) -> LowRankStack:
         """A part of W along a dimension."""
+        start = start + self.shape[dim] if start < 0 else start
         return self._along(dim, start, start + length)
 
     def unbind(self, dim: int = 0) -> Any:
@@ -161,22 +162,23 @@ class LowRankStack(LowRankWeight):
         gains = {"row_gain": self.column_gain, "column_gain": self.row_gain}
         return self._changed(self.base.mT, left=self.right.mT, right=self.left.mT, **gains)
 
-    def transpose(self, one: int, other: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         n = self.base.dim()
-        last = {one % n, other % n} == {n - 2, n - 1}
-        return self.mT if last else self.dense("transpose").transpose(one, other)
+        last = {dim0 % n, dim1 % n} == {n - 2, n - 1}
+        return self.mT if last else self.dense("transpose").transpose(dim0, dim1)
 
     swapaxes = swapdims = transpose
 
-    def permute(self, *dims: Any) -> Any:
+    def permute(self, *dims: Any, **named: Any) -> Any:
         """W with its dimensions in another order."""
-        order, n = [d % self.base.dim() for d in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)], self.ndim
+        given = named.get("dims") or (dims[0] if isinstance(dims[0], (tuple, list)) else dims)
+        order, n = [d % self.base.dim() for d in given], self.ndim
         last = order == [*range(n - 2), n - 1, n - 2]
         return self.mT if last else self.dense("permute").permute(order)
 
-    def contiguous(self) -> LowRankStack:
+    def contiguous(self, **named: Any) -> LowRankStack:
         """W₀ in one piece: a product with W does not ask more."""
-        return self._changed(self.base.contiguous())
+        return self._changed(self.base.contiguous(**named))
 
     def data_ptr(self) -> int:
         """0: W is nowhere. transformers asks whether it is aligned."""
@@ -258,6 +260,8 @@ class LowRankStack(LowRankWeight):
 
     def _method(self, function: Any, input: Any, *args: Any, **named: Any) -> Any:
         """What W has as a method of that name."""
+        if "split_size_or_sections" in named:
+            named["split_size"] = named.pop("split_size_or_sections")
         return getattr(self, function.__name__)(*args, **named) if input is self else NotImplemented
 
 

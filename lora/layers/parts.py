@@ -187,7 +187,7 @@ def own_weights(owner: nn.Module, why_dense: str | None = None) -> dict[str, Any
         others = {name: W.dense(why_dense) if isinstance(W, LowRankWeight) else W for name, W in others.items()}
     pairs = [(part.weight, others[name]) for name, part in parts.items()]
     for name, value in vars(owner).items() if parts else ():
-        if type(value) in (list, tuple, dict) and name not in _OF_TORCH and name != _PARTS:
+        if isinstance(value, (list, tuple, dict, nn.Parameter)) and name not in _OF_TORCH and name != _PARTS:
             held = exchanged_in(value, pairs)
             others |= {} if held is value else {name: held}
     return others

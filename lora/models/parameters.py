@@ -142,6 +142,15 @@ def all_parts(names: Names) -> Iterator[tuple[nn.Module, str]]:
             yield one.module, one.own
 
 
+def _computed_from(one: Owned) -> str:
+    """The hook before a module's forward that computes a weight of this parameter, as torch's older functions do."""
+    for hook in one.module._forward_pre_hooks.values():
+        of = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if of is not None and type(hook).__module__.startswith("torch.nn.utils") and one.own.startswith(f"{of}_"):
+            return type(hook).__name__
+    return ""
+
+
 def _unfit(one: Owned, memory: Memory) -> str | None:
     """The reason why a part cannot stand for a parameter."""
     shape = weights.whole_shape(one.tensor)
@@ -149,6 +158,8 @@ def _unfit(one: Owned, memory: Memory) -> str | None:
         return "is of a LoRA layer, which has its adapter already."
     if len(shape) not in PARTS:
         return f"has the shape {tuple(shape)}; LoRA adapts matrices, and stacks of them."
+    if computes := _computed_from(one):
+        return f"{computes} reads it, and computes what the forward takes instead; make that permanent first."
     others = [name for other in memory.sharing(one.tensor) if other.module is not one.module for name in other.names]
     if others:
         return f"is tied to {', '.join(others)}, which the update would leave out, or change too."

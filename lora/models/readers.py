@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from typing import Any, ClassVar
 
 import torch.nn as nn
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from lora.errors import instance, some
 from lora.layers import weights
-from lora.layers.code import Needs, fusing, methods_of, needs, reads_what_it_is_given, words
-from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
+from lora.layers.code import LISTS, Needs, fusing, methods_of, needs, reads_what_it_is_given, words
+from lora.layers.in_place import LowRankWeight, keep, own_of, twin_of, with_others
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part, forget_parts, own_name, own_weights, parts_of, replicate_parts
 from lora.layers.state import PARAMETERS
@@ -158,7 +159,7 @@ def _with_weights(module: nn.Module, reads: Reads, needed: Needs, twins: list[_T
             others, cls = needed.others(child, {"weight": weight}), child.lora_base_class
         if child is not None and others:
             children[name] = twin = twin_of(child, cls, others)
-            twins.append((child, dict(vars(child)), twin, others))
+            twins.append((child, own_of(child), twin, others))
     return children
 
 
@@ -210,17 +211,19 @@ def _readers_of(layers: Names, names: Names) -> dict[nn.Module, Reading]:
             called = {"forward"}
             for module, path in _around(modules, name):
                 cls, said = _written_class(module), without_wrappers(".".join(path)).split(".")
-                tensor = said.pop() if isinstance(layer, Part) else "weight"
-                methods = {method for method in called & methods_of(cls) if _reads(module, cls, method, said, tensor)}
+                owner, tensor = (layer.lora_owner, said.pop()) if isinstance(layer, Part) else (None, "weight")
+                methods = {
+                    method for method in called & methods_of(cls) if _reads(module, cls, method, said, tensor, owner)
+                }
                 if not said:  # the owner itself, by whatever way it gets at its parameter
-                    methods.add("forward")
+                    methods |= {"forward"} if cls.__call__ is nn.Module.__call__ else {"forward", "__call__"}
                 if methods:
                     reading = found.setdefault(module, Reading())
                     reading.methods.update(methods)
                     _enter(reading.layers, path, layer)
                 called |= {word.removesuffix("()") for word in words(cls, "forward")}
                 for method in fusing(cls) - called:
-                    if _reads(module, cls, method, said, tensor):
+                    if _reads(module, cls, method, said, tensor, owner):
                         found.setdefault(module, Reading()).fusing.setdefault(method, []).append(".".join(path))
     return found
 
@@ -269,7 +272,7 @@ def _read_in(module: nn.Module, reads: Reads) -> Iterator[tuple[str, nn.Module]]
             yield name, child
 
 
-def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: str) -> bool:
+def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: str, owner: nn.Module | None) -> bool:
     """Whether a method of a module's class, with what it calls of it, names a layer within it, and its weight.
 
     Or it names the layer, and calls a child that reads the weight of what it is given. A layer whose name is called
@@ -277,13 +280,36 @@ def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: st
     """
     found = words(cls, method)
     *above, last = [name for name in path if not name.isdigit()] or [tensor]
-    if LoRALayer in cls.__mro__ or last not in found or not all(_named(name, found) for name in above):
+    if LoRALayer in cls.__mro__:
         return False
-    return tensor in found or any(
-        f"{name}()" in found and _reads_given(_written_class(child))
-        for name, child in module._modules.items()
-        if child is not None
+    if not found.isdisjoint(_WALKS) and tensor in found:
+        return True
+    if last not in found or not all(_named(name, found) for name in above):
+        return False
+    if path and not found.isdisjoint({f"{last}.{way}" for way in LISTS}):
+        return True
+    return (
+        tensor in found
+        or isinstance(owner, _HOLDERS)
+        or _by_property(owner, found, tensor)
+        or any(
+            f"{name}()" in found and _reads_given(_written_class(child))
+            for name, child in module._modules.items()
+            if child is not None
+        )
     )
+
+
+# They give what they hold under any name, or one after the other.
+_HOLDERS = nn.ParameterList, nn.ParameterDict
+# Ways to a child that is not named.
+_WALKS = {"children()", "named_children()", "modules()", "named_modules()", "_modules"}
+
+
+def _by_property(owner: nn.Module | None, found: frozenset[str], tensor: str) -> bool:
+    """Whether some of these names is a property of the owner's that reads its tensor."""
+    cls = None if owner is None else _written_class(owner)
+    return any(isinstance(getattr_static(cls, name, None), property) and tensor in words(cls, name) for name in found)
 
 
 def _named(name: str, found: frozenset[str]) -> bool:
