@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch.nn as nn
 from torch import Tensor
@@ -99,17 +98,14 @@ class WeightReader(nn.Module):
         return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
 
 
-# Classes that were made, as long as there are modules of them; of other methods, where a class's were replaced, others.
-_classes: WeakValueDictionary[Any, type[WeightReader]] = WeakValueDictionary()
-
-
 def _class_for(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...]) -> type[WeightReader]:
-    key = (base, methods, fuses, tuple(getattr(base, name) for name in methods))
-    made = _classes.get(key)
-    return _classes.setdefault(key, _made_class(base, methods, fuses)) if made is None else made
+    return _made_class(base, methods, fuses, tuple(getattr(base, name) for name in methods))
 
 
-def _made_class(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...]) -> type[WeightReader]:
+@functools.cache
+def _made_class(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...], written: Any) -> type[WeightReader]:
+    """A class for these methods as they are written now: where one was replaced, it is another class."""
+
     def finding_weights(name: str) -> Any:
         method = getattr(base, name)
 
