@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dis import Instruction, get_instructions
 from inspect import getattr_static, isfunction, ismodule, unwrap
 from types import BuiltinMethodType, CellType, CodeType, MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
+
+T = TypeVar("T")
+
+
+def kept_for_class(function: Callable[..., T]) -> Callable[..., T]:
+    """Call a function of a class, and of one of its methods, once for each, as long as the class is there.
+
+    A method that is replaced, as packages of faster kernels replace `forward`, is another one.
+    """
+    kept: WeakKeyDictionary[Any, dict[Any, T]] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def call(cls: Any, *method: str) -> T:
+        known = kept.setdefault(cls, {})
+        # Its code and not the function, which may hold the class (by `super()`), and would keep it.
+        written = getattr(cls, method[0] if method else "forward", None)
+        key = (method, getattr(unwrap(written) if callable(written) else written, "__code__", None))
+        if key not in known:
+            known[key] = function(cls, *method)
+        return known[key]
+
+    return call
 
 
 class Needs(NamedTuple):
@@ -66,7 +89,7 @@ def needs(cls: Any, methods: Iterable[str]) -> Needs:
 # ---- words --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@kept_for_class
 def words(cls: Any, method: str) -> frozenset[str]:
     """The names and strings in a method's code, and in what it calls of its class and file; `name()` where called.
 
@@ -95,14 +118,14 @@ def words(cls: Any, method: str) -> frozenset[str]:
     return frozenset(known)
 
 
-@functools.cache
+@kept_for_class
 def methods_of(cls: Any) -> frozenset[str]:
     """The methods of a class that others may call in a forward."""
     own = {name for owner in cls.__mro__ if owner.__module__ != "torch.nn.modules.module" for name in vars(owner)}
     return frozenset(name for name in own if isfunction(getattr_static(cls, name)) and name not in _OF_TORCH)
 
 
-@functools.cache
+@kept_for_class
 def reads_what_it_is_given(cls: Any) -> bool:
     """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
     for code in _codes(_function(getattr_static(cls, "forward"))):
@@ -114,7 +137,7 @@ def reads_what_it_is_given(cls: Any) -> bool:
     return False
 
 
-@functools.cache
+@kept_for_class
 def fusing(cls: Any) -> frozenset[str]:
     """The methods of a class that make one layer of the weights of several, as `fuse_projections` of diffusers'."""
     called = {name: _codes(_function(getattr_static(cls, name))) for name in methods_of(cls)}

@@ -99,8 +99,14 @@ class WeightReader(nn.Module):
         return _new, self.lora_reader, *super().__reduce_ex__(protocol)[2:]
 
 
-@functools.cache
 def _class_for(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...]) -> type[WeightReader]:
+    return _made_class(base, methods, fuses, tuple(getattr(base, name) for name in methods))
+
+
+@functools.cache
+def _made_class(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...], written: Any) -> type[WeightReader]:
+    """A class for these methods as they are written now: where one was replaced, it is another class."""
+
     def finding_weights(name: str) -> Any:
         method = getattr(base, name)
 
