@@ -15,7 +15,10 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 OURS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "lora").rglob("*.py"))]
 # These folders, and those in tests, are on the path, so their names are not part of a module's.
 OURS += [".".join(path.relative_to(ROOT / "examples").with_suffix("").parts) for path in EXAMPLES]
-OURS += [path.stem for path in sorted((ROOT / "tests").rglob("*.py"))]
+OURS += [
+    f"{path.parent.name}.{path.stem}" if (path.parent / "__init__.py").exists() else path.stem
+    for path in sorted((ROOT / "tests").rglob("*.py"))
+]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 OURS = [*(name.removesuffix(".__init__") for name in OURS), "readme", "page"]  # and the code on our pages
 THEIRS = ["torch.jit._script", "torch.utils.data", "transformers.modeling_utils", "peft", "numpy", "loralib.layers"]

@@ -279,7 +279,7 @@ def write_as(
     raise_all(f"{function}: {path} is not written", adapter.problems(), AdapterError)
     if format != adapter.format and (unknown := FORMATS.get(adapter.format, FORMATS["lora"]).only_model):
         raise AdapterError(
-            f"{function}: {path} is not written: {unknown}, only its model knows. Load it into the model with "
-            "`lora.load_adapter(model, file, …)`, and save that."
+            f"{function}: {path} is not written: only its model knows {unknown}. Load it into the model with "
+            "`lora.load_adapter(model, file, …)`, and save it from there."
         )
     writers[format](adapter, place, module_names, function)

@@ -116,8 +116,8 @@ def read(path: Path, lora_alpha: float | None = None) -> Adapter:
                 "load it into its model in Python first (`lora.load_adapter(model, path, lora_alpha=X)`), and save it "
                 "from there (`lora.save_adapter(model, new_path)`)."
                 if format == "loralib"
-                else f"{path} has no scaling: say it with `lora convert {path} NEW --format lora --lora-alpha X`, as "
-                "it was in training."
+                else f"{path} has no scaling: give the one of training with `lora convert {path} NEW --format lora "
+                "--lora-alpha X`."
             ) from None
         raise
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = read(arguments.adapter)
     if unknown := FORMATS[adapter.format].only_model:
         raise AdapterError(
-            f"merge: nothing was written: {unknown} ({arguments.adapter}), only its model knows: load it in Python "
+            f"merge: nothing was written: only its model knows {unknown}; load {arguments.adapter} in Python "
             "(`lora.load_adapter(model, path)`), and use `lora.merge(model)`."
         )
     merge = FolderMerge(model, adapter, arguments.check_base)

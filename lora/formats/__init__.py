@@ -21,7 +21,7 @@ def enter() -> None:
         write=diffusion.write,
         **_in_folder(diffusion.FILES),
         meant=diffusion.meant,
-        only_model="what a module is called without its pipeline",
+        only_model="what its modules are called outside of the pipeline",
     )
     files = (peft_folder.CONFIG, *peft_folder.READERS)
     FORMATS["peft"] = Format(
@@ -34,7 +34,7 @@ def enter() -> None:
         files=files,
     )
     FORMATS[peft_parts.FORMAT] = Format(
-        "PEFT", meant=peft_parts.resolved, only_model="the rest of a tensor that the file has a part of"
+        "PEFT", meant=peft_parts.resolved, only_model="the tensors of which the file holds parts"
     )
     FORMATS["portable"] = Format(
         "PEFT",
@@ -47,11 +47,11 @@ def enter() -> None:
         read=flat.read,
         reads=flat.reads,
         asks=True,
-        only_model="what kind of layers a file of loralib's is for",
+        only_model="what kinds of layers a file of loralib's is for",
     )
     # Of these, and of those above, files are found by `flat`, whatever they are called.
     FORMATS["kohya"] = Format(
-        "kohya", meant=diffusion.meant, only_model="where the dots belong in names with underscores in their place"
+        "kohya", meant=diffusion.meant, only_model="which underscores in the file's names stand for dots"
     )
     FORMATS["torchtune"] = Format("torchtune")
 

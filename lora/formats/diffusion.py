@@ -253,9 +253,9 @@ def _without_place(adapter: Adapter, unknown: Collection[str]) -> Iterator[str]:
     """What of an adapter diffusers has no place for."""
     if unknown:
         yield (
-            "names must say which model of a pipeline they are of. Save it from a module with the model as a child, as "
-            '`lora.save_adapter(torch.nn.ModuleDict({"unet": unet}), folder, format="diffusers")`; the child is one of '
-            f"{', '.join((*_MODELS, *_ENCODERS))}."
+            "names must begin with the model of the pipeline that they belong to. Save it from a module that has the "
+            'model as a child: `lora.save_adapter(torch.nn.ModuleDict({"unet": unet}), folder, format="diffusers")`; '
+            f"the child is one of {', '.join((*_MODELS, *_ENCODERS))}."
         )
     for owner, names in attention_in(adapter).items():
         yield f"{', '.join(names)}: diffusers adapts layers, and {owner} has parameters of its own."

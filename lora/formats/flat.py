@@ -164,7 +164,7 @@ def _check_magnitude(pair: Mapping[str, Tensor]) -> None:
     if shape is not None and (shape[:1] != pair["lora_B"].shape[:1] or shape.numel() != shape[0]):
         raise ValueError(
             f"`dora_scale` must have a value for each of the {len(pair['lora_B'])} outputs, got the shape {(*shape,)}: "
-            "one for each input is not read."
+            "one for each input cannot be read."
         )
 
 
@@ -260,7 +260,7 @@ def read(path: Path, lora_alpha: float | None) -> Adapter:
     tensors, metadata = (read_torch(path), {}) if is_torchs(path) else read_tensors(path)
     style = _style(path, tensors)
     with Problems(f"read_adapter: {path} is not loaded", AdapterError) as problems:
-        problems.add(*(f"{name} is of {other}." for name in tensors if (other := _other(name))))
+        problems.add(*(f"{name} belongs to {other}, which is not read." for name in tensors if (other := _other(name))))
         problems.raise_any()
         if style is None:
             return loralib.from_state_dict(path, tensors, lora_alpha)

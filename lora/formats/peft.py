@@ -42,6 +42,7 @@ from lora.formats.peft_parameters import (
 from lora.formats.portable import over_all_channels, singles, within_groups
 from lora.layers.settings import alpha_of, scaling_of, settings_problems
 from lora.models.patterns import Patterns, Words, ends_of, starts_of
+from lora.models.peft_words import OTHER_UPDATES
 from lora.models.training import is_bias
 
 # Of a module, by its name: its configuration, its rank and its lora_alpha; ValueError if a file does not say them.
@@ -62,10 +63,7 @@ _PARTS = {
     MAGNITUDE: re.compile(r"\.lora_magnitude_vector(\.(?!weight$)[^.]+)?(?:\.weight)?$"),
 }
 # Settings under which an adapter's A and B alone do not say what it computes.
-_REFUSED_SETTINGS = (
-    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
-    *("velora_config", "monteclora_config", "layer_replication"),
-)
+_REFUSED_SETTINGS = (*OTHER_UPDATES, "layer_replication")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisers that change the base weight: the adapter belongs to what is left of it.
 _REFUSED_INITS = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")

@@ -162,9 +162,9 @@ def unpacked(config: Mapping[str, Any], r: int, lora_alpha: float, A: Tensor, B:
     layout, mapping = config.get(LAYOUT), config.get("auto_mapping")
     if layout is None and r > 1 and isinstance(mapping, dict) and mapping.get("unsloth_fixed"):
         raise ValueError(
-            f"it is of unsloth's, which packed lora_B of experts otherwise than PEFT until September 2026, and the "
-            f"numbers do not say which it is: set {LAYOUT!r} in the configuration to {_BY_EXPERT!r} if it was trained "
-            f"by such a version, or else to {_AS_PEFT!r}."
+            "unsloth wrote it, which until September 2026 packed lora_B of experts otherwise than PEFT, and the "
+            f"numbers do not say which way: set {LAYOUT!r} in the configuration to {_BY_EXPERT!r} if it was trained by "
+            f"such a version, or else to {_AS_PEFT!r}."
         )
     if layout == _BY_EXPERT:
         stack = B.reshape(-1, count, r).transpose(0, 1)  # (E, out, r)

@@ -130,7 +130,7 @@ def _of_base(module: nn.Module | None, own: str) -> Tensor:
             "`module.bias = torch.nn.Parameter(torch.zeros(module.out_features))`."
         )
     if tensor is None or not tensor.is_floating_point():
-        raise ValueError("the adapter changes a part of it, and the module has none of floating-point numbers.")
+        raise ValueError("the adapter changes a part of it, but the module has no such floating-point tensor.")
     if own == "weight" and isinstance(module, LoRALayer) and module.lora_start is not None:
         tensor = pretrained_weight(module)
     return weights.of(module, own, tensor).whole().detach()

@@ -142,8 +142,8 @@ class LowRankWeight:
     def _no_dropout(self, why: str) -> None:
         if self.dropout:
             raise RuntimeError(
-                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with "
-                f"the weight by {why}, of whose inputs none can be dropped."
+                f"`lora_dropout` (={self.dropout}) must be 0 for {_said(self.layer)}: the forward computes with the "
+                f"weight by {why}, whose inputs cannot be dropped."
             )
 
     def taught(self, function: Any) -> Callable[..., Any] | None:

@@ -25,8 +25,7 @@ from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, with_weight
 from lora.layers.registry import new, parts_of
 from lora.layers.settings import scaling_of, scaling_problem, settings_problems
-from lora.layers.state import PARAMETERS as PARAMETERS
-from lora.layers.state import StateDicts
+from lora.layers.state import PARAMETERS, StateDicts
 from lora.layers.weights import sparing
 
 # What a layer keeps beside its settings and parameters.
@@ -347,7 +346,7 @@ class LoRALayer(StateDicts):
         return self
 
     def lora_applied(self, fn: Any) -> Any:
-        """What `_apply` is to apply to the layer's tensors; before it does, for the caches are of what they were."""
+        """What `_apply` is to apply to the layer's tensors; drops caches, which are of the tensors as they were."""
         self._merged = self._squares = self._norms = None  # before `.to()` and the like: no copy on the old device
         self._checked = None
         if self.r == 0:

@@ -15,9 +15,10 @@ import torch.nn as nn
 
 from lora.errors import join
 from lora.layers.in_place import LowRankWeight, exchanged_in
+from lora.layers.state import PARAMETERS
 
 # What a part has of its owner.
-_TENSORS = "weight", "lora_A", "lora_B", "lora_magnitude"
+_TENSORS = "weight", *PARAMETERS
 _PARTS = "lora_parts"
 _OF_TORCH = frozenset(vars(nn.Module()))
 

@@ -57,7 +57,7 @@ class StateDicts(Magnitudes):
             state_dict[keys["weight"]] = weight = weights.of(None, "weight", weight).without_first()
         if is_rest and not self._keeps_rest():
             problem = (
-                "is what a start such as PiSSA's left of its base weight, and the adapter in the model did not start "
+                "is what a start such as PiSSA's left of its base weight, but the adapter in the model did not start "
                 "so; load the pretrained weights, start alike (`lora.initialize`), and then load this."
             )
         elif self.lora_start is not None and weight is not None and not self._has_weight(weight):

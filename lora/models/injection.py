@@ -111,7 +111,7 @@ class InjectionReport:
         return "\n".join(lines)
 
 
-_DRY = "has a weight that its parent may give to a kernel, of whose inputs none is dropped; adapt it without dropout."
+_NO_DROPOUT = "its parent may pass its weight to a kernel, which cannot drop inputs; adapt it with `lora_dropout=0`."
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def inject(model: nn.Module, config: LoraConfig | None = None, **settings: Unpac
         every, left_out = config.target_modules == "all-linear", dict[str, str]()
         dry = read_as_tensors(names, targets) if every and config.lora_dropout else set()
         for module in targets:
-            name, why_never = names[module][0], unfit(model, names[module], module)
-            if every and (reason := why_never or (_DRY if module in dry else why_alone(module))):
+            name, why_never = names[module][0], unfit(module)
+            if every and (reason := why_never or (_NO_DROPOUT if module in dry else why_alone(module))):
                 left_out[name] = reason
                 continue
             with problems.at(name):
@@ -293,7 +293,8 @@ def _plan(
 ) -> Adaptation:
     """The adapter that `config` gives to the module of these names; ValueError where its settings do not fit.
 
-    It is known by more names where the module around it is named for what it keeps.
+    Args:
+        known: `names`, and those of the module that keeps it, by which patterns for r and lora_alpha may mean it.
     """
     check_dropout(module, config.lora_dropout)
     kind = kind_for(type(module))

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lora.errors import instance, join, raise_all, some
 from lora.layers.kind import Place
-from lora.layers.layer import PARAMETERS, LoRALayer
+from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part, own_name, parts_of, tensor_name, with_parts
 from lora.layers.registry import kind_for
+from lora.layers.state import PARAMETERS
 from lora.layers.weights import is_sharded, reshard
 from lora.models.exchange import exchanged
 

@@ -101,7 +101,7 @@ def check_dropout(module: nn.Module, lora_dropout: float) -> None:
     if lora_dropout and isinstance(owner, _RECURRENT):
         raise ValueError(
             f"`lora_dropout` (={lora_dropout}) must be 0 for a weight of {instance(owner)}: torch "
-            "computes its steps in one go, and takes W as a whole, of whose inputs none can be dropped."
+            "computes all its steps in one call, and cannot drop inputs of B A alone."
         )
 
 

@@ -30,7 +30,12 @@ _NOTES = {
 }
 # Words that ask for what is done in another way, or not at all: what they may say, and what to do instead.
 _CALIBRATE = "`lora.calibrate` takes the data and these settings after `inject`"
-_NOT_HERE = "leave it out: the update would be another one than W₀ + s · B A"
+#: Words under which an adapter computes something else than W₀ + s · B A.
+OTHER_UPDATES = (
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("velora_config", "monteclora_config"),
+)
+_NOT_HERE = "leave it out: with it the adapter would compute something else than W₀ + s · B A"
 _ELSEWHERE: dict[str, tuple[Sequence[object], str]] = {
     "peft_type": ((None, "LORA"), "only 'LORA' is known here"),
     "eva_config": ((None,), _CALIBRATE),
@@ -43,13 +48,7 @@ _ELSEWHERE: dict[str, tuple[Sequence[object], str]] = {
     "runtime_config": ((None,), "leave it out: offload the weights with the tool that trains"),
     "trainable_token_indices": ((None,), "name the embedding in `target_modules` or in `modules_to_save`"),
     "lora_bias": ((None, False), "let the layer's own bias train, by `bias='lora_only'`"),
-    "use_qalora": ((None, False), _NOT_HERE),
-    "use_bdlora": ((None,), _NOT_HERE),
-    "arrow_config": ((None,), _NOT_HERE),
-    "kasa_config": ((None,), _NOT_HERE),
-    "velora_config": ((None,), _NOT_HERE),
-    "monteclora_config": ((None,), _NOT_HERE),
-    "alora_invocation_tokens": ((None,), _NOT_HERE),
+    **dict.fromkeys(OTHER_UPDATES, ((None, False), _NOT_HERE)),
 }
 
 
@@ -135,7 +134,7 @@ def in_layers(config: Config, targets: list[nn.Module], names: Names, problems: 
         if numbers & wanted or not in_full.isdisjoint(known):
             kept.append(module)
     for pattern in filter(unused.__contains__, expressions):
-        problems.add(f"`layers_pattern` {pattern!r} is around no target.")
+        problems.add(f"`layers_pattern` {pattern!r} matches no target.")
     missing = sorted(wanted - there)
     if missing and not (unused and not there):
         listed = some(map(str, missing), len(missing))
@@ -163,7 +162,7 @@ def _layers(numbers: Sequence[int]) -> str:
 def _hint(there: set[int], example: str) -> str:
     if there:
         return f" (they are in {some(map(str, sorted(there)), len(there))})"
-    return f" ({example!r} has none behind two names; `layers_pattern` says the name of the list that layers are in)"
+    return f" ({example!r} has no number after two names; name the list that holds the layers in `layers_pattern`)"
 
 
 # ---- what a layer's class says -------------------------------------------------------------------------------------
@@ -171,14 +170,10 @@ def _hint(there: set[int], example: str) -> str:
 
 def tell_of_layout(config: Config, targets: Sequence[nn.Module]) -> None:
     """Warn, as PEFT does, where `fan_in_fan_out` is said of layers none of which stores its weight so."""
-    ours = (
-        getattr(module, "fan_in_fan_out", getattr(kind_for(type(module)), "fan_in_fan_out", False))
-        for module in targets
-    )
-    if config.fan_in_fan_out and targets and not any(ours):
+    if config.fan_in_fan_out and targets and not any(map(_is_transposed, targets)):
         warnings.warn(
-            "`fan_in_fan_out` is True, and no layer that is adapted stores its weight as (in_features, out_features); "
-            "how a layer does is known from its class, and this changes nothing.",
+            "`fan_in_fan_out` is True, but no adapted layer stores its weight as (in_features, out_features). It "
+            "changes nothing: a layer's class says how its weight is stored.",
             stacklevel=4,
         )
 

@@ -20,8 +20,9 @@ from lora.errors import instance, some
 from lora.layers import weights
 from lora.layers.code import Needs, fusing, methods_of, needs, reads_what_it_is_given, words
 from lora.layers.in_place import LowRankWeight, keep, twin_of, with_others
-from lora.layers.layer import PARAMETERS, LoRALayer
+from lora.layers.layer import LoRALayer
 from lora.layers.parts import Part, forget_parts, own_name, own_weights, parts_of, replicate_parts
+from lora.layers.state import PARAMETERS
 from lora.models.model import Names, has_own_forward, without_wrappers
 
 # The children that are read, by name: None for a layer, or what is read within them.

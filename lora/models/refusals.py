@@ -19,7 +19,7 @@ from lora.models.model import Names, by_tensor, has_own_forward, is_lazy, owned_
 
 def refusal(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
     """The reason why the module of these names cannot be adapted, whatever the settings; None if it can."""
-    return why_not_yet(model, names, module) or unfit(model, names, module)
+    return why_not_yet(model, names, module) or unfit(module)
 
 
 def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> str | None:
@@ -45,8 +45,8 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
     return None
 
 
-def unfit(model: nn.Module, names: Sequence[str], module: Any) -> str | None:
-    """What a module is, and what around it, that no adapter fits; None if nothing, or if that cannot be said yet."""
+def unfit(module: Any) -> str | None:
+    """Why no adapter fits a module, whatever is done first; None if one does, or if `why_not_yet` has the reason."""
     kind = kind_for(type(module))
     if kind is None or is_lazy(module) or (isinstance(module, LoRALayer) and module.r > 0):
         return None

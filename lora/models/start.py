@@ -109,8 +109,7 @@ def problems_of_start(layers: Sequence[LoRALayer], names: Names, how: Init) -> I
         yield f"{how!r} needs the weights as they were before they were quantised: `lora.loftq(model, weights)`."
     if isinstance(how, str) and how in starts.OF_DATA:  # what waits for data writes later
         yield from (
-            f"{names[layer][0]}: is a parameter, to which nobody gives inputs that could be looked at; {how!r} is for "
-            "layers."
+            f"{names[layer][0]}: is a parameter, whose inputs cannot be observed; {how!r} is for layers."
             for layer in layers
             if isinstance(layer, Part)
         )

@@ -341,6 +341,6 @@ def test_what_only_the_model_knows_of_other_tools_names(tmp_path, capsys):
     base = base_folder(tmp_path / "base", model.state_dict())
     code, _, error = run(capsys, "merge", base, path, tmp_path / "out")
     assert code == 2
-    assert "where the dots belong in names with underscores in their place" in error
+    assert "which underscores in the file's names stand for dots" in error
     assert "use `lora.merge(model)`" in error
     assert not (tmp_path / "out").exists()

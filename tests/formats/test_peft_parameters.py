@@ -46,7 +46,8 @@ def test_experts_are_unpacked_as_the_configuration_says(layout, tmp_path):
 def test_what_unsloth_packed_in_one_way_or_the_other_is_refused(tmp_path):
     config = {"auto_mapping": {"unsloth_fixed": True}}
     with pytest.raises(
-        lora.AdapterError, match="it is of unsloth's, which packed lora_B of experts otherwise than PEFT"
+        lora.AdapterError,
+        match="unsloth wrote it, which until September 2026 packed lora_B of experts otherwise than PEFT",
     ):
         lora.read_adapter(folder(tmp_path / "peft", config=config))
     lora.read_adapter(folder(tmp_path / "peft", config={**config, "lora_B_layout": "rank_major"}))

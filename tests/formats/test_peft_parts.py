@@ -49,7 +49,7 @@ def test_names_of_raw_state_dicts(tmp_path):
 def test_only_with_the_model_are_parts_whole(tmp_path):
     path = write_peft(tmp_path / "in", PAIR | BIAS, lora_bias=True)
     adapter = lora.read_adapter(path)
-    message = "the rest of a tensor that the file has a part of, only its model knows"
+    message = "only its model knows the tensors of which the file holds parts"
     for format in ("lora", "peft", "portable"):
         refused(lambda format=format: lora.write_adapter(adapter, tmp_path / "out", format), message)
     refused(lambda: lora.combine([(adapter, 0.5), (adapter, 0.5)]), "0.lora_B.bias trained in full")
@@ -86,7 +86,7 @@ REFUSED = {
     "no embedding": (
         {"2.token_adapter.trainable_tokens_delta": torch.ones(1, 5)},
         {AT: [1]},
-        "2.weight: the adapter changes a part of it, and the module has none of floating-point numbers.",
+        "2.weight: the adapter changes a part of it, but the module has no such floating-point tensor.",
     ),
     "layers of the base again": (BIAS, {"layer_replication": [[0, 1]]}, "`layer_replication` is set"),
 }

@@ -164,8 +164,10 @@ def test_only_its_model_knows_where_kohyas_dots_are(tmp_path):
     path, *_ = tools.kohya(tmp_path)
     adapter = lora.read_adapter(path)
     assert adapter.format == "kohya"
-    message = refused(lambda: lora.write_adapter(adapter, tmp_path / "out"), "where the dots belong in names")
-    assert "only its model knows. Load it into the model with `lora.load_adapter(model, file, …)`" in message
+    message = refused(
+        lambda: lora.write_adapter(adapter, tmp_path / "out"), "underscores in the file's names stand for dots"
+    )
+    assert "stand for dots. Load it into the model with `lora.load_adapter(model, file, …)`" in message
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -174,13 +176,13 @@ GOOD = down_up("lora_unet_a")
 AB = {"base_model.model.a.lora_A.weight": torch.ones(2, 6), "base_model.model.a.lora_B.weight": torch.ones(6, 2)}
 MLX = {"a.lora_a": torch.ones(6, 2), "a.lora_b": torch.ones(2, 6)}
 REFUSED = {
-    "LoHa": (GOOD | {"lora_unet_a.hada_w1_a": torch.ones(2, 2)}, "lora_unet_a.hada_w1_a is of LoHa."),
-    "LoKr alone": ({"lora_unet_a.lokr_w1": torch.ones(2, 2)}, "lora_unet_a.lokr_w1 is of LoKr."),
+    "LoHa": (GOOD | {"lora_unet_a.hada_w1_a": torch.ones(2, 2)}, "lora_unet_a.hada_w1_a belongs to LoHa"),
+    "LoKr alone": ({"lora_unet_a.lokr_w1": torch.ones(2, 2)}, "lora_unet_a.lokr_w1 belongs to LoKr"),
     "Tucker": (
         GOOD | {"lora_unet_a.lora_mid.weight": torch.ones(2, 2, 3, 3)},
-        "lora_mid.weight is of LoRA with a third",
+        "lora_mid.weight belongs to LoRA with a third",
     ),
-    "a difference": (GOOD | {"lora_unet_norm.diff": torch.ones(2)}, "lora_unet_norm.diff is of whole differences"),
+    "a difference": (GOOD | {"lora_unet_norm.diff": torch.ones(2)}, "lora_unet_norm.diff belongs to whole differences"),
     "dora_scale": (
         GOOD | {"lora_unet_a.dora_scale": torch.ones(1, 6)},
         "lora_unet_a: `dora_scale` must have a value for each of the 6 outputs, got the shape (1, 6)",
@@ -202,7 +204,7 @@ REFUSED = {
     ),
     "two of one": (AB | {name.replace(".weight", ".b.weight"): t for name, t in AB.items()}, "are both lora_A of a."),
     "a head": (AB | {"base_model.model.head.weight": torch.ones(2)}, "(in adapter_config.json PEFT says what such"),
-    "experts": ({name.replace(".a.", ".experts."): t for name, t in AB.items()}, "is of LoRA of several experts"),
+    "experts": ({name.replace(".a.", ".experts."): t for name, t in AB.items()}, "belongs to LoRA of several experts"),
     "mlx without its scale": (MLX, "mlx-lm says it in adapter_config.json, which is not beside it; give `lora_alpha`"),
     "mlx's experts": ({name: tensor[None] for name, tensor in MLX.items()}, "a.lora_a must be a matrix, got the shape"),
     "torchtune": ({f"{name}.weight": t for name, t in MLX.items()}, "torchtune says it in adapter_config.json"),
@@ -395,7 +397,7 @@ def test_a_file_of_diffusers_is_written_as_one_again(tmp_path):
     lora.write_adapter(adapter, tmp_path / "out", "diffusers")
     name = "transformer.transformer_blocks.0.attn.to_k"
     assert torch.equal(lora.read_adapter(tmp_path / "out").delta(name), adapter.delta(name))
-    message = "what a module is called without its pipeline"
+    message = "what its modules are called outside of the pipeline"
     refused(lambda: lora.write_adapter(adapter, tmp_path / "peft", "peft"), message)
 
 

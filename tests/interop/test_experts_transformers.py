@@ -45,7 +45,7 @@ def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def right(model, base):
+def in_dense(model, base):
     """The base model's logits in float64 with W of the experts in their places."""
     twin = copy.deepcopy(base).double()
     twin.set_experts_implementation("eager")
@@ -65,7 +65,7 @@ def test_it_computes_with_w(name, implementation, nothing_dense):
     base, model = make(name, implementation, dtype), adapted(name, implementation, dtype)
     start = logits(base)
     torch.testing.assert_close(logits(model), start, rtol=1e-6, atol=1e-6)
-    y, expected = logits(randomise(model)), right(model, base)
+    y, expected = logits(randomise(model)), in_dense(model, base)
     assert (expected - start).norm() > 0.01 * expected.norm()
     torch.testing.assert_close(y.double(), expected, **exact)
     assert len(trained(model)) == 4 * len(experts_of(model))
@@ -85,7 +85,7 @@ def test_settings_are_those_of_layers(name, settings):
     base, model = make(name), adapted(name, **settings)
     torch.testing.assert_close(logits(model), logits(base), rtol=1e-8, atol=1e-8)
     y = logits(randomise(model))
-    torch.testing.assert_close(y, right(model, base), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(y, in_dense(model, base), rtol=1e-8, atol=1e-8)
     lora.merge(model)
     torch.testing.assert_close(logits(model), y, rtol=1e-8, atol=1e-8)
 
@@ -165,7 +165,7 @@ def test_a_bfloat16_base_trains_in_float32(name, implementation, nothing_dense):
     assert all(parameter.grad.any() and parameter.grad.isfinite().all() for parameter in trained(model))
     if name != "Phi-3.5-MoE":  # whose router jumps to another expert where rounding decides
         base = make(name, dtype=torch.bfloat16)
-        error = (y.double() - right(model, base)).norm() / right(model, base).norm()
+        error = (y.double() - in_dense(model, base)).norm() / in_dense(model, base).norm()
         alike = (logits(base).double() - logits(copy.deepcopy(base).double())).norm() / logits(base).double().norm()
         assert error < 4 * alike + 2**-6
 
@@ -193,6 +193,21 @@ def test_dropout(name, implementation, nothing_dense):
     assert not torch.allclose(first, second)
     logits(model).square().mean().backward()
     assert all(parameter.grad.any() for parameter in trained(model))
+
+
+def test_transformers_own_product_of_groups(nothing_dense):
+    """Which it calls where torch has none, and when it compiles."""
+    model = randomise(adapted("Mixtral"))
+    name, experts = next(iter(experts_of(model).items()))
+    x, ends = torch.randn(9, 32, dtype=torch.float64, requires_grad=True), torch.tensor([2, 2, 7, 9])
+    W = vars(experts)["lora_parts"]["gate_up_proj"].lora_weight()
+    y = torch.ops.transformers.grouped_mm_fallback(x, W.transpose(-2, -1), offs=ends)
+    dense = dense_weights(model)[f"{name}.gate_up_proj"]
+    expected = torch.cat([rows @ W.T for rows, W in zip(x.split([2, 0, 5, 2]), dense, strict=True)])
+    torch.testing.assert_close(y, expected)
+    wanted = [x, experts.gate_up_proj_lora_A, experts.gate_up_proj_lora_B]
+    for got, right in zip(gradients(y, wanted), gradients(expected, wanted), strict=True):
+        torch.testing.assert_close(got, right)
 
 
 # ---- what it costs -------------------------------------------------------------------------------------------------

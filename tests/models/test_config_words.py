@@ -79,14 +79,17 @@ UNREACHED = {
     ),
     "none with a number": (
         {"layers_to_transform": 0, "target_modules": ["model.q"]},
-        "`layers_to_transform` 0: no target is in a layer of this number ('model.q' has none behind two names; "
-        "`layers_pattern` says the name of the list that layers are in).",
+        "`layers_to_transform` 0: no target is in a layer of this number ('model.q' has no number after two names; "
+        "name the list that holds the layers in `layers_pattern`).",
     ),
     "only behind one name": (
         {"layers_to_transform": 0, "target_modules": ["h.0.q"], "exclude_modules": ["layers.0.q"]},
-        "`layers_to_transform` 0: no target is in a layer of this number ('h.0.q' has none behind two names",
+        "`layers_to_transform` 0: no target is in a layer of this number ('h.0.q' has no number after two names",
     ),
-    "no such list": ({"layers_to_transform": 1, "layers_pattern": ["layers", "block"]}, "`layers_pattern` 'block' is"),
+    "no such list": (
+        {"layers_to_transform": 1, "layers_pattern": ["layers", "block"]},
+        "`layers_pattern` 'block' matches no target.",
+    ),
     "excluded": (
         {"layers_to_transform": 1, "exclude_modules": ["layers.1.q"]},
         "`layers_to_transform` 1: no target is in a layer of this number (they are in 0, 2).",
@@ -138,7 +141,7 @@ def test_nothing_trains_in_inference_mode():
 
 
 def test_a_layout_that_no_layer_has_is_warned_of():
-    with pytest.warns(UserWarning, match="`fan_in_fan_out` is True, and no layer that is adapted"):
+    with pytest.warns(UserWarning, match="`fan_in_fan_out` is True, but no adapted layer stores"):
         lora.inject(model_of(), target_modules=["q"], r=2, fan_in_fan_out=True)
     model = nn.ModuleDict({"q": lora.Linear(4, 4, r=0, fan_in_fan_out=True), "v": nn.Linear(4, 4)})
     with warnings.catch_warnings():
@@ -154,7 +157,7 @@ def test_words_that_mean_nothing_here_say_what_to_do_all_at_once():
     assert lines == [
         "`megatron_config` is {'a': 1}; `lora.parallel` has LoRA for layers that are split over devices, as DTensors.",
         "`eva_config` is {}; `lora.calibrate` takes the data and these settings after `inject`.",
-        "`use_qalora` is True; leave it out: the update would be another one than W₀ + s · B A.",
+        "`use_qalora` is True; leave it out: with it the adapter would compute something else than W₀ + s · B A.",
     ]
 
 

@@ -398,7 +398,7 @@ def test_what_trains_in_full_is_not_adapted():
 
 def test_starts_of_data_are_for_layers():
     assert reasons(Model, target_parameters=["gate.up"], init_lora_weights="eva") == [
-        "gate.up: is a parameter, to which nobody gives inputs that could be looked at; 'eva' is for layers."
+        "gate.up: is a parameter, whose inputs cannot be observed; 'eva' is for layers."
     ]
 
 

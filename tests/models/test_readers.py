@@ -426,9 +426,7 @@ def test_it_is_compiled_without_a_break(reader):
 def test_all_linear_leaves_out_what_kernels_are_given_where_inputs_are_dropped(reader):
     model = nn.ModuleDict({"x": READERS[reader][0](), "other": nn.Linear(8, 8)})
     report = lora.inject(model, target_modules="all-linear", r=2, lora_dropout=0.1)
-    reason = (
-        "has a weight that its parent may give to a kernel, of whose inputs none is dropped; adapt it without dropout."
-    )
+    reason = "its parent may pass its weight to a kernel, which cannot drop inputs; adapt it with `lora_dropout=0`."
     assert report.left_out == {"x.proj": reason}
     assert [module.names for module in report.modules] == [("other",)]
 

@@ -44,6 +44,7 @@ T5: dict[str, Any] = {
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }
+STACKS = {"settings": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -205,12 +206,13 @@ ROWS = {
         "XLMWithLMHeadModel", words, vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=32
     ),
     # Mixtures of experts.
-    "Mixtral": decoder("Mixtral", **SINGLE, num_local_experts=4),
-    "Qwen2-MoE": decoder("Qwen2Moe", **SINGLE, **EXPERTS, shared_expert_intermediate_size=16),
-    "Qwen3-MoE": decoder("Qwen3Moe", **SINGLE, **EXPERTS, head_dim=8),
+    "Mixtral": decoder("Mixtral", **SINGLE, **STACKS, num_local_experts=4),
+    "Qwen2-MoE": decoder("Qwen2Moe", **SINGLE, **STACKS, **EXPERTS, shared_expert_intermediate_size=16),
+    "Qwen3-MoE": decoder("Qwen3Moe", **SINGLE, **STACKS, **EXPERTS, head_dim=8),
     "Qwen3-Next": decoder(
         "Qwen3Next",
         **SINGLE,
+        **STACKS,
         faults=in_peft(REWRITTEN),
         **EXPERTS,
         head_dim=8,
@@ -221,9 +223,9 @@ ROWS = {
         linear_value_head_dim=8,
         shared_expert_intermediate_size=16,
     ),
-    "Phi-3.5-MoE": decoder("Phimoe", **SINGLE, num_local_experts=4),
-    "GPT-OSS": decoder("GptOss", **SINGLE, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-    "OLMoE": decoder("Olmoe", **SINGLE, num_experts=4, num_experts_per_tok=2),
+    "Phi-3.5-MoE": decoder("Phimoe", **SINGLE, **STACKS, num_local_experts=4),
+    "GPT-OSS": decoder("GptOss", **SINGLE, **STACKS, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "OLMoE": decoder("Olmoe", **SINGLE, **STACKS, num_experts=4, num_experts_per_tok=2),
     "DeepSeek-V2": decoder(
         "DeepseekV2",
         **SINGLE,
@@ -236,6 +238,7 @@ ROWS = {
     "DeepSeek-V3": decoder(
         "DeepseekV3",
         **SINGLE,
+        **STACKS,
         faults=in_peft(REWRITTEN),
         **LATENT,
         **ROUTED,
@@ -262,6 +265,7 @@ ROWS = {
         "Llama4ForCausalLM",
         words,
         "Llama4TextConfig",
+        **STACKS,
         **DECODER,
         intermediate_size_mlp=48,
         head_dim=8,
@@ -294,7 +298,7 @@ ROWS = {
         moe_topk=2,
         expert_ffn_hidden_size=16,
     ),
-    "MiniMax": decoder("MiniMax", **SINGLE, num_local_experts=4, head_dim=8),
+    "MiniMax": decoder("MiniMax", **SINGLE, **STACKS, num_local_experts=4, head_dim=8),
     # State spaces, and what has some.
     "Mamba": of(
         "MambaForCausalLM",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def now(value: Any) -> Any:
 
 def of(name: str, inputs: Callable[[], dict[str, Any]], /, config_name: str = "", **settings: Any) -> Row:
     """A row for a class of transformers', whose config's name is its own but for what it is for, and its settings."""
-    about = {key: settings.pop(key) for key in ("targets", "train", "unused", "faults", "dtype") if key in settings}
+    about = {one.name: settings.pop(one.name) for one in fields(Row) if one.name in settings}
     family = re.split(r"For[A-Z]|Model$|ModelWith|LMHead|WithLM|MTModel", name)[0]
     configuration = config(config_name or f"{family}Config", **settings)
 

@@ -290,7 +290,6 @@ ROWS = {
     "SigLIP": of(
         "SiglipModel",
         CAPTIONED,
-        faults=in_peft(DEAD),
         text_config=TEXT | {"projection_size": 32},
         vision_config=SHALLOW,
     ),
