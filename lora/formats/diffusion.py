@@ -42,7 +42,7 @@ _PREFIXES = {
     **{f"lora_te{n + 1}_": (encoder,) for n, encoder in enumerate(_ENCODERS)},
 }
 # Words of these models: `transformer.h.0.attn` is a language model's.
-_WORDS = re.compile(r"(transformer|down|up|mid|double|single)_blocks?\.|\.(attn1|attn2|to_[qkv]|to_out)\b")
+_WORDS = re.compile(r"(transformer|down|up|mid|double|single)_blocks?\.|\.attn[12]\b|\.attn\.to_([qkv]|out)\b")
 # How diffusers named its attention before 0.22, and what its modules are called.
 _PROCESSORS = (
     (re.compile(r"\.processor\.to_out$"), ".to_out.0"),

@@ -45,6 +45,7 @@ class File:
 
     path: Path
     pairs: Mapping[str, Mapping[str, Tensor]]  # by module, the tensors of each by `lora_A`, `lora_B`, …
+    is_diffusers: bool
     metadata: Mapping[str, str]
     lora_alpha: float | None
 
@@ -95,9 +96,7 @@ def _or_one(file: File) -> peft.Said:
 
 def _raw(file: File) -> peft.Said:
     """PEFT's tensors without its configuration: diffusers', if their names say so; or the user says `lora_alpha`."""
-    if diffusion.is_diffusers(file.path, file.metadata, file.pairs):
-        return _or_one(file)
-    if any(ALPHA in pair for pair in file.pairs.values()):
+    if file.is_diffusers or any(ALPHA in pair for pair in file.pairs.values()):
         return _or_one(file)
     return _given(file, f"PEFT says it in {CONFIG}, which is not there")
 
@@ -195,6 +194,8 @@ _OLD = r"(?:[._]lora|\.lora_linear_layer)"  # diffusers' word, before it took PE
 _OLD_PARTS = (rf"{_OLD}\.down\.weight", rf"{_OLD}\.up\.weight")
 _OLD_ALPHA = rf"(?:{_OLD}(?:\.down)?)?\.(?:network_)?alpha"
 _PEFTS = tuple(rf"\.lora_{part}{_ADAPTER}\.weight|\.lora_embedding_{part}{_ADAPTER}" for part in "AB")
+# Names in a state dict of PEFT's own models: their wrapper's, and an adapter's.
+_PEFTS_OWN = re.compile(rf"^{re.escape(peft.PREFIX)}|\.lora_[AB]\.(?!weight$)[^.]+\.weight$")
 _PEFTS_MAGNITUDE = rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?"
 _STYLES = (
     Style("kohya", _parts(r"\.lora_down\.weight", r"\.lora_up\.weight", r"\.dora_scale", alpha=r"\.alpha"), _or_one),
@@ -266,13 +267,16 @@ def read(path: Path, lora_alpha: float | None) -> Adapter:
         pairs, full = _sorted(style, tensors, problems)
         problems.add(*_unread(style, full))
         problems.raise_any()
-        said = style.said(File(path, pairs, metadata, lora_alpha))
+        # PEFT's own models may have words of diffusion models in their names, and s is not 1 there.
+        names = () if any(map(_PEFTS_OWN.search, tensors)) else pairs
+        is_diffusers = diffusion.is_diffusers(path, metadata, names)
+        said = style.said(File(path, pairs, is_diffusers, metadata, lora_alpha))
         modules, own = peft.modules_of(pairs, said, problems)
     if style.format == "mlx":
         unsure = [name for name in modules if _MAYBE_EMBEDDING.search(name.rpartition(".")[2])]
         modules |= {name: _of_kind(modules[name], "mlx-lm's embedding or linear layer") for name in unsure}
     format = style.format
-    if format == "peft" and diffusion.is_diffusers(path, metadata, pairs):
+    if format == "peft" and is_diffusers:
         format = "diffusers"
     return Adapter(modules, own, format=format)
 

@@ -54,7 +54,7 @@ class StateDicts(Magnitudes):
         weight = found if isinstance(found, Tensor) else None  # what is none, torch refuses
         is_rest = weight is not None and weight.dim() == self.weight.dim() + 1 and weight.shape[0] == 1
         if weight is not None and is_rest:
-            state_dict[keys["weight"]] = weight = weight.squeeze(0)
+            state_dict[keys["weight"]] = weight = weights.of(None, "weight", weight).without_first()
         if is_rest and not self._keeps_rest():
             problem = (
                 "is what a start such as PiSSA's left of its base weight, but the adapter in the model did not start "

@@ -59,6 +59,10 @@ class Plain:
         """All of it, its rows in the model's order."""
         return self.tensor
 
+    def without_first(self) -> Tensor:
+        """It without its first dimension, which is 1, sharded by the others."""
+        return self.tensor.squeeze(0)
+
     def in_model_order(self) -> Tensor:
         """It with its rows in the model's order, sharded as it is."""
         return self.tensor

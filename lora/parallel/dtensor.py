@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lora.layers.weights import Alone, Plain, of
 from lora.parallel.forward import TensorParallel
@@ -106,6 +106,13 @@ class Sharded(Plain):
         made = torch.empty_like(self.tensor, dtype=value.dtype)
         of(self.module, self.own, made).write(value)
         return made
+
+    @torch.no_grad()
+    def without_first(self) -> Tensor:
+        # Of a whole state dict torch shards it as it does the parameter, and one rank has all of it.
+        placements = [Shard(1) if placement == Shard(0) else placement for placement in self.tensor.placements]
+        moved: Tensor = self.tensor.redistribute(placements=placements)
+        return moved.squeeze(0)
 
     def in_model_order(self) -> Tensor:
         return in_model_order(self.module, self.own, self.tensor)

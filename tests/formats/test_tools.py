@@ -48,6 +48,25 @@ def test_it_loads_again_into_the_layers_that_it_made(tool, tmp_path):
     agree(changes(plain, lambda plain: lora.load_adapter(plain, tmp_path / "ours.safetensors")), updates)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "name", "end"),
+    [
+        ("base_model.model.", "transformer.layers.0.attn1.to_q", ""),
+        ("base_model.model.", "transformer.transformer_blocks.0.linear", ""),
+        ("", "transformer.layers.0.attn1.to_q", ".default"),
+        ("", "transformer.layers.0.0.to_q", ""),  # as in language and vision models that have no `attn` there
+    ],
+)
+def test_a_scaling_is_not_guessed_for_pefts_own_models(prefix, name, end, tmp_path):
+    tensors = {f"{prefix}{name}.lora_{part}{end}.weight": torch.ones(2, 2) for part in "AB"}
+    path = tools.save(tmp_path / "weights.safetensors", tensors)
+    refused(lambda: lora.read_adapter(path), "has no scaling: PEFT says it in adapter_config.json")
+    assert lora.read_adapter(path, lora_alpha=8).modules[name].scaling == 4
+    # A name of diffusers' own says that it is diffusers', whatever is in it.
+    theirs = tools.save(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    assert lora.read_adapter(theirs).modules[name].scaling == 1
+
+
 # ---- the names of diffusion models ----------------------------------------------------------------------------------
 
 

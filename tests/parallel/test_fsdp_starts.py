@@ -132,6 +132,13 @@ def _state_of_what_is_left(folder):
         torch.testing.assert_close(state, dict(one.state_dict()), rtol=0, atol=0)
     set_model_state_dict(again, dict(model.state_dict()))
     assert_same(again, one)
+    with torch.no_grad():
+        again.head.lora_A.zero_()
+    set_model_state_dict(again, dict(one.state_dict()), options=StateDictOptions(full_state_dict=True))
+    assert_same(again, one)  # torch has sharded its first dimension, of 1
+    assert all(
+        got.placements == had.placements for got, had in zip(again.parameters(), model.parameters(), strict=True)
+    )
     assert torch.equal(again(IDS), expected)
     dcp.save(model.state_dict(), checkpoint_id=folder)
     with torch.no_grad():
