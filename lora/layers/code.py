@@ -53,8 +53,8 @@ class Needs(NamedTuple):
     asks: bool = False
     maps: bool = False
 
-    def why_tensor(self) -> str | None:
-        """Why W must be a tensor; None if it need not be one."""
+    def why_tensor(self, module: nn.Module) -> str | None:
+        """Why W must be a tensor for the code of this module; None if it need not be one."""
         for needed, why in (
             (self.apply, "`apply`"),
             (self.asks, "`isinstance`"),
@@ -62,7 +62,7 @@ class Needs(NamedTuple):
         ):
             if needed:
                 return why
-        return "`@`" if self.matmul and torch.compiler.is_compiling() else None
+        return "`@`" if self.matmul and torch.compiler.is_compiling() and not _runs_another(module) else None
 
     def others(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
         """What a twin of a module needs to have for code to find these in the places of its weights."""
@@ -77,6 +77,12 @@ class Needs(NamedTuple):
         )
         kept = {name: parameter for name, parameter in module._parameters.items() if name not in own}
         return {**weights, "_parameters": {**kept, **weights}}
+
+
+def _runs_another(module: nn.Module) -> bool:
+    """Whether transformers runs another forward of experts than that of their class: there, nothing is done by `@`."""
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return chosen not in (None, "eager")
 
 
 def needs(cls: Any, methods: Iterable[str]) -> Needs:

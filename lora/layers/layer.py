@@ -87,7 +87,7 @@ class LoRALayer(StateDicts):
         for check in self.lora_checks:
             check(self, input)
         if self.lora_is_in_place():
-            W, why = self.lora_weight(), self.lora_needs.why_tensor()
+            W, why = self.lora_weight(), self.lora_needs.why_tensor(self)
             return self.lora_computed_with(W if why is None else W.dense(why), input, *args, **kwargs)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y

@@ -114,7 +114,7 @@ def _made_class(base: Any, methods: tuple[str, ...], fuses: tuple[str, ...], wri
         def call(self: WeightReader, *args: Any, **kwargs: Any) -> Any:
             twins: list[_Twin] = []
             needed = self.lora_needs
-            others = needed.others(self, {**own_weights(self, needed.why_tensor())})
+            others = needed.others(self, {**own_weights(self, needed.why_tensor(self))})
             if self.lora_reads:
                 others["_modules"] = _with_weights(self, self.lora_reads, needed, twins)
             output = with_others(self, base, method, others, *args, **kwargs)
@@ -157,10 +157,10 @@ def _with_weights(module: nn.Module, reads: Reads, needed: Needs, twins: list[_T
         others: dict[str, Any] = {}
         cls: Any = type(child)
         if within is not None and child is not None:
-            others = needed.others(child, {**own_weights(child, needed.why_tensor())})
+            others = needed.others(child, {**own_weights(child, needed.why_tensor(module))})
             others["_modules"] = _with_weights(child, within, needed, twins)
         elif isinstance(child, LoRALayer):  # its own class, which computes with the weight that it finds
-            weight, why = child.lora_weight_now(), needed.why_tensor()
+            weight, why = child.lora_weight_now(), needed.why_tensor(module)
             weight = weight.dense(why) if why and isinstance(weight, LowRankWeight) else weight
             others, cls = needed.others(child, {"weight": weight}), child.lora_base_class
         if child is not None and others:
