@@ -15,7 +15,7 @@ NAMES = ["words", "body", "dead", "expert", "head", "other_head"]
 
 
 class Net(nn.Module):
-    """`dead` is read by what it is not a name for; `expert` sees no token; `other_head` is not in use."""
+    """`dead` is read by a name that is made at run time; `expert` sees no token; `other_head` is not in use."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Net(nn.Module):
     def forward(self, ids):
         x = self.body(self.words(ids))
         x = x + self.expert(x[:0]).sum(0)
-        x = F.linear(x, [*self.children()][2].weight)
+        x = F.linear(x, getattr(self, "".join(["de", "ad"])).weight)
         return self.head(x)
 
 
