@@ -89,13 +89,14 @@ class _New(NamedTuple):
 def _written(path: Path, content: bytes) -> Iterator[_New]:
     """A file with the new content, beside the old one; if it has not taken its place at the end, it is removed."""
     real = Path(os.path.realpath(path))  # a link stays one
-    beside, old = hidden(real), hidden(real)
+    beside = old = hidden(real)
     with writing(path):
         remove_left_over(real)
         before = _permissions(real)
         mode = 0o666 if before is None else before.st_mode & 0o777  # not even for a moment may more people read it
         try:
             while True:
+                beside = hidden(real)  # another writer may be about to remove the one before, by its name
                 with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                     locked = _lock(file.fileno())
                     if locked is not False and beside.exists():

@@ -238,7 +238,10 @@ def reads(path: Path) -> bool:
     """Whether a file is one of torch's, or one of safetensors' with names of a tool's and no metadata of ours."""
     if is_torchs(path):
         return True
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except AdapterError:  # its reader says what is wrong, or finds it whole
+        return False
     return _METADATA_OF_OURS not in header.metadata and any(map(_is_known, header.tensors))
 
 

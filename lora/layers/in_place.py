@@ -316,11 +316,14 @@ class _Unwritten(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", str(function))
-        for value in _written(name, args, kwargs):
-            if isinstance(value, _Unwritten):
-                value.of.refuse_to_write(f".data.{name}")
+        written = [value for value in _written(name, args, kwargs) if isinstance(value, _Unwritten)]
         with torch._C.DisableTorchFunctionSubclass():
+            before = [value.clone() for value in written]
             result = function(*args, **kwargs)
+            # A bound that all values keep (Gemma 3n's `.data.clamp_`) writes nothing that could be lost.
+            lost = [value for value, old in zip(written, before, strict=True) if not torch.equal(value, old)]
+        for value in lost:
+            value.of.refuse_to_write(f".data.{name}")
         if isinstance(result, Tensor) and args and isinstance(args[0], _Unwritten):
             values = result.as_subclass(Tensor)
             if not _shares(values, args[0]):

@@ -74,6 +74,8 @@ EVERY = [pytest.param(WRITING, 1, marks=pytest.mark.slow), pytest.param(HOUSE, 1
 @pytest.mark.parametrize("before", ["old", "nothing"])
 def test_an_interruption_leaves_the_old_adapter_or_the_new_one(place, before, where, step):
     found, n = set(), 1
+    if place.format == "portable":  # which PEFT's writer writes
+        step *= 4
     while place.again(before) or is_interrupted_in_thread(place.save, n, where):
         found.add(place.holds())
         assert place.path.exists() or before == "nothing"
@@ -177,7 +179,7 @@ def test_a_call_to_the_system_that_fails_leaves_the_old_adapter_or_the_new_one(p
 # A process that forks writers, each of which is gone at a line of its own, without a word, or is killed at a moment of
 # its own; or two that are not, while it reads.
 START = """
-import itertools, os, pathlib, random, shutil, signal, sys, time
+import contextlib, itertools, os, pathlib, random, shutil, signal, sys, time
 import torch, lora
 torch.set_num_threads(1)
 from interruptions import Lines
@@ -269,8 +271,9 @@ try:
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "a writer has failed"
 finally:
     for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has failed, and is gone
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 assert held(place.path, place.known) in found
 place.save("old")
 assert not place.left() and held(place.path, place.known) == "old"
