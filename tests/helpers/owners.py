@@ -32,6 +32,20 @@ def assert_close(one, other, tolerance=1e-9):
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def assert_is_w(model, inputs, base, of, scaling=2.0):
+    """The output is that of W in training and in `eval()`, with gradients and without, and the base's if disabled."""
+    before = of(base["x"](*inputs))
+    for training in (True, False):
+        right = by_hand(model.train(training), base.train(training), scaling)
+        for grad in (True, False):  # without, torch's encoders take a fast path of their own
+            with torch.set_grad_enabled(grad):
+                assert_close(of(model["x"](*inputs)), of(right(*inputs)))
+                with lora.disabled(model):
+                    off = of(model["x"](*inputs))
+                assert_close(off, before)
+    assert not torch.allclose(of(right(*inputs)), before)
+
+
 def adapters(model):
     """For each adapted weight, by its full name: A, B and the magnitude, as the state dict has them."""
     state, found = dict(model.named_parameters()), {}
