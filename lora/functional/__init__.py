@@ -4,19 +4,24 @@ from lora.functional.conv import Geometry, lora_conv, plain_lora_conv
 from lora.functional.embedding import Lookup, lora_embedding, plain_lora_embedding
 from lora.functional.linear import Adapted, lora_linear, lora_swiglu, plain_lora_linear, plain_lora_swiglu
 from lora.functional.magnitude import magnify, plain_magnify
+from lora.functional.rows import Rows, Update, lora_linear_rows, plain_lora_linear_rows
 
 __all__ = [
     "Adapted",
     "Geometry",
     "Lookup",
+    "Rows",
+    "Update",
     "lora_conv",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_rows",
     "lora_swiglu",
     "magnify",
     "plain_lora_conv",
     "plain_lora_embedding",
     "plain_lora_linear",
+    "plain_lora_linear_rows",
     "plain_lora_swiglu",
     "plain_magnify",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -107,26 +107,38 @@ def spread(B: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> tuple[Tens
 # ---- dropout that is drawn again in the backward pass instead of being remembered ------------------------------------
 
 
+def replays(device: torch.device) -> bool:
+    """Whether a generator that is made now, of a seed, draws the same numbers whenever it is made."""
+    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
+
+
 @dataclass(frozen=True)
 class Noise:
     """The dropout of one forward pass over an x of shape (N, features), as the seed that it comes from.
 
     Attributes:
         dropped: how many of 256 levels of noise drop a value, 1 to 255.
-        seed: drawn from torch's default generator, so that manual seeds and activation checkpointing replay it.
+        seed: by default drawn from torch's default generator, so that manual seeds and activation checkpointing
+            replay it.
     """
 
     dropped: int
     seed: int
 
     @staticmethod
-    def draw(p: float, x: Tensor) -> Noise | None:
-        """Noise of a probability rounded to a multiple of 1/256; None where it would be 0 or 1, or has no replay."""
-        dropped = round(p * _LEVELS)
-        replays = x.device.type == "cpu" or (x.is_cuda and not torch.cuda.is_current_stream_capturing())
-        return (
-            Noise(dropped, int(torch.randint(2**62, (), device="cpu"))) if replays and 0 < dropped < _LEVELS else None
-        )
+    def draw(p: float, x: Tensor, seed: Callable[[], int] | None = None) -> Noise | None:
+        """Noise of a probability rounded to a multiple of 1/256; None where it would be 0 or 1, or has no replay.
+
+        `seed` is asked for the seed only where there is noise; without it torch's default generator is.
+        """
+        if not Noise.is_possible(p, x):
+            return None
+        return Noise(round(p * _LEVELS), int(torch.randint(2**62, (), device="cpu")) if seed is None else seed())
+
+    @staticmethod
+    def is_possible(p: float, x: Tensor) -> bool:
+        """Whether `draw` gives noise."""
+        return 0 < round(p * _LEVELS) < _LEVELS and replays(x.device)
 
     @property
     def rescale(self) -> float:
@@ -217,17 +229,24 @@ def choose(
     slices: Slices | None = None,
 ) -> Fused | None:
     """The options of the fused function for these tensors; None where only autograd's own operations will do."""
-    if weight.requires_grad or not is_plain(x, weight, bias, A, B):
+    dtype = fused_dtype(x, weight, bias, A, B)
+    if dtype is None:
+        return None
+    noise = Noise.draw(dropout, x) if dropout else None
+    if dropout and noise is None:
+        return None
+    return Fused(scaling, noise, dtype, slices or ((0, weight.shape[0]),))
+
+
+def fused_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> torch.dtype | None:
+    """What a fused function computes in with these tensors; None where only autograd's own operations will do."""
+    if weight.requires_grad or not is_plain(x, weight, bias, *adapter):
         return None
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
     if weight.dtype != x.dtype and not autocast:
         refuse_storage(weight.dtype)
         return None  # the plain operations raise what torch's own layer raises
-    noise = Noise.draw(dropout, x) if dropout else None
-    if dropout and noise is None:
-        return None
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return Fused(scaling, noise, dtype, slices or ((0, weight.shape[0]),))
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 class FusedFunction(torch.autograd.Function):
@@ -242,6 +261,11 @@ class FusedFunction(torch.autograd.Function):
     """
 
     inputs: ClassVar[int]
+
+    @classmethod
+    def count(cls, ctx: Any) -> int:
+        """How many inputs this call had, where that is not the same for all calls."""
+        return cls.inputs
 
     @classmethod
     def run(cls, x: Tensor, *arguments: Any) -> Tensor:
@@ -263,13 +287,14 @@ class FusedFunction(torch.autograd.Function):
         """The gradients of the inputs; None for each of the options."""
         with without_autocast(dy.device):
             gradients = cls._plain_backward(ctx, dy) if _needs_plain_backward(dy) else cls.gradients(ctx, dy)
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - cls.inputs)
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - cls.count(ctx))
 
     @classmethod
     @torch.enable_grad()
     def _plain_backward(cls, ctx: Any, dy: Tensor) -> list[Tensor | None]:
         """Autograd's own gradients of the twin, which can be differentiated."""
-        inputs, needs = list(ctx.saved_tensors[: cls.inputs]), ctx.needs_input_grad[: cls.inputs]
+        count = cls.count(ctx)
+        inputs, needs = list(ctx.saved_tensors[:count]), ctx.needs_input_grad[:count]
         if inputs[0] is None:
             # Not of dy, which may be many: then autograd would meet a value that is many, too.
             inputs[0] = torch.zeros(ctx.shape, dtype=dy.dtype, device=dy.device, requires_grad=True)
