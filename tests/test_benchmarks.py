@@ -21,6 +21,7 @@ SCRIPTS = [
     "merge",
     "decode",
     "experts",
+    "bank",
     "methods_time",
     "training_step",
 ]
