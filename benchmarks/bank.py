@@ -54,7 +54,7 @@ class Setup:
         self.base = build(Plan(model, quick, dtype, "frozen", dtype, 0.0))
         self.names = [f"a{n}" for n in range(k)]
         generator = torch.Generator().manual_seed(0)
-        shape = k, max(1, tokens // (16 if quick else 1))
+        shape = k, max(min(2, tokens), tokens // 16) if quick else tokens
         self.ids = torch.randint(self.base.config.vocab_size, shape, generator=generator)
         self.adapters = {name: self.adapter(n) for n, name in enumerate(self.names)}
 
