@@ -135,16 +135,16 @@ class Bank(MutableMapping[str, Adapter]):
         if not shape or (per == "row" and len(shape) != 1) or 0 in shape:
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
             raise ValueError(f"{what}: `names` must be {expected}, got one of the shape {shape}.")
-        order = [*self._adapters.known]
-        distinct = {}
-        for value in given:
-            if value not in distinct:
-                numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(order)
-                distinct[value] = (order[value] if value >= 0 else None) if numbered else value
-        raise_all(what, self._unknown(distinct.values()))
-        places = {name: number for number, name in enumerate(order)}
-        owners = {value: None if name is None else places[name] for value, name in distinct.items()}
-        return Choice(self._adapters, None, Rows.of([owners[value] for value in given]), shape)
+        known = [*self._adapters.known]
+        called: dict[Any, str | None] = {}
+        for value in dict.fromkeys(given):
+            numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(known)
+            called[value] = (known[value] if value >= 0 else None) if numbered else value
+        raise_all(what, self._unknown(called.values()))
+        order = [*dict.fromkeys(name for name in called.values() if name is not None)]
+        places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
+        owners = Rows.of([places.get(called[value]) for value in given])
+        return Choice(self._adapters, None, owners, order, shape)
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         for name in names:

@@ -29,15 +29,20 @@ class Choice(AbstractContextManager["Choice"]):
     Attributes:
         adapters: of which bank.
         name: the adapter of all rows; None for the base.
-        rows: which adapter each row has, by its place among `adapters`; None if `name` is for all.
+        rows: which adapter each row has, by its place in `order`; None if `name` is for all.
+        order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
     """
 
     def __init__(
-        self, adapters: Adapters, name: str | None, rows: Rows | None = None, shape: tuple[int, ...] = ()
+        self,
+        adapters: Adapters,
+        name: str | None,
+        rows: Rows | None = None,
+        order: Sequence[str] = (),
+        shape: tuple[int, ...] = (),
     ) -> None:
-        self.adapters, self.name, self.rows, self.shape = adapters, name, rows, shape
-        self.order = [*adapters.known]
+        self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
         self.is_open = False
 
     def __enter__(self) -> Choice:
