@@ -182,3 +182,15 @@ def test_the_counts_of_launches_are_written(tmp_path):
     written = (tmp_path / "launches.md").read_text(encoding="utf-8")
     assert all(f"| {name} | lora" in written for name in launches.cases(True))
     assert str(tmp_path) not in written
+
+
+def test_three_libraries_and_a_bank_have_one_curve(tmp_path):
+    curves = importlib.import_module("curves")
+    curves.main("--quick", "--steps", "20", "--rows", "2", "--out", str(tmp_path))
+    losses = json.loads((tmp_path / "curves_float32.json").read_text(encoding="utf-8"))["losses"]
+    assert list(losses) == ["loralib", "PEFT", "lora", "lora, bank"]
+    for library, its in losses.items():
+        assert its == pytest.approx(losses["loralib"], rel=1e-5), library
+    assert losses["lora"][-1] < losses["lora"][0] - 0.1
+    assert "| lora, bank |" in (tmp_path / "curves_float32.md").read_text(encoding="utf-8")
+    assert (tmp_path / "curves_float32.png").read_bytes().startswith(b"\x89PNG")
