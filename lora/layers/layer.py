@@ -378,8 +378,8 @@ class LoRALayer(StateDicts):
         if self.r == 0:
             return fn
         # A model that is cast to float8, to be stored in it, goes on to train what trains here.
-        own = self._parameters.items()
-        trained = [p for name, p in own if p is not None and (name in PARAMETERS or p.requires_grad)]
+        own, adapters = self._parameters.items(), {name for name, _ in self.lora_parameters()}
+        trained = [p for name, p in own if p is not None and (name in adapters or p.requires_grad)]
         return sparing(fn, [*trained, *(p.grad for p in trained if p.grad is not None)])
 
     def _replicate_for_data_parallel(self) -> Any:

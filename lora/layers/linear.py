@@ -132,7 +132,7 @@ class LinearLoRA(TaughtLinear):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_dense:
             return super().lora_forward(input, *args, **kwargs)
-        return lora_linear(input, *self._adapted())
+        return lora_linear(input, *self.lora_arguments())
 
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""
@@ -140,9 +140,10 @@ class LinearLoRA(TaughtLinear):
             raise ValueError(f"{instance(self)} has a forward of its own, which `lora_linear` does not know.")
         if self.use_dora:
             raise ValueError(f"`lora_linear` and `lora_swiglu` know no magnitudes, and this {type(self).__name__} has.")
-        return self._adapted()
+        return self.lora_arguments()
 
-    def _adapted(self) -> Adapted:
+    def lora_arguments(self) -> Adapted:
+        """The layer as the arguments of `lora.functional.lora_linear`, without magnitudes."""
         dropout = self.lora_dropout if self.training else 0.0
         weight, A, B = self.lora_sources()
         weight, bias = self.lora_stored(weight), self._own_bias()
