@@ -22,6 +22,7 @@ from lora.functional.fused import (
     choose,
     drop,
     exact_dtype,
+    may_autocast,
     spread,
     without_autocast,
 )
@@ -73,7 +74,9 @@ def lora_linear(
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
     if torch.is_grad_enabled():
         return _LoRALinear.run(x, weight, bias, A, B, fused)
-    with without_autocast(x.device):  # as when text is generated, where every microsecond shows
+    if not may_autocast():  # as when text is generated, where every microsecond shows
+        return _forward_alone(x, weight, bias, A, B, fused)
+    with without_autocast(x.device):
         return _forward_alone(x, weight, bias, A, B, fused)
 
 
@@ -144,11 +147,11 @@ class _LoRALinear(FusedFunction):
 
     With D the dropout's mask and c = s / (1 - p):
 
-        h = c · (D ⊙ x) Aᵀ          y  = x Wᵀ + b,   y_g += h_g B_gᵀ
+        h = (D ⊙ x) Aᵀ              y  = x Wᵀ + b,   y_g += c · h_g B_gᵀ
         dh = c · dy_g B_g           dx = dy W + D ⊙ (dh A)
-        dB_g = dy_gᵀ h_g            dA = dhᵀ (D ⊙ x)
+        dB_g = c · dy_gᵀ h_g        dA = dhᵀ (D ⊙ x)
 
-    (In float16 B has the factor c, and dB_g, in the place of h and dh.)
+    (In float16 B has the factor c in y and dh.)
     """
 
     inputs = 5
@@ -167,7 +170,7 @@ class _LoRALinear(FusedFunction):
         x, weight, _, A, B, h = ctx.saved_tensors
         needs_x, _, needs_bias, _, _, _ = ctx.needs_input_grad
         dx, dA, dB = _backward(dy, x, weight, A, B, h, ctx.fused, needs_x)
-        return dx, None, _rows(dy).sum(0) if needs_bias else None, dA, dB
+        return dx, None, flat(dy).sum(0) if needs_bias else None, dA, dB
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:
@@ -180,23 +183,16 @@ class _LoRALinear(FusedFunction):
             )
         fused: Fused = ctx.fused
         x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
-        return plain_lora_linear(x, weight, bias, A, B, fused.scaling, fused.dropout(x, _rows(x)), fused.slices)
+        return plain_lora_linear(x, weight, bias, A, B, fused.scaling, fused.dropout(x, flat(x)), fused.slices)
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """y (..., out_features) and h (N, G·r), with nothing else of the size of x or y made on the way."""
-    x_, weight_, A_ = (cast(t, fused.dtype) for t in (_rows(x), weight, A))
-    y = x_.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
-    y_ = _rows(y)  # (N, out_features)
-    if bias is None:
-        torch.mm(x_, weight_.T, out=y_)
-    else:
-        torch.addmm(cast(bias, fused.dtype), x_, weight_.T, out=y_)
-    h = fused.scaled_(_down(x_, A_, fused.noise))  # (N, G·r)
-    add_slices_(y_, h, fused.up(B), fused.slices)
-    return y, h
+    x = cast(x, fused.dtype)
+    y = base(x, weight, bias)
+    return y, add_update_(flat(y), flat(x), A, B, fused)
 
 
 def _forward_alone(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
@@ -204,8 +200,11 @@ def _forward_alone(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
     dtype = fused.dtype
     x = cast(x, dtype)
     y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
-    h = fused.scaled_(_down(_rows(x), cast(A, dtype), fused.noise))  # (N, G·r); as with a backward, to the last bit
-    add_slices_(_rows(y), h, fused.up(B), fused.slices)
+    if fused.noise is None:  # the same kernels as with a backward, called with less around them
+        h = F.linear(x, cast(A, dtype))  # (..., G·r)
+        add_slices_(flat(y), flat(h), fused.up(B), fused.slices, fused.alpha)
+    else:
+        add_update_(flat(y), flat(x), A, B, fused)
     return y
 
 
@@ -213,16 +212,40 @@ def _backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, h: Tensor | None, fused: Fused, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, where it is needed; dA, where there is an x; dB, where there is an h."""
-    dy_ = _rows(dy)  # (N, out_features)
+    dy_ = flat(dy)  # (N, out_features)
     dx = torch.mm(dy_, cast(weight, fused.dtype)) if needs_x else None  # (N, in_features)
-    dA, dB = None, None if h is None else fused.of_B(_outer(dy_, h, fused.slices), B)
-    if needs_x or x is not None:
-        dh = fused.scaled_(_to_rank(dy_, fused.up(B), fused.slices))  # (N, G·r)
-        x_ = None if x is None else cast(_rows(x), fused.dtype)  # (N, in_features)
-        dA = _through_down(dh, cast(A, fused.dtype), x_, dx, fused.noise)
+    dA, dB = update_backward(dy_, None if x is None else cast(flat(x), fused.dtype), A, B, h, dx, fused)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dA, dB
+
+
+def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b (..., out_features) in x's dtype."""
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])  # made whole: users may not write to a view made in here
+    if bias is None:
+        torch.mm(flat(x), cast(weight, x.dtype).T, out=flat(y))
+    else:
+        torch.addmm(cast(bias, x.dtype), flat(x), cast(weight, x.dtype).T, out=flat(y))
+    return y
+
+
+def add_update_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
+    """Add the update of x (N, in_features) to y (N, out_features), in place; return h (N, G·r)."""
+    h = _down(x, cast(A, fused.dtype), fused.noise)
+    add_slices_(y, h, fused.up(B), fused.slices, fused.alpha)
+    return h
+
+
+def update_backward(
+    dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, h: Tensor | None, dx: Tensor | None, fused: Fused
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA, where there is an x, and dB, where there is an h; the update's part of dx is added to it in place."""
+    dA, dB = None, None if h is None else fused.of_B(_outer(dy, h, fused.slices), B)
+    if dx is not None or x is not None:
+        dh = fused.scaled_(_to_rank(dy, fused.up(B), fused.slices))  # (N, G·r)
+        dA = _through_down(dh, cast(A, fused.dtype), x, dx, fused.noise)
+    return dA, dB
 
 
 def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
@@ -269,7 +292,7 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
     return None if x is None else dA
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """(..., features) as (N, features)."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 

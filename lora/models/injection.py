@@ -28,7 +28,6 @@ from lora.models.model import (
     lora_layers,
     names_of,
     obstacles,
-    own_forward_problems,
     owned_tensors,
     remember_layers,
     remember_values,
@@ -37,7 +36,7 @@ from lora.models.model import (
 from lora.models.parameters import check_dropout, known_by
 from lora.models.patterns import Patterns
 from lora.models.readers import let_read, let_read_no_more, read_as_tensors
-from lora.models.refusals import unfit, unreached, why_alone, why_not_yet
+from lora.models.refusals import own_forward_problems, unfit, unreached, why_alone, why_not_yet
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,

@@ -26,12 +26,12 @@ from lora.models.model import (
     forget_children,
     lora_layers,
     names_of,
-    own_forward_problems,
     owned_tensors,
     sharded_problems,
     without_wrappers,
 )
 from lora.models.readers import let_read_no_more
+from lora.models.refusals import own_forward_problems
 from lora.models.training import forget_originals
 
 
