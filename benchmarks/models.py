@@ -40,8 +40,12 @@ class Plan:
 def build(plan: Plan) -> nn.Module:
     """The model in training, its A random and its B zero: the same for all libraries where their shapes are."""
     torch.manual_seed(0)
-    model = _MODELS[plan.model](plan.quick, plan.dtype).requires_grad_(False)
-    _ADAPT[plan.library](model, plan)
+    return adapted(_MODELS[plan.model](plan.quick, plan.dtype), plan)
+
+
+def adapted(model: nn.Module, plan: Plan) -> nn.Module:
+    """A model with one library's adapter, in training, with the A and B that all have at the start."""
+    _ADAPT[plan.library](model.requires_grad_(False), plan)
     return rivals.same_start(model, up=0.0)
 
 

@@ -16,6 +16,7 @@ from lora.adapters.base import describe_tensor, own_tensors
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter
 from lora.banking.choice import Adapters, Choice, nested
+from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
@@ -125,7 +126,7 @@ class Bank(MutableMapping[str, Adapter]):
         raise_all("use: no adapter is chosen", self._unknown([name]))
         return Choice(self._adapters, name)
 
-    def rows(self, names: Sequence[Any] | Tensor, per: str = "row") -> Choice:
+    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Choice:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
 
         Rows that stand side by side are computed without a copy of them: batches that are sorted by adapter are
@@ -136,6 +137,9 @@ class Bank(MutableMapping[str, Adapter]):
             names: for each row a name, None for the base, or the adapter's number in the bank (−1 for the base).
             per: "row", or "token": then `names` has a list for each row, with one for each token, or one for each of
                 the tokens of a flattened or packed batch. Default: "row".
+            flattened: let an input with n times as many rows as there are names have n for each, one name's after the
+                other's. Mixtures of experts make such of a batch's tokens, and beam search of its rows. Default: False,
+                an error.
 
         Raises:
             ValueError: a name is unknown (all are listed), lists are not of one length, or `per` is neither of the two.
@@ -147,16 +151,16 @@ class Bank(MutableMapping[str, Adapter]):
         if not shape or (per == "row" and len(shape) != 1) or 0 in shape:
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
             raise ValueError(f"{what}: `names` must be {expected}, got one of the shape {shape}.")
-        order = [*self._adapters.known]
-        distinct = {}
-        for value in given:
-            if value not in distinct:
-                numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(order)
-                distinct[value] = (order[value] if value >= 0 else None) if numbered else value
-        raise_all(what, self._unknown(distinct.values()))
-        places = {name: number for number, name in enumerate(order)}
-        owners = {value: None if name is None else places[name] for value, name in distinct.items()}
-        return Choice(self._adapters, None, Rows.of([owners[value] for value in given]), shape)
+        known = [*self._adapters.known]
+        called: dict[Any, str | None] = {}
+        for value in dict.fromkeys(given):
+            numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(known)
+            called[value] = (known[value] if value >= 0 else None) if numbered else value
+        raise_all(what, self._unknown(called.values()))
+        order = [*dict.fromkeys(name for name in called.values() if name is not None)]
+        places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
+        owners = Rows.of([places.get(called[value]) for value in given])
+        return Choice(self._adapters, None, owners, order, shape, flattened)
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known
@@ -219,6 +223,7 @@ class Bank(MutableMapping[str, Adapter]):
             remember_layers(names, [layer for layer in kept if layer is not None])
             remember_values(names)
             raise_all("keep: nothing was changed", let_read(names))
+            let_divide(names)
             self._adapters.known = {}
 
     def __getitem__(self, name: str) -> Adapter:
@@ -237,6 +242,7 @@ class Bank(MutableMapping[str, Adapter]):
         with self._undone() as undo, undo:
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
+            let_divide(self._model.modules())
             self._adapters.known = {other: seeds for other, seeds in self._adapters.known.items() if other != name}
 
     def __contains__(self, name: object) -> bool:
@@ -324,6 +330,7 @@ class Bank(MutableMapping[str, Adapter]):
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))
+            let_divide(names)
             self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:

@@ -132,7 +132,7 @@ def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
 
 # Computed anew when they are old; and a count of writes, those that were undone among them.
 _CACHES = ("_merged", "_norms", "_squares", "_checked", "lora_fresh")
-_BACK = ("lora_owner", "holder")  # from a part, or a bank's adapter, to the module that it is of
+_BACK = ("lora_owner", "holder")  # from a part, or a seat, to the module that it is of
 
 
 def whole(model: nn.Module, objects: bool = True) -> list[Any]:
