@@ -81,7 +81,7 @@ def count(layer: nn.Module, x: Tensor) -> tuple[Counts, Counts]:
     return forward.counts(), backward.counts()
 
 
-# ---- the layers -------------------------------------------------------------------------------------------------------
+# ---- the layers ------------------------------------------------------------------------------------------------------
 
 
 def cases(quick: bool) -> dict[str, Callable[[], tuple[Mapping[str, nn.Module], Tensor]]]:
@@ -131,7 +131,7 @@ def convolution(channels: int, size: int) -> Any:
     return layers, torch.randn(2, channels, size, size, requires_grad=True)
 
 
-# ---- what was counted -------------------------------------------------------------------------------------------------
+# ---- what was counted ------------------------------------------------------------------------------------------------
 
 
 def measured(quick: bool) -> dict[str, dict[str, tuple[Counts, Counts]]]:

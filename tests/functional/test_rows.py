@@ -460,8 +460,16 @@ def counted(owners, count):
     return forward.names, backward.names
 
 
-UPDATE = ["mm", "mul_", "addmm_"]
-BACK = ["mm", "clone", "mm", "mul_", "addmm_", "mm"]  # dB, Bᵀ laid out, dh and its scaling, dx, dA
+UPDATE = ["mm", "addmm_"]
+BACK = [
+    "mm",
+    "mul",
+    "clone",
+    "mm",
+    "mul_",
+    "addmm_",
+    "mm",
+]  # dB and its scaling, Bᵀ laid out, dh and its scaling, dx, dA
 
 
 def test_runs_take_the_operations_of_their_adapters_and_absent_ones_none():
