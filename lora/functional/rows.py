@@ -312,7 +312,7 @@ def _at_once(
     if dtype is None or not rows.count or any(isinstance(p, Tensor) or p for p in dropouts):
         return None
     block = rows.block(parts)
-    if not block.pays(Bs, slices):
+    if not block.pays(As, Bs, slices):
         return None
     with without_autocast(x.device):
         A, B = block.stack(As, Bs)

@@ -519,10 +519,10 @@ def test_scattered_rows_are_gathered_and_put_back():
     )
 
 
-def inference(owners, count, each=4, **options):
+def inference(owners, count, each=4, rank=2, **options):
     """The operations of a forward that no backward follows, but for the base's product."""
     x, weight, b, updates, rows = problem(
-        owners, 48, None, len(owners), each, features=64, count=count, rank=lambda k: 2, **options
+        owners, 48, None, len(owners), each, features=64, count=count, rank=lambda k: rank, **options
     )
     updates = [update._replace(scaling=0.5) for update in updates]
     for _ in range(2):  # once for a batch, rows are found
@@ -551,8 +551,9 @@ def test_without_a_backward_many_adapters_are_as_many_operations_as_one():
         ([0, 0, 1], 2, 500, {}),  # a copy of many rows
         ([0], 2, 4, {}),
         ([0, 1], 2, 4, {"dropout": 0.5}),
+        ([0, 1], 2, 4, {"rank": 200}),  # a copy of large A and B
     ],
-    ids=["uneven", "many", "one", "dropout"],
+    ids=["uneven", "many", "one", "dropout", "large"],
 )
 def test_without_a_backward_some_are_still_computed_one_by_one(owners, count, each, options):
     names = inference(owners, count, each, **options)
