@@ -209,3 +209,9 @@ def test_three_libraries_and_a_bank_have_one_curve(tmp_path):
     assert losses["lora"][-1] < losses["lora"][0] - 0.1
     assert "| lora, bank |" in (tmp_path / "curves_float32.md").read_text(encoding="utf-8")
     assert (tmp_path / "curves_float32.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_kind_of_layer_is_right_on_this_device(capsys):
+    on_device = importlib.import_module("on_device")
+    assert on_device.main("--device", "cpu") == 0
+    assert capsys.readouterr().out.endswith("0 wrong on cpu\n")

@@ -146,6 +146,8 @@ def whole(model: nn.Module, objects: bool = True) -> list[Any]:
             form = type(value), value.dtype, tuple(value.shape), value.stride(), value.requires_grad
             own = which(value), value.data_ptr() if objects else None, of(value.grad), of(vars(value))
             return form, own, bits(value)
+        if isinstance(value, torch.Generator):
+            return bits(value.get_state())
         if isinstance(value, dict):
             return [(key, of(one)) for key, one in value.items() if key not in (*_CACHES, *_BACK)]
         if isinstance(value, (list, tuple)):
