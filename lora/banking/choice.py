@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -29,15 +30,25 @@ class Choice(AbstractContextManager["Choice"]):
     Attributes:
         adapters: of which bank.
         name: the adapter of all rows; None for the base.
-        rows: which adapter each row has, by its place among `adapters`; None if `name` is for all.
+        rows: which adapter each row has, by its place in `order`; None if `name` is for all.
+        order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
+        per: what these are the adapters of: "row" or "token".
+        flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
     """
 
     def __init__(
-        self, adapters: Adapters, name: str | None, rows: Rows | None = None, shape: tuple[int, ...] = ()
+        self,
+        adapters: Adapters,
+        name: str | None,
+        rows: Rows | None = None,
+        order: Sequence[str] = (),
+        shape: tuple[int, ...] = (),
+        per: str = "row",
+        flattened: bool = False,
     ) -> None:
-        self.adapters, self.name, self.rows, self.shape = adapters, name, rows, shape
-        self.order = [*adapters.known]
+        self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
+        self.per, self.flattened = per, flattened
         self.is_open = False
 
     def __enter__(self) -> Choice:
@@ -51,21 +62,27 @@ class Choice(AbstractContextManager["Choice"]):
         self.is_open = False
         _entered.set(tuple(filter(_is_open, _entered.get())))
 
+    @property
+    def is_of_one(self) -> bool:
+        """Whether the rows have one adapter, all of them."""
+        return self.rows is not None and [part.rows for part in self.rows.parts] == [slice(0, self.rows.count)]
+
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:
         """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
         assert self.rows is not None, "there is one adapter for all rows"
-        for head, dims in ((self.shape, len(self.shape)), ((self.rows.count,), 1)):
-            if tuple(shape[:dims]) == head:
-                each = 1
-                for size in shape[dims:]:
-                    each *= size
-                return self.rows.times(each)
-        per = "row" if len(self.shape) == 1 else "token"
+        count, head = self.rows.count, self.shape
+        if self.per == "token" and tuple(shape[: len(head)]) != head:  # they may be flattened, or packed into one row
+            head = (1, count) if tuple(shape[:2]) == (1, count) else (count,)
+        if tuple(shape[: len(head)]) == head:
+            return self.rows.times(prod(shape[len(head) :]))
+        if self.flattened and shape and shape[0] % count == 0:
+            return self.rows.times(prod(shape) // count)
         given = " × ".join(map(str, self.shape))
         raise ValueError(
             f"{where}: the input of this layer has {' × '.join(map(str, shape)) or 'no'} rows, and the bank was given "
-            f"adapters for {given} {per}s. Where a model flattens its tokens or packs sequences, say the adapter of "
-            'each token, with `bank.rows(names, per="token")`; `bank.use(name)` is for one adapter in all rows.'
+            f"adapters for {given} {self.per}s. Where a model flattens its tokens or packs sequences, say the adapter "
+            'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
+            "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
 
 

@@ -21,12 +21,14 @@ from lora.functional.fused import (
     cast,
     drop,
     fused_dtype,
+    is_dense,
     is_plain,
     replays,
     spread,
     without_autocast,
 )
 from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
+from lora.functional.stacked import Block
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -60,6 +62,7 @@ class Rows:
         self._each = each  # how many rows each of `scattered` stands for
         self._indices: dict[torch.device, Tensor] = {}
         self._times: dict[int, Rows] = {}
+        self._blocks: dict[tuple[int, ...] | None, Block] = {}
 
     @classmethod
     def of(cls, owners: Sequence[int | None]) -> Rows:
@@ -117,11 +120,30 @@ class Rows:
         index = self.scattered(x.device)
         return None if index is None else x.index_select(0, index)
 
-    def put_(self, x: Tensor, gathered: Tensor | None) -> None:
-        """Write what `gather` has gathered back into x."""
-        index = self.scattered(x.device)
-        if index is not None and gathered is not None:
-            x.index_copy_(0, index, gathered)
+    def take(self, part: Part, x: Tensor) -> Tensor:
+        """The rows of a part in x (N, features): a view of them, if they are one run."""
+        return x[part.rows] if not part.gathered else x.index_select(0, self._index(part, x.device))
+
+    def put_(self, part: Part, x: Tensor, taken: Tensor) -> None:
+        """Write what was taken back into x; what is a view is there."""
+        if part.gathered:
+            x.index_copy_(0, self._index(part, x.device), taken)
+
+    def _index(self, part: Part, device: torch.device) -> Tensor:
+        index = self.scattered(device)
+        assert index is not None, "the part is gathered"
+        return index[part.rows]
+
+    def block(self, parts: Sequence[Part]) -> Block:
+        """The rows of these parts as a block."""
+        key = None if len(parts) == len(self.parts) else tuple(part.adapter for part in parts)
+        if key not in self._blocks:
+            each = range(self._each)
+            scattered = [row * self._each + i for row in self._scattered for i in each]
+            self._blocks[key] = Block(
+                [scattered[p.rows] if p.gathered else range(p.rows.start, p.rows.stop) for p in parts]
+            )
+        return self._blocks[key]
 
     def __repr__(self) -> str:
         return f"Rows(count={self.count}, parts={self.parts})"
@@ -186,19 +208,23 @@ def lora_linear_rows(
     >>> lora_linear_rows(x, W, None, updates, Rows.of([1, None, 0]))[:, 0]
     tensor([24.,  8., 16.])
     """
-    rows, present = _fit(x, updates, rows)
+    rows, parts, present = _fit(x, updates, rows)
     if not present:
         return F.linear(x, weight, bias)
-    fused = _choose(x, weight, bias, [update for _, update in present])
+    if not torch.is_grad_enabled():  # as when text is generated, where every microsecond shows
+        y = _at_once(x, weight, bias, present, rows, parts)
+        if y is not None:
+            return y
+    fused = _choose(x, weight, bias, present)
     if fused is None:
         return plain_lora_linear_rows(x, weight, bias, updates, rows)
-    plan = _Plan(rows, [part for part, _ in present], fused)
-    factors = [factor for _, update in present for factor in (update.A, update.B)]
+    plan, factors = _Plan(rows, parts, fused), [factor for update in present for factor in (update.A, update.B)]
     if torch.is_grad_enabled():
         return _LoRALinearRows.run(x, weight, bias, *factors, plan)
-    with without_autocast(x.device):  # as when text is generated, where every microsecond shows
-        y = F.linear(cast(x, plan.dtype), cast(weight, plan.dtype), cast(bias, plan.dtype))  # (..., out_features)
-        plan.add_updates_(y, x, factors)
+    with without_autocast(x.device):
+        x = cast(x, plan.dtype)
+        y = F.linear(x, cast(weight, x.dtype), cast(bias, x.dtype))  # (..., out_features)
+        plan.add_updates_(flat(y), flat(x), factors)
         return y
 
 
@@ -209,14 +235,13 @@ def plain_lora_linear_rows(
 
     The `dropout` of an update may be what to multiply the adapter's rows of x by, (its rows, in_features).
     """
-    rows, present = _fit(x, updates, rows)
+    rows, parts, present = _fit(x, updates, rows)
     y = F.linear(x, weight, bias)  # (..., out_features)
     if not present:
         return y
     x_, y_ = flat(x), flat(y)
-    parts = [part for part, _ in present]
     changes = []
-    for (_, update), x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
+    for update, x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
         h = F.linear(drop(x_k, _seeded(update, x_k)), update.A.to(x.dtype))  # (its rows, G·r)
         B, left = spread(update.B, update.scaling, x.dtype)
         change = up_slices(h, B, update.slices or ((0, weight.shape[0]),), weight.shape[0])
@@ -238,7 +263,7 @@ def _plus(y: Tensor, changes: list[tuple[slice, Tensor]]) -> Tensor:
     return torch.cat([*pieces, y[end:]])
 
 
-def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows, list[tuple[Part, Update]]]:
+def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows, Sequence[Part], Sequence[Update]]:
     """The rows of x as (N, in_features); and the parts of those adapters that add something, with what they add."""
     N, first = x.shape[:-1].numel(), x.shape[0] if x.dim() > 1 else 1
     if rows.count not in (N, first):
@@ -248,13 +273,17 @@ def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows,
         )
     if rows.count != N:
         rows = rows.times(N // first)
-    unknown = [part.adapter for part in rows.parts if part.adapter >= len(updates)]
-    if unknown:
+    parts = rows.parts
+    if parts and parts[-1].adapter >= len(updates):
+        unknown = [part.adapter for part in parts if part.adapter >= len(updates)]
         raise ValueError(
             f"lora_linear_rows: there are {len(updates)} adapters, numbered from 0; rows are of {unknown}."
         )
-    pairs = ((part, updates[part.adapter]) for part in rows.parts)
-    return rows, [(part, update) for part, update in pairs if update is not None]
+    given = [updates[part.adapter] for part in parts]
+    present = [update for update in given if update is not None]
+    if len(present) < len(given):
+        parts = tuple(part for part, update in zip(parts, given, strict=True) if update is not None)
+    return rows, parts, present
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, present: Sequence[Update]) -> list[Fused] | None:
@@ -267,6 +296,32 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, present: Sequence[Up
     noises = (Noise.draw(p, x, seed) if (p := float(dropout)) else None for _, _, _, dropout, _, seed in present)
     whole = ((0, weight.shape[0]),)
     return [Fused(u.scaling, noise, dtype, u.slices or whole) for u, noise in zip(present, noises, strict=True)]
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    present: Sequence[Update],
+    rows: Rows,
+    parts: Sequence[Part],
+) -> Tensor | None:
+    """`lora_linear_rows`, if it is to be computed at once, and can be."""
+    As, Bs, scalings, dropouts, slices, _ = zip(*present, strict=True)
+    dtype = fused_dtype(x, weight, bias)
+    if dtype is None or not rows.count or any(isinstance(p, Tensor) or p for p in dropouts):
+        return None
+    block = rows.block(parts)
+    if not block.pays(Bs, slices):
+        return None
+    with without_autocast(x.device):
+        A, B = block.stack(As, Bs)
+        if not (is_dense(A) and is_dense(B)):  # what is stacked is what each of them is
+            return None
+        x = cast(x, dtype)
+        y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
+        block.add_updates_(flat(y), flat(x), A, B, scalings, slices[0] or ((0, weight.shape[0]),))
+        return y
 
 
 def _seeded(update: Update, x: Tensor) -> float | Tensor:
@@ -286,22 +341,21 @@ class _Plan(NamedTuple):
     """Which rows, and of whom, and how: for each adapter that adds something its part and its options."""
 
     rows: Rows
-    parts: list[Part]
-    fused: list[Fused]
+    parts: Sequence[Part]
+    fused: Sequence[Fused]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.fused[0].dtype
 
     def add_updates_(self, y: Tensor, x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Add all updates of x (..., in_features) to y (..., out_features), in place; return each one's h."""
-        x, y = flat(cast(x, self.dtype)), flat(y)
-        gathered = self.rows.gather(y)
-        xs = self.rows.views(self.parts, x, self.rows.gather(x))
-        ys = self.rows.views(self.parts, y, gathered)
-        each = zip(ys, xs, factors[::2], factors[1::2], self.fused, strict=True)
-        hs = [add_update_(y_k, x_k, A, B, fused) for y_k, x_k, A, B, fused in each]
-        self.rows.put_(y, gathered)
+        """Add all updates of x (N, in_features) to y (N, out_features), in place; return each one's h."""
+        hs = []
+        for part, A, B, fused in zip(self.parts, factors[::2], factors[1::2], self.fused, strict=True):
+            # One adapter after the other: its rows are still in the processor's cache when they are written back.
+            y_k = self.rows.take(part, y)
+            hs.append(add_update_(y_k, self.rows.take(part, x), A, B, fused))
+            self.rows.put_(part, y, y_k)
         return hs
 
 
@@ -320,7 +374,7 @@ class _LoRALinearRows(FusedFunction):
         factors, plan = rest[:-1], rest[-1]
         x_ = cast(x, plan.dtype)
         y = base(x_, weight, bias)
-        hs = plan.add_updates_(y, x_, factors)
+        hs: list[Tensor | None] = [*plan.add_updates_(flat(y), flat(x_), factors)]
         needs_A, needs_B = ctx.needs_input_grad[3:-1:2], ctx.needs_input_grad[4:-1:2]
         ctx.plan, ctx.shape = plan, x.shape
         hs = [h if needed else None for h, needed in zip(hs, needs_B, strict=True)]
@@ -330,26 +384,26 @@ class _LoRALinearRows(FusedFunction):
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
         plan: _Plan = ctx.plan
-        n = len(plan.parts)
+        n, rows = len(plan.parts), plan.rows
         x, weight, _, *rest = ctx.saved_tensors
         factors, hs = rest[: 2 * n], rest[2 * n :]
         needs_x, _, needs_bias, *needs = ctx.needs_input_grad[:-1]
+        x_ = None if x is None else cast(flat(x), plan.dtype)
         dy_ = flat(dy)  # (N, out_features)
         dx = torch.mm(dy_, cast(weight, plan.dtype)) if needs_x else None  # (N, in_features)
-        rows, none = plan.rows, [None] * n
-        dx_gathered = None if dx is None else rows.gather(dx)
-        dys = rows.views(plan.parts, dy_, rows.gather(dy_))
-        dxs = none if dx is None else rows.views(plan.parts, dx, dx_gathered)
-        x_ = None if x is None else cast(flat(x), plan.dtype)
-        xs = none if x_ is None else rows.views(plan.parts, x_, rows.gather(x_))
         gradients: list[Tensor | None] = []
-        for k, fused in enumerate(plan.fused):
-            x_k = xs[k] if needs[2 * k] else None
-            gradients += update_backward(dys[k], x_k, factors[2 * k], factors[2 * k + 1], hs[k], dxs[k], fused)
-        if dx is not None:
-            rows.put_(dx, dx_gathered)
-            dx = dx.view(ctx.shape)
-        return dx, None, dy_.sum(0) if needs_bias else None, *gradients
+        for k, (part, fused) in enumerate(zip(plan.parts, plan.fused, strict=True)):
+            A, B = factors[2 * k], factors[2 * k + 1]
+            needs_A, needs_B = needs[2 * k], needs[2 * k + 1]
+            if dx is None and not (needs_A or needs_B):
+                gradients += None, None
+                continue
+            x_k = rows.take(part, x_) if needs_A and x_ is not None else None
+            dx_k = None if dx is None else rows.take(part, dx)
+            gradients += update_backward(rows.take(part, dy_), x_k, A, B, hs[k], dx_k, fused)
+            if dx is not None and dx_k is not None:
+                rows.put_(part, dx, dx_k)
+        return None if dx is None else dx.view(ctx.shape), None, dy_.sum(0) if needs_bias else None, *gradients
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:
@@ -362,9 +416,9 @@ class _LoRALinearRows(FusedFunction):
             )
         plan: _Plan = ctx.plan
         x, weight, bias, *factors = (cast(tensor, plan.dtype) for tensor in inputs)
-        xs = plan.rows.views(plan.parts, flat(x), plan.rows.gather(flat(x)))
         updates: list[Update | None] = [None] * (1 + max(part.adapter for part in plan.parts))
         for k, (part, fused) in enumerate(zip(plan.parts, plan.fused, strict=True)):
-            dropout = fused.dropout(xs[k], xs[k])
+            x_k = plan.rows.take(part, flat(x))
+            dropout = fused.dropout(x_k, x_k)
             updates[part.adapter] = Update(factors[2 * k], factors[2 * k + 1], fused.scaling, dropout, fused.slices)
         return plain_lora_linear_rows(x, weight, bias, updates, plan.rows)
