@@ -1,4 +1,4 @@
-"""Which learning rate, and which rank? Trains one adapter for each setting, all in one batch, on one pass over the data.
+"""Which learning rate, and which rank? One adapter for each setting, all in one batch, on one pass over the data.
 
 With nothing but pip, on a CPU, in a few minutes: four rates and three ranks on SmolLM2-135M-Instruct, which learns to
 chat as people do in chitchat-dataset.
@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -312,7 +311,8 @@ def draw(path: Path, learners: Sequence[Learner], held_out: dict[str, float], be
     left.legend(title="learning rate", fontsize=8)
     final = {each.setting: loss for each, loss in zip(learners, held_out.values(), strict=True)}
     for n, rank in enumerate(ranks):
-        right.plot(rates, [final[Setting(rank, rate)] for rate in rates], f"o{LINES[n % len(LINES)]}", color="0.2", alpha=0.8, label=f"{rank}")
+        losses = [final[Setting(rank, rate)] for rate in rates]
+        right.plot(rates, losses, f"o{LINES[n % len(LINES)]}", color="0.2", alpha=0.8, label=f"{rank}")
     right.axhline(before, color="0.7", lw=1)
     right.annotate("before", (rates[0], before), (0, 3), textcoords="offset points", fontsize=8, color="0.5")
     right.set(xscale="log", xlabel="learning rate", ylabel="loss per token (nats)", title="Held out, at the end")
