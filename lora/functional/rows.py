@@ -180,10 +180,10 @@ def lora_linear_rows(
 
         y = x Wᵀ + b,    then for the rows R of the k-th adapter    y[R] += s_k · drop_k(x[R]) A_kᵀ B_kᵀ
 
-    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes of
-    its rows alone, to the bit (to rounding, where no backward follows: there a few rows of many adapters are computed at
-    once). What is not finite stays with the rows and the adapter that it is of. Adapters without rows take no part:
-    their gradients stay None.
+    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes
+    of its rows alone, to the bit (to rounding, where no backward follows: there a few rows of many adapters are
+    computed at once). What is not finite stays with the rows and the adapter that it is of. Adapters without rows take
+    no part: their gradients stay None.
 
     Where the fused function does not apply (as in `lora_linear`) this is `plain_lora_linear_rows`; the two agree to
     rounding.
