@@ -59,6 +59,8 @@ class _Division:
         self.handed: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.layout = LAYOUTS.get(inspect.unwrap(getattr(method, "func", method)))
         self.by_tokens = any(isinstance(part, Stack) for part in parts_of(module).values())
+        heads = getattr(module, "num_heads", 1)
+        self.heads = heads if isinstance(heads, int) else 1
         its = inspect.signature(method).parameters.values()
         known = [one.name for one in its if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         names = [known[n] if n < len(known) else f"argument {n}" for n in range(len(args))]
@@ -87,7 +89,7 @@ class _Division:
             self.twins.append({})
             args = [self._taken(one, value, index) for one, value in self.args]
             kwargs = {one: self._taken(one, value, index) for one, value in self.kwargs.items()}
-            outputs.append(_with_one(self.module, self.method, self.choice, name, args, kwargs))
+            outputs.append(with_one(self.module, self.method, self.choice, name, args, kwargs))
         output = self._joined(outputs, self._output)
         for held in [*self.caches.values()]:
             vars(held).update(self._joined([vars(twins[id(held)]) for twins in self.twins], self._kept))
@@ -102,9 +104,9 @@ class _Division:
             return None if where is None else where(self.module, tensor)
         if tensor is self.x:
             return Axis(0) if tensor.dim() else None
-        rows, heads = self.x.shape[0], getattr(self.module, "num_heads", 1)
-        if tensor.dim() > 2 and isinstance(heads, int) and heads > 1 and tensor.shape[0] == rows * heads:
-            return Axis(0, heads)  # as ALiBi's slopes are given
+        rows = self.x.shape[0]
+        if tensor.dim() > 2 and self.heads > 1 and tensor.shape[0] == rows * self.heads:
+            return Axis(0, self.heads)  # as ALiBi's slopes are given
         if tensor.dim() == 0 or tensor.shape[0] != rows or isinstance(tensor, nn.Parameter):
             return None
         if not self._is_like(tensor, self.x):
@@ -169,9 +171,9 @@ class _Division:
         sizes = [] if axis is None else [t.shape[axis.dim] if t.dim() > axis.dim else -1 for t in tensors]
         if axis is not None and sizes == self.counts:
             return self._together(tensors, axis)
-        tokens = prod(self.x.shape[1:-1])
-        if self.layout is None and sizes == [tokens * count for count in self.counts]:  # flattened within
-            return self._together(tensors, Axis(0, tokens))
+        for each in (prod(self.x.shape[1:-1]), self.heads):  # tokens that it flattens; (rows · heads, …)
+            if self.layout is None and sizes == [each * count for count in self.counts]:
+                return self._together(tensors, Axis(0, each))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise self._error(f"of {', '.join(map(str, self.counts))} rows, its outputs have the shapes {shapes}")
 
@@ -287,10 +289,10 @@ def divide(module: Any, method: Callable[..., Any], choice: Choice, where: str, 
     """
     if not choice.is_of_one:
         return _Division(module, method, choice, where, args, kwargs).run()
-    return _with_one(module, method, choice, choice.order[0], args, kwargs)
+    return with_one(module, method, choice, choice.order[0], args, kwargs)
 
 
-def _with_one(
+def with_one(
     module: Any,
     method: Callable[..., Any],
     choice: Choice,
