@@ -23,6 +23,7 @@ SCRIPTS = [
     "experts",
     "methods_time",
     "training_step",
+    "cross_entropy",
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
