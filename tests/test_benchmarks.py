@@ -24,6 +24,7 @@ SCRIPTS = [
     "bank",
     "methods_time",
     "training_step",
+    "cross_entropy",
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
