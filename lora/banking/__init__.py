@@ -326,10 +326,10 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
-            new = [layer for name, view in views.items() for layer in self._seat(name, view)]
+            new: list[Any] = [layer for name, view in views.items() for layer in self._seat(name, view)]
             names = names_of(model)
             for layer in new:
-                vars(layer)["lora_name"] = names[layer][0] or "the model"
+                layer.lora_called(names[layer][0])
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))
