@@ -33,6 +33,7 @@ WINGS = {
     "quantized": (),
     "parallel": (),
     "swapping": (),
+    "banking": (),
     "formats": (),
     "arithmetic": (),
     "cli": ("arithmetic",),

@@ -463,6 +463,20 @@ def of_many_layers(n):
     return lambda: lora.merged_state_dict(model)
 
 
+@case("bank")
+def several(n):
+    model = Model(n)
+    config = lora.LoraConfig(target_modules=ups(n), r=1)
+
+    def call():
+        bank = lora.bank(model, {"a": config, "b": config})
+        bank["c"] = bank["a"]
+        del bank["b"]
+        bank.keep(None)
+
+    return call
+
+
 @case("prepare_for_swap")
 def many_layers(n):
     model = adapted(n)
@@ -896,4 +910,4 @@ def test_the_cost_grows_as_the_work_does(name):
 def test_every_public_function_is_in_the_table():
     public = {*lora.__all__, *(f"parallel.{name}" for name in lora.parallel.__all__)}
     measured = {name.partition(":")[0] for name in CASES}
-    assert public - OF_NO_SIZE - measured - {"Extracted", "Resized"} == set()
+    assert public - OF_NO_SIZE - measured - {"Bank", "Extracted", "Resized"} == set()

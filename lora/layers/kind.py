@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,8 @@ class LayerKind(nn.Module):
     #: How often A and B had been written when they started; None if that would not tell what they learn (a file's).
     lora_fresh: int | None = None
     lora_place: Place | None = None
+    #: The layer with each of several adapters, by its name, for a layer that has several (`lora.bank`).
+    lora_seats: Mapping[str, Any] = MappingProxyType({})
     _merged: Cached | None = None
     _squares: Cached | None = None
     _norms: Cached | None = None

@@ -27,31 +27,34 @@ def _beside(parameter: str, own: str) -> str:
     return parameter if own == "weight" else f"{parameter}_{own}"
 
 
-class _Tensors(MutableMapping[str, Any]):
-    """A part's parameters: those of its owner, by the names that they have in a layer."""
+class Borrowed(MutableMapping[str, Any]):
+    """A layer's parameters, of which another module is the holder.
 
-    def __init__(self, part: Part) -> None:
-        self._owner, self._parameter = part.lora_owner, part.lora_parameter
+    Args:
+        holder: the module that has them.
+        names: what they are called there, by the names that they have in the layer.
+    """
 
-    def _name(self, own: str) -> str:
-        return _beside(self._parameter, own)
+    def __init__(self, holder: nn.Module, names: dict[str, str]) -> None:
+        self.holder, self.names = holder, names
 
     def __getitem__(self, own: str) -> Any:
-        if own not in _TENSORS:
-            raise KeyError(own)
-        return self._owner._parameters[self._name(own)]
+        return self.holder._parameters[self.names[own]]
 
     def __setitem__(self, own: str, tensor: Any) -> None:
-        self._owner._parameters[self._name(own)] = tensor
+        self.holder._parameters[self.names[own]] = tensor
 
     def __delitem__(self, own: str) -> None:
-        del self._owner._parameters[self._name(own)]
+        del self.holder._parameters[self.names[own]]
 
     def __iter__(self) -> Iterator[str]:
-        return (own for own in _TENSORS if self._name(own) in self._owner._parameters)
+        return (own for own, name in self.names.items() if name in self.holder._parameters)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def __contains__(self, own: object) -> bool:  # the inherited one goes by errors, and forwards ask
+        return own in self.names and self.names[own] in self.holder._parameters
 
     def copy(self) -> dict[str, Any]:
         """What a dict's `copy` is."""
@@ -60,7 +63,7 @@ class _Tensors(MutableMapping[str, Any]):
 
 def _of_owner(own: str) -> Any:
     def get(part: Part) -> Any:
-        return getattr(part.lora_owner, _beside(part.lora_parameter, own))
+        return getattr(part.lora_owner, part.lora_names[own])
 
     return property(get)
 
@@ -71,19 +74,22 @@ class Part(nn.Module):
     Attributes:
         lora_owner: the module.
         lora_parameter: what the parameter is called there.
+        lora_names: what the owner calls the parameter, A, B and magnitudes, by the names that they have in a layer.
     """
 
     lora_owner: nn.Module
     lora_parameter: str
+    lora_names: dict[str, str]
 
     weight, lora_A, lora_B, lora_magnitude = (_of_owner(own) for own in _TENSORS)
     bias: ClassVar[None] = None
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
+        names = {own: _beside(parameter, own) for own in _TENSORS}
         # Past `nn.Module`, which would make the owner a child.
-        vars(self).update(vars(nn.Module()), lora_owner=owner, lora_parameter=parameter)
+        vars(self).update(vars(nn.Module()), lora_owner=owner, lora_parameter=parameter, lora_names=names)
         del vars(self)["training"]
-        vars(self)["_parameters"] = _Tensors(self)
+        vars(self)["_parameters"] = Borrowed(owner, names)
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -92,7 +98,8 @@ class Part(nn.Module):
 
     def is_entered(self) -> bool:
         """Whether the owner knows of it, as it does of one that is adapted."""
-        return parts_of(self.lora_owner).get(self.lora_parameter) is self
+        known = parts_of(self.lora_owner).get(self.lora_parameter)
+        return known is not None and self in (known, *known.lora_seats.values())
 
     def extra_repr(self) -> str:
         """The weight's shape."""
@@ -149,12 +156,18 @@ def enter_part(part: Part) -> None:
     vars(part.lora_owner)[_PARTS] = {**parts_of(part.lora_owner), part.lora_parameter: part}
 
 
+def leave_part(part: Part) -> None:
+    """Let the owner know no more of a part."""
+    rest = {name: other for name, other in parts_of(part.lora_owner).items() if name != part.lora_parameter}
+    vars(part.lora_owner)[_PARTS] = rest
+
+
 def replicate_parts(owner: nn.Module, replica: nn.Module) -> None:
     """Give a replica of an owner, which shares its attributes, parts of its own."""
     for name, part in parts_of(owner).items():
         twin: Any = part._replicate_for_data_parallel()
         vars(twin)["lora_owner"] = replica
-        vars(twin)["_parameters"] = _Tensors(twin)
+        vars(twin)["_parameters"] = Borrowed(replica, twin.lora_names)
         vars(replica)[_PARTS] = {**parts_of(replica), name: twin}
 
 
@@ -165,13 +178,14 @@ def forget_parts(module: nn.Module) -> None:
 
 def own_name(layer: nn.Module, own: str) -> str:
     """What one of a layer's tensors is called in the module that has it."""
-    return _beside(layer.lora_parameter, own) if isinstance(layer, Part) else own
+    return layer.lora_names.get(own, own) if isinstance(layer, Part) else own
 
 
 def tensor_name(layer: nn.Module, name: str, own: str) -> str:
     """The full name, as state dicts have it, of a tensor of the layer of this name."""
-    owner = name.rpartition(".")[0] if isinstance(layer, Part) else name
-    return join(owner, own_name(layer, own))
+    if isinstance(layer, Part):
+        return join(name.rpartition(".")[0], _beside(layer.lora_parameter, own))
+    return join(name, own)
 
 
 def own_weights(owner: nn.Module, why_dense: str | None = None) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Switch:
         # As a rule it tells them that of the caller of `backward`. Where it does not, the layer is off if it is for
         # anyone.
         recomputes = device.type != "cpu" and torch._C._current_graph_task_id() != -1
-        if recomputes and (not torch._C._is_key_in_tls("context") or self._names_one_of(_callers())):
+        if recomputes and (not torch._C._is_key_in_tls("context") or self._names_one_of(of_caller(_entered))):
             return True
         if any(block.exchanges for block in tuple(self.blocks)):
             raise RuntimeError(
@@ -118,8 +118,8 @@ def _is_open(block: Block) -> bool:
     return block.is_open
 
 
-def _callers() -> tuple[Block, ...]:
-    """The blocks of the context that called `backward`, as autograd tells its threads."""
+def of_caller(variable: ContextVar[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What a variable is in the context that called `backward`, as autograd tells its threads."""
     context: Any = torch._C._get_obj_in_tls("context")
-    blocks: tuple[Block, ...] = () if context is None else context.get(_entered, ())
-    return blocks
+    values: tuple[Any, ...] = () if context is None else context.get(variable, ())
+    return values

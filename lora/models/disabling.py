@@ -97,7 +97,7 @@ class _Disabled(ContextDecorator, AbstractContextManager[None]):
             self._leave()
 
     def _enter(self) -> None:
-        layers = lora_layers(self.model, "disabled", inside_disabled=True)
+        layers = lora_layers(self.model, "disabled", inside_disabled=True, several=True)
         with Problems("disabled: nothing was changed") as problems:
             problems.add(*_sharded_problems(self.model), *resized_problems(self.model))
         self._take_turn()

@@ -28,7 +28,6 @@ from lora.models.model import (
     lora_layers,
     names_of,
     obstacles,
-    own_forward_problems,
     owned_tensors,
     remember_layers,
     remember_values,
@@ -37,7 +36,7 @@ from lora.models.model import (
 from lora.models.parameters import check_dropout, known_by
 from lora.models.patterns import Patterns
 from lora.models.readers import let_read, let_read_no_more, read_as_tensors
-from lora.models.refusals import unfit, unreached, why_alone, why_not_yet
+from lora.models.refusals import own_forward_problems, unfit, unreached, why_alone, why_not_yet
 from lora.models.start import begin, give_back, is_kept_apart, problems_of_start
 from lora.models.training import (
     forget_originals,
@@ -245,23 +244,28 @@ def eject(model: nn.Module) -> None:
                 undo.keep(*weights.written_with(layer))
             give_back(layer)
         for module in model.modules():
-            for name, value in originals(module).items():
-                now: torch.Tensor = getattr(module, name)
-                if not has_moved(module, name):
-                    continue
-                if now.shape == value.shape and is_writable(now):
-                    undo.keep(now)
-                    now.copy_(value)
-                else:  # a buffer that has grown, or is another one now
-                    module._buffers[name] = value.to(now.device, now.dtype)
-            forget_originals(module)
-            forget_children(module)
-            let_read_no_more(module)
-            weights.prepare_training(module, False)
+            restore(module, undo)
         restored: set[int] = set()
         for layer in layers:
             layer.lora_remove(restore_layout=id(layer.weight) not in restored)
             restored.add(id(layer.weight))
+
+
+def restore(module: nn.Module, undo: undo_on_error) -> None:
+    """Give a module what it was before training, its layers and parts aside, and let it forget that time."""
+    for name, value in originals(module).items():
+        now: torch.Tensor = getattr(module, name)
+        if not has_moved(module, name):
+            continue
+        if now.shape == value.shape and is_writable(now):
+            undo.keep(now)
+            now.copy_(value)
+        else:  # a buffer that has grown, or is another one now
+            module._buffers[name] = value.to(now.device, now.dtype)
+    forget_originals(module)
+    forget_children(module)
+    let_read_no_more(module)
+    weights.prepare_training(module, False)
 
 
 @torch.inference_mode(False)

@@ -199,6 +199,7 @@ def lora_layers(
     inside_disabled: bool = False,
     replaced: bool = False,
     reads: bool = False,
+    several: bool = False,
 ) -> list[LoRALayer]:
     """The model's LoRA layers, each once.
 
@@ -209,6 +210,7 @@ def lora_layers(
         inside_disabled: allow that LoRA is disabled.
         replaced: allow that a plain layer stands where an adapted one was.
         reads: allow that LoRA is disabled, unless the base's tensors stand in the model: the function writes nothing.
+        several: allow that the layers have several adapters, of a bank.
 
     Raises:
         ValueError: something is so that is not allowed, or a parametrization computes an adapted weight.
@@ -218,6 +220,8 @@ def lora_layers(
     if not replaced:
         check_none_replaced(model, what)
     layers = [module for module in with_parts(model.modules()) if isinstance(module, LoRALayer)]
+    if not several:
+        check_not_several(layers, what)
     if not layers and not none:
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if not inside_disabled:
@@ -228,6 +232,16 @@ def lora_layers(
         which = ", ".join(names[layer][0] or "the model" for layer in computed)
         raise ValueError(f"{what}: a weight of {which} is computed by a parametrization; remove the parametrization.")
     return layers
+
+
+def check_not_several(layers: Iterable[LoRALayer], what: str) -> None:
+    """ValueError if layers have several adapters."""
+    adapters = dict.fromkeys(name for layer in layers for name in layer.lora_seats)
+    if adapters:
+        raise ValueError(
+            f"{what}: the model has a bank of adapters ({some(adapters, len(adapters))}), and this is for models with "
+            "one. The bank's own methods are for one of several; `bank.keep(name)` leaves one adapter in the model."
+        )
 
 
 def check_not_disabled(model: nn.Module, what: str, reads: bool = False) -> None:
@@ -308,17 +322,6 @@ def unreadable(names: Names) -> Iterator[str]:
         yield from find(names)
 
 
-def own_forward_problems(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:
-    """A complaint for each layer whose instance would go on calling LoRA's forward as a plain layer."""
-    for layer in layers:
-        if has_own_forward(layer):
-            yield (
-                f"{names[layer][0] or 'the model'}: the instance has its own `forward` attribute, which would go on "
-                "calling LoRA's; remove it first, as `accelerate.hooks.remove_hook_from_module` and "
-                "`Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` do."
-            )
-
-
 def sharded_problems(layers: Iterable[LoRALayer], names: Names, instead: str) -> Iterator[str]:
     """A complaint for each layer of which this rank has only a part, and what to do instead."""
     for layer in layers:
@@ -396,7 +399,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                 yield (
                     f"{join(prefix, child)}: had LoRA, and {instance(now)} without it has taken its place, as "
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
-                    "`lora.inject`. (`lora.eject` takes out what is left.)"
+                    "`lora.inject`. (`lora.eject`, or a bank's `keep(None)`, takes out what is left.)"
                 )
 
 

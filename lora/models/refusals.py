@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,17 @@ def why_not_yet(model: nn.Module, names: Sequence[str], module: nn.Module) -> st
             "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`, inject, and dispatch again."
         )
     return None
+
+
+def own_forward_problems(layers: Iterable[LoRALayer], names: Names) -> Iterator[str]:
+    """A complaint for each layer whose instance would go on calling LoRA's forward as a plain layer."""
+    for layer in layers:
+        if has_own_forward(layer):
+            yield (
+                f"{names[layer][0] or 'the model'}: the instance has its own `forward` attribute, which would go on "
+                "calling LoRA's; remove it first, as `accelerate.hooks.remove_hook_from_module` and "
+                "`Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` do."
+            )
 
 
 def unfit(module: Any) -> str | None:

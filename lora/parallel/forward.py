@@ -9,7 +9,6 @@ rank holds are parts of a sum, too; torch adds them up where they are used: in `
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -25,12 +24,12 @@ from lora.functional.fused import without_autocast
 from lora.layers.layer import LoRALayer, needs_no_data
 from lora.layers.linear import MergedLinearLoRA
 from lora.layers.registry import class_for
+from lora.layers.replay import Replays, seeded
 from lora.parallel.ddp import check_in_step
 
 Dims = dict[str, int | None]
 Sizes = dict[str, tuple[str, int]]
 
-_REPLAYS = 4096  # forward passes of one layer that may wait for their backward to run them again
 _STEP, _STRIDE = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # between seeds that follow each other, and those of ranks
 
 
@@ -42,17 +41,15 @@ class Seeds:
         shared: Any = distribute_tensor(own, mesh, [Replicate()], src_data_rank=0)
         self.key = int(shared.to_local())
         self.count = 0
-        self.drawn: OrderedDict[int, int] = OrderedDict()
+        self.replays = Replays()
 
     def next(self) -> int:
         """The next seed; in a forward that activation checkpointing runs again, the one of the first time."""
-        own = int(torch.randint(2**62, ()))  # of this rank's random state, which is put back for such a forward
-        if own not in self.drawn:
-            self.drawn[own] = self.count
-            self.count += 1
-            if len(self.drawn) > _REPLAYS:
-                self.drawn.popitem(last=False)
-        return self.key + self.drawn[own] * _STEP
+        return self.key + self.replays.of_this_forward(self._count_on) * _STEP
+
+    def _count_on(self) -> int:
+        self.count += 1
+        return self.count - 1
 
 
 class TensorParallel(LoRALayer):
@@ -168,11 +165,7 @@ class LocalForward:
             yield
             return
         seed = self.seeds.next() + (self.mesh.get_local_rank() * _STRIDE if self.sums else 0)
-        device = None if x.device.type == "cpu" else x.device
-        with torch.random.fork_rng([] if device is None else [device], device_type=x.device.type):
-            torch.default_generator.manual_seed(seed % 2**63)
-            if device is not None:
-                getattr(torch, device.type).manual_seed(seed % 2**63)
+        with seeded(seed, x.device):
             yield
 
     def _local(self, parameter: Any) -> Tensor:

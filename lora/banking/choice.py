@@ -1,0 +1,174 @@
+"""Which adapter of a bank each row of a batch has: a matter of the caller, not of the model.
+
+A block `with bank.rows(…)` or `with bank.use(…)` belongs to the context that it is entered in (`contextvars`): a
+thread, or a task of asyncio. Layers look for the innermost one of their bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from math import prod
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from lora.functional.rows import Rows
+from lora.layers.replay import Replays
+from lora.layers.switch import of_caller
+
+# The blocks that were entered in a context, or in one that it was copied from, the innermost last.
+_entered: ContextVar[tuple[Choice, ...]] = ContextVar("lora_bank", default=())
+
+
+class Choice(AbstractContextManager["Choice"]):
+    """One block in which adapters are chosen: one for all rows, or one for each.
+
+    Attributes:
+        adapters: of which bank.
+        name: the adapter of all rows; None for the base.
+        rows: which adapter each row has, by its place in `order`; None if `name` is for all.
+        order: the names of the adapters that have rows.
+        shape: that of the rows' adapters, as they were given.
+        per: what these are the adapters of: "row" or "token".
+        flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
+    """
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        name: str | None,
+        rows: Rows | None = None,
+        order: Sequence[str] = (),
+        shape: tuple[int, ...] = (),
+        per: str = "row",
+        flattened: bool = False,
+    ) -> None:
+        self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
+        self.per, self.flattened = per, flattened
+        self.is_open = False
+
+    def __enter__(self) -> Choice:
+        if self.is_open:
+            raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
+        self.is_open = True
+        _entered.set((*filter(_is_open, _entered.get()), self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.is_open = False
+        _entered.set(tuple(filter(_is_open, _entered.get())))
+
+    @property
+    def count(self) -> int:
+        """How many rows or tokens there are."""
+        return 0 if self.rows is None else self.rows.count
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether the rows have one adapter, all of them."""
+        return self.rows is not None and [part.rows for part in self.rows.parts] == [slice(0, self.rows.count)]
+
+    def rows_of(self, shape: Sequence[int], where: str) -> Rows:
+        """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
+        assert self.rows is not None, "there is one adapter for all rows"
+        count, head = self.rows.count, self.shape
+        if self.per == "token" and tuple(shape[: len(head)]) != head:  # they may be flattened, or packed into one row
+            head = (1, count) if tuple(shape[:2]) == (1, count) else (count,)
+        if tuple(shape[: len(head)]) == head:
+            return self.rows.times(prod(shape[len(head) :]))
+        if self.flattened and shape and shape[0] % count == 0:
+            if shape[1:2] == (count,) and not self.is_of_one:  # as of models that turn a batch to (length, rows, …)
+                given = " × ".join(map(str, shape))
+                raise ValueError(
+                    f"{where}: of the {given} rows of this layer's input, those of `bank.rows(names, flattened=True)` "
+                    f"may be the {shape[0]}, or the {count} in the second dimension; `bank.use(name)` is for one "
+                    "adapter in all rows."
+                )
+            return self.rows.times(prod(shape) // count)
+        given = " × ".join(map(str, self.shape))
+        raise ValueError(
+            f"{where}: the input of this layer has {' × '.join(map(str, shape)) or 'no'} rows, and the bank was given "
+            f"adapters for {given} {self.per}s. Where a model flattens its tokens or packs sequences, say the adapter "
+            'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
+            "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
+        )
+
+
+def _is_open(choice: Choice) -> bool:
+    return choice.is_open
+
+
+class Seeds:
+    """An adapter's own seeds for dropout, which those of others do not move."""
+
+    def __init__(self, seed: int) -> None:
+        self.set(seed)
+
+    def set(self, seed: int) -> None:
+        """Begin anew, as after `torch.manual_seed(seed)`."""
+        self.generator = torch.Generator().manual_seed(seed)
+        self._replays = Replays()
+
+    def next(self) -> int:
+        """The seed of a forward that runs now."""
+        return self._replays.of_this_forward(self._draw)
+
+    def _draw(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.generator))
+
+    def __getstate__(self) -> Tensor:
+        return self.generator.get_state()
+
+    def __setstate__(self, state: Tensor) -> None:
+        self.set(0)
+        self.generator.set_state(state)
+
+
+class Adapters:
+    """What the layers of a bank know in common.
+
+    Attributes:
+        known: the adapters by name, in order, each with its seeds.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, Seeds] = {}
+
+    @staticmethod
+    def seeds_of(name: str) -> Seeds:
+        """The seeds that an adapter of this name begins with: they go by its name and torch's own seed."""
+        return Seeds((torch.initial_seed() + crc32(name.encode())) % 2**63)
+
+    def chosen(self, device: torch.device) -> Choice:
+        """The innermost block of the caller's; RuntimeError if there is none."""
+        for choice in reversed(_entered.get()):
+            if choice.adapters is self and choice.is_open:
+                return choice
+        # Autograd computes checkpointed forwards again; for accelerators in threads of its own, which have no context.
+        if device.type != "cpu" and torch._C._current_graph_task_id() != -1:
+            callers: tuple[Choice, ...] = of_caller(_entered)
+            for choice in reversed(callers):
+                if choice.adapters is self and choice.is_open:
+                    return choice
+        raise RuntimeError(
+            f"no adapter is chosen: this model has a bank of them ({', '.join(self.known)}). Call it within "
+            "`with bank.use(name):`, or `with bank.rows(names):` with one name for each row, where None is the base. "
+            "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"
+        )
+
+
+def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
+    """The shape of nested lists, and what is in them; ValueError if they are not of one length."""
+    if isinstance(names, Tensor):
+        return tuple(names.shape), names.flatten().tolist()
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        return (), [names]
+    inner = [nested(each) for each in names]
+    shapes = {shape for shape, _ in inner}
+    if len(shapes) > 1:
+        raise ValueError(f"the lists must be of one length, got {', '.join(map(str, sorted(shapes)))}.")
+    return (len(inner), *next(iter(shapes), ())), [value for _, values in inner for value in values]

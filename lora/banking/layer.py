@@ -1,0 +1,228 @@
+"""A layer with the adapters of a bank: its base's product once, for all rows, and each adapter's update for its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lora.banking.choice import Adapters, Choice, Seeds
+from lora.banking.divided import divide
+from lora.errors import some
+from lora.functional.rows import Rows, Update, lora_linear_rows
+from lora.layers.conv import ConvLoRA
+from lora.layers.embedding import EmbeddingLoRA
+from lora.layers.in_place import LowRankWeight
+from lora.layers.layer import LoRALayer
+from lora.layers.linear import LinearLoRA
+from lora.layers.replay import seeded
+from lora.layers.state import PARAMETERS
+
+# What a layer of a bank keeps beside what every LoRA layer does.
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors"
+
+
+class Banked(LoRALayer):
+    """In front of a layer's class: the layer has several adapters, and each row of its input one of them, or none.
+
+    Attributes:
+        lora_seats: the layer with each of its adapters alone, by name. A seat is a LoRA layer that is no module of the
+            model; it shares all with this layer but its settings, A, B and magnitudes. These are Parameters of this
+            layer, too: `lora_A_<name>` and so on.
+        lora_bank: what the layers of the bank know in common.
+        lora_name: the layer's name in the model, for errors.
+        lora_base_tensors: the names of the parameters that are its base's.
+    """
+
+    lora_base_class = LoRALayer
+
+    lora_seats: Mapping[str, Any]
+    lora_bank: Adapters
+    lora_name: str
+    lora_base_tensors: tuple[str, ...]
+
+    # ---- forward ---------------------------------------------------------------------------------------------
+
+    def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As a layer with the adapter of all rows alone, or with each row's own."""
+        if self.lora_disabled is not None and self.lora_is_off():
+            return self.lora_base_forward(input, *args, **kwargs)
+        choice = self.lora_bank.chosen(input.device)
+        if choice.rows is not None:
+            return self.lora_mixed(choice, input, *args, **kwargs)
+        seat = None if choice.name is None else self.lora_seats.get(choice.name)
+        if seat is None:
+            return self.lora_base_forward(input, *args, **kwargs)
+        output: Tensor = seat.lora_layer_forward(input, *args, **kwargs)
+        return output
+
+    def lora_mixed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W₀ x + b once, and each adapter's update for its own rows."""
+        lead = self._lead(input)
+        rows = choice.rows_of(input.shape[:lead], self.lora_name)
+        seats = {number: self.lora_seats.get(choice.order[number]) for number, *_ in rows.parts}
+        if not any(seats.values()):
+            return self.lora_base_forward(input, *args, **kwargs)
+        if self.lora_is_in_place():
+            return self._divided(choice, lead, input, *args, **kwargs)
+        for seat in filter(None, seats.values()):
+            for check in self.lora_checks:
+                check(seat, input)
+        if isinstance(self, LinearLoRA) and self.lora_dense:
+            updates = [self._update(choice, name, seats.get(number)) for number, name in enumerate(choice.order)]
+            y = lora_linear_rows(input, self.lora_stored(self.weight), self.bias, updates, rows)
+            scaled = {n: seat.lora_magnified for n, seat in seats.items() if seat is not None and seat.use_dora}
+            return _with_rows(y, rows, lead, scaled) if scaled else y
+        y = self.lora_base_forward(input, *args, **kwargs)
+        flat = input.reshape(rows.count, *input.shape[lead:])
+        parts = dict(
+            zip((part.adapter for part in rows.parts), rows.views(rows.parts, flat, rows.gather(flat)), strict=True)
+        )
+        adds = {
+            number: partial(_added, seat, choice.adapters.known[choice.order[number]], parts[number])
+            for number, seat in seats.items()
+            if seat is not None
+        }
+        return _with_rows(y, rows, lead, adds)
+
+    def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The class's own forward, once for each adapter."""
+        by_token = choice.per == "token" and lead > 1 and not args and not kwargs
+        x = input.flatten(0, lead - 1) if by_token else input
+        y: Tensor = divide(self, self.lora_layer_forward, choice, self.lora_name, x, *args, **kwargs)
+        return y.view(*input.shape[:lead], *y.shape[1:]) if by_token else y
+
+    def _update(self, choice: Choice, name: str, seat: Any) -> Update | None:
+        if seat is None:
+            return None
+        _, _, A, B, scaling, dropout, slices = seat.lora_arguments()
+        return Update(A, B, scaling, dropout, slices, choice.adapters.known[name].next)
+
+    def _lead(self, input: Tensor) -> int:
+        """How many of the input's first dimensions are rows."""
+        if isinstance(self, ConvLoRA):
+            return int(input.dim() == self.weight.dim())  # 0 for one image without a batch
+        return input.dim() - (not isinstance(self, EmbeddingLoRA))
+
+    # ---- its weight, for a parent that reads it ------------------------------------------------------------------
+
+    def lora_weight_now(self) -> Tensor | LowRankWeight:
+        weight: Tensor = self.weight
+        if self.lora_is_off():
+            return weight
+        choice = self.lora_bank.chosen(weight.device)
+        if choice.rows is not None:
+            if not self.lora_present(choice):
+                return weight
+            raise RuntimeError(
+                f"{self.lora_name}: what is around this layer reads its weight, and of that there is one for each "
+                "adapter; use `bank.use(name)` here."
+            )
+        seat = None if choice.name is None else self.lora_seats.get(choice.name)
+        now: Tensor | LowRankWeight = weight if seat is None else seat.lora_weight_now()
+        return now
+
+    def lora_present(self, choice: Choice) -> bool:
+        """Whether some of the rows have an adapter that is in the layer."""
+        return any(name in self.lora_seats for name in choice.order)
+
+    # ---- its adapters ------------------------------------------------------------------------------------------
+
+    def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, seat in self.lora_seats.items():
+            for own, parameter in seat.lora_parameters():
+                yield f"{own}_{name}", parameter
+
+    def lora_owns_its_tensors(self) -> bool:
+        return "weight" in {*self._parameters, *self._buffers}
+
+    def lora_resize(self, size: int) -> None:
+        """Nothing: each seat follows for itself, when it is told the size."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "__class__":
+            return
+        plain = not isinstance(value, (Tensor, nn.Module))
+        for seat in self.lora_seats.values():
+            if name == "weight" or name.startswith(PARAMETERS):
+                seat._merged = seat._squares = seat._norms = None
+                seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
+            elif plain and name not in _KEPT:
+                setattr(seat, name, value)
+
+    def train(self, mode: bool = True) -> Banked:
+        super().train(mode)
+        for seat in self.lora_seats.values() if mode else ():
+            seat._merged = None
+        return self
+
+    def lora_applied(self, fn: Any) -> Any:
+        for seat in self.lora_seats.values():
+            seat._merged = seat._squares = seat._norms = seat._checked = None
+        return super().lora_applied(fn)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError("nn.DataParallel cannot replicate a bank of adapters; use DistributedDataParallel.")
+
+    def lora_repr(self) -> str:
+        seats = [f"{name} (r={seat.r})" for name, seat in self.lora_seats.items()]
+        return f"adapters: {some(seats, len(seats))}"
+
+    def lora_remove(self, restore_layout: bool = True) -> None:
+        for own, _ in [*self.lora_parameters()]:
+            del self._parameters[own]
+        for name in _STATE:
+            vars(self).pop(name, None)
+        super().lora_remove(restore_layout)
+
+
+# What is the layer's own, and not its seats'.
+_KEPT = frozenset(
+    (*_STATE, "r", "lora_place", "lora_injected", "lora_disabled", "_merged", "_squares", "_norms", "_checked")
+) | {"_subclassed", "_in_place"}
+
+
+def _with_rows(y: Tensor, rows: Rows, lead: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    """y, out of place, with what functions make of the rows of some adapters in their place.
+
+    Args:
+        y: whose first `lead` dimensions are rows.
+        rows: which adapter they have.
+        lead: how many dimensions.
+        changes: the functions, by the adapters.
+    """
+    flat = y.reshape(rows.count, *y.shape[lead:])
+    views = rows.views(rows.parts, flat, rows.gather(flat))
+    made = [changes.get(part.adapter, _same)(view) for part, view in zip(rows.parts, views, strict=True)]
+    gathered = [new for part, new in zip(rows.parts, made, strict=True) if part.gathered]
+    index = rows.scattered(y.device)
+    if index is not None:
+        flat = flat.index_copy(0, index, torch.cat(gathered))
+    pieces, end = [], 0
+    whole = ((part.rows, new) for part, new in zip(rows.parts, made, strict=True) if not part.gathered)
+    for run, new in sorted(whole, key=lambda pair: pair[0].start):
+        pieces += [flat[end : run.start], new]
+        end = run.stop
+    return torch.cat([*pieces, flat[end:]]).view(y.shape) if pieces else flat.view(y.shape)
+
+
+def _added(seat: Any, seeds: Seeds, x: Tensor, y: Tensor) -> Tensor:
+    """The base's output of an adapter's rows, and its update for these."""
+    with _dropping(seat, seeds, y.device):
+        y = y + seat.lora_update(x, seat.lora_scaling).to(y.dtype)
+    return seat.lora_magnified(y) if seat.use_dora else y
+
+
+def _same(y: Tensor) -> Tensor:
+    return y
+
+
+def _dropping(seat: Any, seeds: Seeds, device: torch.device) -> AbstractContextManager[None]:
+    """A context in which dropout draws from the adapter's own seeds."""
+    return seeded(seeds.next(), device) if seat.lora_dropout and seat.training else nullcontext()
