@@ -15,7 +15,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, own_tensors
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter
-from lora.banking.choice import Adapters, Choice, nested
+from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
@@ -115,7 +115,7 @@ class Bank(MutableMapping[str, Adapter]):
 
     # ---- choosing --------------------------------------------------------------------------------------------
 
-    def use(self, name: str | None) -> Choice:
+    def use(self, name: str | None) -> Block:
         """Within ``with bank.use(name):`` all rows have this adapter; with None they have none, as in the base model.
 
         The block is its caller's: other threads and tasks choose for themselves.
@@ -124,9 +124,9 @@ class Bank(MutableMapping[str, Adapter]):
             ValueError: there is no such adapter.
         """
         raise_all("use: no adapter is chosen", self._unknown([name]))
-        return Choice(self._adapters, name)
+        return Block(Choice(self._adapters, name))
 
-    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Choice:
+    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Block:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
 
         Rows that stand side by side are computed without a copy of them: batches that are sorted by adapter are
@@ -160,7 +160,7 @@ class Bank(MutableMapping[str, Adapter]):
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = Rows.of([places.get(called[value]) for value in given])
-        return Choice(self._adapters, None, owners, order, shape, flattened)
+        return Block(Choice(self._adapters, None, owners, order, shape, flattened))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known

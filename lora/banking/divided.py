@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lora.banking.choice import Choice
+from lora.banking.choice import Block, Choice
 from lora.errors import instance, with_article
 from lora.functional.rows import Rows
 from lora.layers.layer import LoRALayer
@@ -132,7 +132,7 @@ class _Division:
         for name, index in self.groups:
             args = [value if alone else self._taken(one, value, index) for one, value in self.args]
             kwargs = {one: value if alone else self._taken(one, value, index) for one, value in self.kwargs.items()}
-            with Choice(self.choice.adapters, name), self._drawing(name):
+            with Block(Choice(self.choice.adapters, name)), self._drawing(name):
                 outputs.append(self.method(*args, **kwargs))
         return outputs[0] if alone else self._joined(outputs, self._outputs_axis)
 

@@ -22,6 +22,8 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
+from lora.layers.undo import undo_on_error
+from lora.layers.vocabulary import WithVocabulary
 
 # What a layer of a bank keeps beside what every LoRA layer does.
 _STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors"
@@ -145,6 +147,13 @@ class Banked(LoRALayer):
         """Nothing: each seat follows for itself, when it is told the size."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(self, WithVocabulary) and name == self.lora_counted[0]):
+            return self._set(name, value)
+        seats = [*self.lora_seats.values()]  # which follow, or refuse
+        with undo_on_error([self, *seats], [seat.lora_magnitude for seat in seats if seat.use_dora]) as undo, undo:
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "__class__":
             return

@@ -610,3 +610,28 @@ def test_statistics_that_training_moved_are_in_the_file_and_given_back(tmp_path)
         refused(plain, call, ValueError, "1.running_mean: is in the adapter", "1.running_var")
     bank.keep(None)
     assert torch.equal(model(x), norms().eval()(x))
+
+
+def test_a_vocabulary_is_resized_for_all_adapters_or_for_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4))
+    configs = {"a": config("0", r=2), "b": config("0", r=1, use_dora=True)}
+    bank = lora.bank(model, configs)
+    ones = {}
+    for name in bank:
+        ones[name] = nn.Sequential(nn.Embedding(6, 4))
+        ones[name].load_state_dict({"0.weight": model[0].weight})
+        lora.load_adapter(ones[name], bank[name])
+    grown = torch.cat([model[0].weight.detach(), torch.randn(2, 4)])
+    for each in (model, *ones.values()):
+        each[0].weight.data = grown.clone()
+        each[0].num_embeddings = 8
+    ids = torch.arange(8)
+    assert all(torch.equal(output_of(model, bank, name, ids), ones[name](ids)) for name in bank)
+    model[0].weight.data = grown[:5].clone()  # too few for b's magnitudes; a could follow
+    refused(model, partial(setattr, model[0], "num_embeddings", 5), ValueError, "cannot follow")
+
+
+def output_of(model, bank, name, x):
+    with bank.use(name):
+        return model(x)
