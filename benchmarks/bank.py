@@ -55,7 +55,8 @@ class Setup:
         self.names = [f"a{n}" for n in range(k)]
         generator = torch.Generator().manual_seed(0)
         shape = k, max(min(2, tokens), tokens // 16) if quick else tokens
-        self.ids = torch.randint(self.base.config.vocab_size, shape, generator=generator)
+        ids = torch.randint(self.base.config.vocab_size, shape, generator=generator, device="cpu")
+        self.ids = ids.to(torch.get_default_device())
         self.adapters = {name: self.adapter(n) for n, name in enumerate(self.names)}
 
     def adapter(self, seed: int) -> lora.Adapter:
@@ -64,7 +65,7 @@ class Setup:
         adapter = lora.adapter_of(model)
         with torch.no_grad():
             for tensor in adapter.tensors.values():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * 0.02)
         return adapter
 
     def with_config(self) -> nn.Module:

@@ -11,18 +11,19 @@ import peft
 import rivals
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 from phi3 import fetch, pretrained, tiny
 
-R = {"llama": 8, "phi3": 16}
+R = {"llama": 8, "phi3": 16, "phi3-mini": 16}
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
+TARGETS["phi3-mini"] = TARGETS["phi3"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ def _llama(quick: bool, dtype: torch.dtype) -> nn.Module:
 def _phi3(quick: bool, dtype: torch.dtype) -> nn.Module:
     if quick:
         return tiny.model().to(dtype)
-    return pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=dtype)[0]
+    model = pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=dtype)[0]
+    return model.to(torch.get_default_device())
+
+
+def _phi3_mini(quick: bool, dtype: torch.dtype) -> nn.Module:
+    layers = {"num_hidden_layers": 1} if quick else {}
+    return Phi3ForCausalLM._from_config(Phi3Config(**layers), dtype=dtype)
 
 
 def _adapt_loralib(model: nn.Module, plan: Plan) -> None:
@@ -92,7 +99,7 @@ def _settings(plan: Plan) -> dict[str, object]:
     return {"r": r, "lora_alpha": 2 * r, "lora_dropout": plan.dropout, "target_modules": names}
 
 
-_MODELS = {"llama": _llama, "phi3": _phi3}
+_MODELS = {"llama": _llama, "phi3": _phi3, "phi3-mini": _phi3_mini}
 _ADAPT = {
     "frozen": lambda model, plan: None,
     "loralib": _adapt_loralib,

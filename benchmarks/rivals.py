@@ -99,7 +99,7 @@ def same_start(module: nn.Module, up: float = 0.02) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for number, parameter in enumerate(trainable(module)):
         size = up if number % 2 else 0.02
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * size)
     module.train()  # loralib's returns nothing
     return module
 

@@ -162,6 +162,21 @@ def test_large_adapters_are_measured_at_three_sizes(capsys):
     assert said.count("\n| ") == 15
 
 
+@pytest.mark.slow
+def test_a_merge_for_its_inputs_is_measured_against_one_to_nearest(tmp_path):
+    keep = importlib.import_module("keep")
+    adapter = tmp_path / "adapter.safetensors"
+    keep.main("--quick", "--tokens", "200", "--adapter", str(adapter), "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
+    for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
+        assert unmerged["KL"] == 0
+        assert 0 < nearest["KL"] < without["KL"]
+        assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+    assert (tmp_path / "keep.md").read_text(encoding="utf-8").startswith("# keep\n")
+    assert adapter.exists()
+
+
 def test_no_layer_waits_and_forwards_launch_no_more_than_others_do(tmp_path):
     launches = importlib.import_module("launches")
     found = launches.measured(quick=True)
@@ -194,3 +209,9 @@ def test_three_libraries_and_a_bank_have_one_curve(tmp_path):
     assert losses["lora"][-1] < losses["lora"][0] - 0.1
     assert "| lora, bank |" in (tmp_path / "curves_float32.md").read_text(encoding="utf-8")
     assert (tmp_path / "curves_float32.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_kind_of_layer_is_right_on_this_device(capsys):
+    on_device = importlib.import_module("on_device")
+    assert on_device.main("--device", "cpu") == 0
+    assert capsys.readouterr().out.endswith("0 wrong on cpu\n")

@@ -71,21 +71,25 @@ def _in_heads(module: Any, mask: Tensor) -> Axis | None:
     return None if mask.dim() < 3 else Axis(0, heads)
 
 
-_ENCODER = {"src": _in_batch, "src_mask": _in_heads, "mask": _in_heads, "src_key_padding_mask": _in_first}
-_DECODER = {
-    **{"tgt": _in_batch, "memory": _in_batch, "tgt_mask": _in_heads, "memory_mask": _in_heads},
-    **{"tgt_key_padding_mask": _in_first, "memory_key_padding_mask": _in_first},
+_QUERIES = dict.fromkeys(("query", "key", "value"), _in_batch)
+_SOURCE = {"src": _in_batch, "mask": _in_heads, "src_mask": _in_heads, "src_key_padding_mask": _in_first}
+_TARGET = {
+    **dict.fromkeys(("tgt", "memory"), _in_batch),
+    **dict.fromkeys(("tgt_mask", "memory_mask"), _in_heads),
+    **dict.fromkeys(("tgt_key_padding_mask", "memory_key_padding_mask"), _in_first),
 }
-_QUERIES = {"query": _in_batch, "key": _in_batch, "value": _in_batch}
-_LAYOUTS: dict[type[nn.Module], Layout] = {
-    nn.MultiheadAttention: Layout(
-        {**_QUERIES, "key_padding_mask": _in_first, "attn_mask": _in_heads}, (_in_batch, _in_first)
-    ),
-    nn.RNNBase: Layout({"input": _in_batch, "hx": _in_second}, (_in_batch, _in_second)),
-    nn.RNNCellBase: Layout({"input": _in_first, "hx": _in_first}, (_in_first, _in_first)),
-    **dict.fromkeys((nn.TransformerEncoderLayer, nn.TransformerEncoder), Layout(_ENCODER, (_in_batch,))),
-    **dict.fromkeys((nn.TransformerDecoderLayer, nn.TransformerDecoder), Layout(_DECODER, (_in_batch,))),
-    nn.Transformer: Layout({**_ENCODER, **_DECODER}, (_in_batch,)),
+_ENCODER, _DECODER = Layout(_SOURCE, (_in_batch,)), Layout(_TARGET, (_in_batch,))
+_ATTENTION = Layout({**_QUERIES, "key_padding_mask": _in_first, "attn_mask": _in_heads}, (_in_batch, _in_first))
+_RECURRENT = Layout({"input": _in_batch, "hx": _in_second}, (_in_batch, _in_second))
+_CELL = Layout({"input": _in_first, "hx": _in_first}, (_in_first, _in_first))
+# By the function that is called, which classes that derive from these may have of their own.
+_LAYOUTS: dict[Any, Layout] = {
+    nn.MultiheadAttention.forward: _ATTENTION,
+    **dict.fromkeys((cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU)), _RECURRENT),
+    **dict.fromkeys((cls.forward for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)), _CELL),
+    **dict.fromkeys((cls.forward for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder)), _ENCODER),
+    **dict.fromkeys((cls.forward for cls in (nn.TransformerDecoderLayer, nn.TransformerDecoder)), _DECODER),
+    nn.Transformer.forward: Layout({**_SOURCE, **_TARGET}, (_in_batch,)),
 }
 
 
@@ -110,16 +114,18 @@ class _Division:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.module, self.method, self.choice, self.where = module, method, choice, where
-        self.layout = next((layout for cls, layout in _LAYOUTS.items() if isinstance(module, cls)), None)
+        self.layout = _LAYOUTS.get(inspect.unwrap(getattr(method, "func", method)))
         self.by_tokens = any(isinstance(part, Stack) for part in parts_of(module).values())
-        known = [*inspect.signature(method).parameters]
+        its = inspect.signature(method).parameters.values()
+        known = [one.name for one in its if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         names = [known[n] if n < len(known) else f"argument {n}" for n in range(len(args))]
         self.args, self.kwargs = [*zip(names, args, strict=True)], kwargs
-        first = next(((name, value) for name, value in (*self.args, *kwargs.items()) if _is_input(value)), None)
-        if first is None or isinstance(first[1], PackedSequence):
-            given = "a packed sequence, whose rows are not in order" if first else "no tensor"
-            raise self._error(f"it is given {given}")
-        name, self.x = first
+        given = {name: value for name, value in (*self.args, *kwargs.items()) if isinstance(value, _INPUTS)}
+        name = next((one for one in (self.layout.inputs if self.layout else given) if one in given), None)
+        if name is None or isinstance(given[name], PackedSequence):
+            what = "no tensor" if name is None else "a packed sequence, whose rows are not in order"
+            raise self._error(f"it is given {what}")
+        self.x: Tensor = given[name]
         axis = self._axis(name, self.x)
         if axis is None:
             raise self._error(f"its input of shape {tuple(self.x.shape)} has no batch")
@@ -229,12 +235,9 @@ class _Division:
         )
 
 
+_INPUTS = (Tensor, PackedSequence)
 # What has no rows: what says how to compute.
 _WITHOUT_ROWS = (int, float, complex, str, bytes, Enum, slice, torch.dtype, torch.device, torch.Size, torch.Generator)
-
-
-def _is_input(value: Any) -> bool:
-    return isinstance(value, (Tensor, PackedSequence))
 
 
 def _groups(choice: Choice, rows: Rows) -> list[tuple[str | None, Tensor]]:
