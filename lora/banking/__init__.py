@@ -124,7 +124,7 @@ class Bank(MutableMapping[str, Adapter]):
             ValueError: there is no such adapter.
         """
         raise_all("use: no adapter is chosen", self._unknown([name]))
-        return Block(Choice(self._adapters, name))
+        return Block(Choice(self._adapters, name, everyone=self._in_step()))
 
     def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Block:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
@@ -160,7 +160,7 @@ class Bank(MutableMapping[str, Adapter]):
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = Rows.of([places.get(called[value]) for value in given])
-        return Block(Choice(self._adapters, None, owners, order, shape, flattened))
+        return Block(Choice(self._adapters, None, owners, order, shape, flattened, self._in_step()))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known
@@ -274,6 +274,11 @@ class Bank(MutableMapping[str, Adapter]):
                 raise ValueError("bank: this model has parts with banks of their own; ask for those of the parts.")
             self._own = found[0] if found else self._own
         return self._own
+
+    def _in_step(self) -> bool:
+        """Whether FSDP2 reduces the gradients of all ranks in step."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return distributed and any(map(weights.is_fully_sharded, self._model.modules()))
 
     def _layers(self) -> list[Any]:
         return [layer for layer in with_parts(self._model.modules()) if isinstance(layer, Banked)]

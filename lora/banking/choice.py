@@ -34,6 +34,8 @@ class Choice:
         order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
+        everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
+            step, and on another rank it may have some.
         is_open: whether the block was entered, and has not been left.
     """
 
@@ -45,9 +47,10 @@ class Choice:
         order: Sequence[str] = (),
         shape: tuple[int, ...] = (),
         flattened: bool = False,
+        everyone: bool = False,
     ) -> None:
         self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
-        self.flattened = flattened
+        self.flattened, self.everyone = flattened, everyone
         self.is_open = False
 
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:

@@ -138,7 +138,7 @@ class _Division:
         for name, index in self.groups:
             args = [value if alone else self._taken(one, value, index) for one, value in self.args]
             kwargs = {one: value if alone else self._taken(one, value, index) for one, value in self.kwargs.items()}
-            with Block(Choice(self.choice.adapters, name)), self._drawing(name):
+            with Block(Choice(self.choice.adapters, name, everyone=self.choice.everyone)), self._drawing(name):
                 outputs.append(self.method(*args, **kwargs))
         return outputs[0] if alone else self._joined(outputs, self._outputs_axis)
 

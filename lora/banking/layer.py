@@ -54,7 +54,7 @@ class Banked(LoRALayer):
         """As a layer with the adapter of all rows alone, or with each row's own."""
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
-        choice = self.lora_bank.chosen(input.device)
+        choice = self._chosen(input.device)
         if choice.rows is not None:
             return self.lora_mixed(choice, input, *args, **kwargs)
         seat = None if choice.name is None else self.lora_seats.get(choice.name)
@@ -62,6 +62,14 @@ class Banked(LoRALayer):
             return self.lora_base_forward(input, *args, **kwargs)
         output: Tensor = seat.lora_layer_forward(input, *args, **kwargs)
         return output
+
+    def _chosen(self, device: torch.device) -> Choice:
+        choice = self.lora_bank.chosen(device)
+        if choice.everyone and torch.is_grad_enabled():
+            for _, parameter in self.lora_parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return choice
 
     def lora_mixed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b once, and each adapter's update for its own rows."""
@@ -117,7 +125,7 @@ class Banked(LoRALayer):
         weight: Tensor = self.weight
         if self.lora_is_off():
             return weight
-        choice = self.lora_bank.chosen(weight.device)
+        choice = self._chosen(weight.device)
         if choice.rows is not None:
             if not self.lora_present(choice):
                 return weight

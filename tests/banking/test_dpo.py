@@ -115,21 +115,21 @@ def test_two_adapters_train_as_two_models(way, reference):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
     ours = optimizer_of([*bank.parameters("policy"), *bank.parameters("reference")])
     theirs = optimizer_of([parameter for parameter in policy.parameters() if parameter.requires_grad])
+    own, one = bank["policy"].tensors, lora.adapter_of(policy).tensors
     for _ in range(4):
         loss, twin = way(reference)(model, bank), of_two_models(policy, other)
         # Sums of some hundred float64 numbers, in another order where rows stand side by side.
         assert loss.item() == pytest.approx(expected_loss(policy, other), rel=1e-12)
         loss.backward()
         twin.backward()
-        for name, parameter in lora.adapter_of(policy).tensors.items():
-            own = bank["policy"].tensors[name]
-            torch.testing.assert_close(own.grad, parameter.grad, rtol=1e-9, atol=1e-13)
+        for name, parameter in one.items():
+            torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-9, atol=1e-13)
         assert all(parameter.grad is None for parameter in bank.parameters("reference"))
         for optimizer in (ours, theirs):
             optimizer.step()
             optimizer.zero_grad()
-        for name, parameter in lora.adapter_of(policy).tensors.items():
-            torch.testing.assert_close(bank["policy"].tensors[name], parameter, rtol=1e-9, atol=1e-12)
+        for name, parameter in one.items():
+            torch.testing.assert_close(own[name], parameter, rtol=1e-9, atol=1e-12)
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in bank["reference"].tensors.items())
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
