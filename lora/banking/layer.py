@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
 from lora.banking.divided import divide
-from lora.errors import some
+from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
@@ -24,6 +24,7 @@ from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
 from lora.layers.undo import undo_on_error
 from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
 _STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors"
@@ -78,6 +79,11 @@ class Banked(LoRALayer):
         seats = {number: self.lora_seats.get(choice.order[number]) for number, *_ in rows.parts}
         if not any(seats.values()):
             return self.lora_base_forward(input, *args, **kwargs)
+        if is_sharded(input):
+            raise RuntimeError(
+                f"{self.lora_name}: its input is divided among ranks ({instance(input)}), and rows of several adapters "
+                "are not; use `bank.use(name)` here."
+            )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
         for seat in filter(None, seats.values()):

@@ -1,10 +1,15 @@
 """A bank on several ranks: each trains its rows, and the adapters are those of one process that has all rows."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
 from sharding import mine, shard, whole
+from torch import nn
+from torch.distributed import pipelining as pipe
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from toy_model import IDS, Model
 
@@ -106,7 +111,7 @@ def test_fully_sharded_ranks_train_as_one_process(ranks, tmp_path, reshard):
     ranks.run(_sharded, tmp_path, reshard)
 
 
-def _replicated(static):
+def _replicated():
     model, bank = banked()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     assert lora.bank(wrapped) == bank
@@ -119,4 +124,84 @@ def _replicated(static):
 
 
 def test_replicas_with_rows_of_different_adapters_train_as_one_process(ranks):
-    ranks.run(_replicated, False)
+    ranks.run(_replicated)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _refused():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model, _ = banked()
+    for style in (lora.parallel.ColwiseParallel, lora.parallel.RowwiseParallel, lora.parallel.MergedColwiseParallel):
+        given = style((8, 4)) if style is lora.parallel.MergedColwiseParallel else style()
+        with pytest.raises(ValueError, match=r"it has a bank of adapters \(alice, bob\), .*`bank.keep\(name\)`"):
+            parallelize_module(model, mesh, {"layers.0.mlp.up_proj": given})
+    assert not any(lora.layers.weights.is_sharded(parameter) for parameter in model.parameters())
+
+    model, bank = banked()
+    one, its = banked()
+    parallelize_module(model, mesh, {"layers.0.mlp.up_proj": ColwiseParallel(output_layouts=Replicate())})
+    with bank.use("bob"), its.use("bob"):
+        torch.testing.assert_close(model(BATCH), one(BATCH), rtol=1e-9, atol=1e-12)
+    words = r"layers\.0\.mlp\.up_proj: its input is divided among ranks \(.*DTensor.*`bank.use\(name\)`"
+    with bank.rows(ROWS), pytest.raises(RuntimeError, match=words):
+        model(BATCH)
+    with pytest.raises(ValueError, match=r"dave: layers\.0\.mlp\.up_proj: is sharded"):
+        bank["dave"] = CONFIGS["alice"]
+
+    model, _ = banked()
+    wrapper = FullyShardedDataParallel(model.float(), use_orig_params=True, device_id=torch.device("cpu"))
+    words = "the model is wrapped in FullyShardedDataParallel"
+    with pytest.raises(ValueError, match=words):
+        lora.bank(wrapper, {"dave": CONFIGS["alice"]})
+    with pytest.raises(ValueError, match=words):
+        lora.bank(wrapper)["alice"]
+
+
+def test_what_cannot_divide_a_bank_says_so(ranks):
+    ranks.run(_refused)
+
+
+# ---- pipelines -----------------------------------------------------------------------------------------------------
+
+WIDTH = 6
+
+
+def stages():
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH)).double() for _ in range(2)]
+
+
+def with_bank(model):
+    torch.manual_seed(1)
+    both = {name: lora.LoraConfig(target_modules="all-linear", r=r, init_lora_weights=False) for name, r in ROW_RANKS}
+    return lora.bank(model, both)
+
+
+ROW_RANKS = (("alice", 1), ("bob", 2))
+
+
+def _staged():
+    rank = dist.get_rank()
+    parts = stages()
+    banks = [with_bank(part) for part in parts]
+    torch.manual_seed(2)
+    x, target = torch.randn(8, WIDTH).double(), torch.randn(8, WIDTH).double()
+    loss_of = nn.functional.mse_loss
+    stage = pipe.PipelineStage(parts[rank], rank, 2, torch.device("cpu"))
+    schedule = pipe.ScheduleGPipe(stage, 4, loss_fn=loss_of)
+    with banks[rank].use("bob"):  # for all microbatches; each rank has the bank of its stage
+        schedule.step(*((x,) if rank == 0 else ()), **({"target": target} if rank == 1 else {}))
+    ones = stages()
+    its = [with_bank(part) for part in ones]
+    with its[0].use("bob"), its[1].use("bob"):
+        loss_of(ones[1](ones[0](x)), target).backward()
+    for parameter, other in zip(banks[rank].parameters("bob"), its[rank].parameters("bob"), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-12)
+    assert all(parameter.grad is None for parameter in banks[rank].parameters("alice"))
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline_have_a_bank_each(ranks):
+    ranks.run(_staged)
