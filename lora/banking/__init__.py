@@ -142,11 +142,14 @@ class Bank(MutableMapping[str, Adapter]):
                 an error.
 
         Raises:
-            ValueError: a name is unknown (all are listed), lists are not of one length, or `per` is neither of the two.
+            ValueError: a name is unknown (all are listed), lists are not of one length, `per` is neither of the two, or
+                `flattened` is not for rows.
         """
         what = "rows: no adapters are chosen"
         if per not in ("row", "token"):
             raise ValueError(f"{what}: `per` must be 'row' or 'token', got {short(per)}.")
+        if flattened and per != "row":
+            raise ValueError(f"{what}: `flattened` is for rows, and `per` is {per!r}.")
         shape, given = nested(names)
         if not shape or (per == "row" and len(shape) != 1) or 0 in shape:
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
@@ -160,7 +163,7 @@ class Bank(MutableMapping[str, Adapter]):
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = Rows.of([places.get(called[value]) for value in given])
-        return Block(Choice(self._adapters, None, owners, order, shape, flattened, self._in_step()))
+        return Block(Choice(self._adapters, None, owners, order, shape, per, flattened, self._in_step()))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known

@@ -33,6 +33,7 @@ class Choice:
         rows: which adapter each row has, by its place in `order`; None if `name` is for all.
         order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
+        per: what these are the adapters of: "row" or "token".
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
         everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
             step, and on another rank it may have some.
@@ -46,29 +47,34 @@ class Choice:
         rows: Rows | None = None,
         order: Sequence[str] = (),
         shape: tuple[int, ...] = (),
+        per: str = "row",
         flattened: bool = False,
         everyone: bool = False,
     ) -> None:
         self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
-        self.flattened, self.everyone = flattened, everyone
+        self.per, self.flattened, self.everyone = per, flattened, everyone
         self.is_open = False
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether the rows have one adapter, all of them."""
+        return self.rows is not None and [part.rows for part in self.rows.parts] == [slice(0, self.rows.count)]
 
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:
         """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
         assert self.rows is not None, "there is one adapter for all rows"
         count, head = self.rows.count, self.shape
-        if len(head) > 1 and tuple(shape[: len(head)]) != head:
-            head = (count,)  # of tokens that a model has flattened, as mixtures of experts do
+        if self.per == "token" and tuple(shape[: len(head)]) != head:  # they may be flattened, or packed into one row
+            head = (1, count) if tuple(shape[:2]) == (1, count) else (count,)
         if tuple(shape[: len(head)]) == head:
             return self.rows.times(prod(shape[len(head) :]))
         if self.flattened and shape and shape[0] % count == 0:
             return self.rows.times(prod(shape) // count)
-        per = "row" if len(self.shape) == 1 else "token"
         given = " × ".join(map(str, self.shape))
         raise ValueError(
             f"{where}: the input of this layer has {' × '.join(map(str, shape)) or 'no'} rows, and the bank was given "
-            f"adapters for {given} {per}s. Where a model flattens its tokens or packs sequences, say the adapter of "
-            'each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
+            f"adapters for {given} {self.per}s. Where a model flattens its tokens or packs sequences, say the adapter "
+            'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
             "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
 

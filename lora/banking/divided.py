@@ -121,32 +121,24 @@ class _Division:
         names = [known[n] if n < len(known) else f"argument {n}" for n in range(len(args))]
         self.args, self.kwargs = [*zip(names, args, strict=True)], kwargs
         given = {name: value for name, value in (*self.args, *kwargs.items()) if isinstance(value, _INPUTS)}
-        name = next((one for one in (self.layout.inputs if self.layout else given) if one in given), None)
-        if name is None or isinstance(given[name], PackedSequence):
-            what = "no tensor" if name is None else "a packed sequence, whose rows are not in order"
-            raise self._error(f"it is given {what}")
-        self.x: Tensor = given[name]
-        axis = self._axis(name, self.x)
+        name = next((one for one in (self.layout.inputs if self.layout else given) if one in given), "")
+        x = given.get(name)
+        if not isinstance(x, Tensor):
+            raise self._error(f"it is given {'no tensor' if x is None else _PACKED}")
+        self.x = x
+        axis = self._axis(name, x)
         if axis is None:
-            raise self._error(f"its input of shape {tuple(self.x.shape)} has no batch")
-        self.rows = choice.rows_of((self.x.shape[axis.dim],), where)
-        self.groups = _groups(choice, self.rows)
+            raise self._error(f"its input of shape {tuple(x.shape)} has no batch")
+        self.groups = _groups(choice, choice.rows_of((x.shape[axis.dim],), where))
 
     def run(self) -> Any:
         """What the method computes, of each group of rows with their own adapter."""
-        outputs, alone = [], len(self.groups) == 1
+        outputs = []
         for name, index in self.groups:
-            args = [value if alone else self._taken(one, value, index) for one, value in self.args]
-            kwargs = {one: value if alone else self._taken(one, value, index) for one, value in self.kwargs.items()}
-            with Block(Choice(self.choice.adapters, name, everyone=self.choice.everyone)), self._drawing(name):
-                outputs.append(self.method(*args, **kwargs))
-        return outputs[0] if alone else self._joined(outputs, self._outputs_axis)
-
-    def _drawing(self, name: str | None) -> AbstractContextManager[None]:
-        """A context in which what is random depends on the adapter of the rows alone."""
-        if name is None or not self.module.training:
-            return nullcontext()
-        return seeded(self.choice.adapters.known[name].next(), self.x.device)
+            args = [self._taken(one, value, index) for one, value in self.args]
+            kwargs = {one: self._taken(one, value, index) for one, value in self.kwargs.items()}
+            outputs.append(_with_one(self.module, self.method, self.choice, name, args, kwargs))
+        return self._joined(outputs, self._outputs_axis)
 
     # ---- arguments -------------------------------------------------------------------------------------------
 
@@ -175,7 +167,7 @@ class _Division:
     def _taken(self, name: str, value: Any, index: Tensor) -> Any:
         """The rows of a group in an argument."""
         if isinstance(value, PackedSequence):
-            raise self._error(f"`{name}` is a packed sequence, whose rows are not in order")
+            raise self._error(f"`{name}` is {_PACKED}")
         if isinstance(value, Tensor):
             axis = self._axis(name, value)
             return value if axis is None else _taken(value, axis, index)
@@ -236,6 +228,7 @@ class _Division:
 
 
 _INPUTS = (Tensor, PackedSequence)
+_PACKED = "a packed sequence, whose rows are not in order"
 # What has no rows: what says how to compute.
 _WITHOUT_ROWS = (int, float, complex, str, bytes, Enum, slice, torch.dtype, torch.device, torch.Size, torch.Generator)
 
@@ -288,7 +281,25 @@ def divide(module: Any, method: Callable[..., Any], choice: Choice, where: str, 
     Raises:
         RuntimeError: nobody knows which of the arguments, or outputs, have rows.
     """
-    return _Division(module, method, choice, where, args, kwargs).run()
+    if not choice.is_of_one:
+        return _Division(module, method, choice, where, args, kwargs).run()
+    return _with_one(module, method, choice, choice.order[0], args, kwargs)
+
+
+def _with_one(
+    module: Any,
+    method: Callable[..., Any],
+    choice: Choice,
+    name: str | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What a method computes with one adapter in all rows; what is random depends on that adapter alone."""
+    drawing: AbstractContextManager[None] = nullcontext()
+    if name is not None and module.training:
+        drawing = seeded(choice.adapters.known[name].next(), next(module.parameters()).device)
+    with Block(Choice(choice.adapters, name, everyone=choice.everyone)), drawing:
+        return method(*args, **kwargs)
 
 
 # ---- modules that read weights ---------------------------------------------------------------------------------------

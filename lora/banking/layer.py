@@ -108,7 +108,7 @@ class Banked(LoRALayer):
 
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""
-        by_token = len(choice.shape) > 1 and lead > 1 and not args and not kwargs
+        by_token = choice.per == "token" and lead > 1 and not args and not kwargs
         x = input.flatten(0, lead - 1) if by_token else input
         y: Tensor = divide(self, self.lora_layer_forward, choice, self.lora_name, x, *args, **kwargs)
         return y.view(*input.shape[:lead], *y.shape[1:]) if by_token else y

@@ -224,8 +224,8 @@ def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator
     if layer.lora_seats:
         names = some(layer.lora_seats, len(layer.lora_seats))
         yield (
-            f"it has a bank of adapters ({names}), which are not divided; leave one in the model, `bank.keep(name)`, or "
-            "shard it by `fully_shard`."
+            f"it has a bank of adapters ({names}), which are not divided; leave one in the model, `bank.keep(name)`, "
+            "or shard it by `fully_shard`."
         )
     if not known:
         yield "only linear layers and embeddings can be tensor-parallel."

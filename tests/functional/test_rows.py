@@ -321,6 +321,17 @@ def test_low_precision_stays_near_float64(owners, dtype, adapter):
         )  # sums of up to 20 products
 
 
+@each_pattern
+def test_each_adapter_may_have_a_dtype_of_its_own(owners):
+    x, weight, b, updates, rows = problem(owners, 48, None, len(owners), features=64, dtype=torch.float32)
+    coarse = [*updates[:1], updates[1]._replace(A=updates[1].A.bfloat16(), B=updates[1].B.bfloat16()), *updates[2:]]
+    coarse = [update._replace(scaling=1 / 3 + k) for k, update in enumerate(coarse)]
+    exact = dense(x, weight, b, coarse, owners)
+    for form in (*FORMS, torch.no_grad()(lora_linear_rows)):
+        error = np.linalg.norm(form(x, weight, b, coarse, rows).detach().double().numpy() - exact)
+        assert error / np.linalg.norm(exact) < 70**0.5 * torch.finfo(torch.float32).eps  # sums of up to 70 products
+
+
 @pytest.mark.parametrize("scaling", [64.0, 128.0])
 @pytest.mark.parametrize("form", [*FORMS, torch.no_grad()(lora_linear_rows)], ids=["fused", "plain", "at once"])
 def test_in_float16_nothing_overflows_between(form, scaling):
@@ -352,6 +363,20 @@ def test_a_trainable_weight_gets_its_gradient():
     assert ours[1] is not None
     for got, expected in zip(ours, theirs, strict=True):
         assert (got is expected is None) or torch.equal(got, expected)
+
+
+class Marked(torch.Tensor):
+    """A subclass that torch's own functions keep."""
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_subclasses_take_the_plain_form(grad):
+    x, weight, b, updates, rows = problem(PATTERNS["both"])
+    updates[0] = updates[0]._replace(A=updates[0].A.detach().as_subclass(Marked))
+    with torch.set_grad_enabled(grad):
+        y, expected = (form(x, weight, b, updates, rows) for form in FORMS)
+    assert type(y) is type(expected) is Marked
+    assert torch.equal(y, expected)
 
 
 def test_function_transforms_take_the_plain_form():

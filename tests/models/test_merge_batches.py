@@ -229,6 +229,7 @@ def test_the_model_runs_as_it_will_serve_and_has_its_modes_and_statistics_after(
     before = snapshot(model)
     assert torch.equal(lora.merged_state_dict(model, seen)["2.weight"], expected)
     assert snapshot(model) == before
+    assert model[2]._merged is None  # the weight that `eval()` serves from is no longer than that
     lora.merge(model, seen)
     assert [module.training for module in model] == [True, True, True, False]
     assert torch.equal(model[2].weight, expected)
