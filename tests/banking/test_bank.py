@@ -3,10 +3,13 @@
 import copy
 import io
 import pickle
+import re
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
+from cli_model import run
 from interruptions import whole
 from torch import nn
 from toy_model import IDS, Model
@@ -486,6 +489,27 @@ def test_state_dicts_hold_all_adapters_strictly():
     other, its = banked()
     other.load_state_dict(state, strict=False)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+
+
+def as_torch_file(state, path):
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("write", [as_torch_file, safetensors.torch.save_file], ids=["torch", "safetensors"])
+def test_a_state_dict_is_told_from_an_adapter(write, tmp_path, capsys):
+    model, bank = banked()
+    path = tmp_path / "state"
+    write(model.state_dict(), path)
+    words = r"state dict of a model with a bank of adapters \(.*bob.*\).*`load_state_dict`.*`bank.save\(name, path\)`"
+    with pytest.raises(lora.AdapterError, match=words):
+        lora.read_adapter(path, lora_alpha=2)
+    code, _, said = run(capsys, "inspect", path)
+    assert code != 0
+    assert re.search(words, said.replace("\n", " "))
+    bank.save("bob", path)
+    code, out, _ = run(capsys, "inspect", path)
+    assert code == 0
+    assert "layers.0.mlp.up_proj" in out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
