@@ -1,5 +1,7 @@
 """A bank on several ranks: each trains its rows, and the adapters are those of one process that has all rows."""
 
+import unittest.mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from toy_model import IDS, Model
 
 import lora
 import lora.parallel
+from lora.parallel import ddp
 
 CONFIGS = {
     "alice": lora.LoraConfig(target_modules=["q_proj", "up_proj", "embed"], r=2, lora_alpha=3),
@@ -115,7 +118,9 @@ def _replicated():
     model, bank = banked()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     assert lora.bank(wrapped) == bank
-    assert_as_one(model, bank, wrapped)
+    with unittest.mock.patch.object(ddp, "_unsynchronised", wraps=ddp._unsynchronised) as looked:
+        assert_as_one(model, bank, wrapped)
+    assert looked.call_count == 1  # by the first layer, for all layers and all their adapters
     with pytest.raises(ValueError, match="is wrapped in DistributedDataParallel"):
         lora.bank(wrapped, {"dave": CONFIGS["alice"]})
     bank["dave"] = CONFIGS["alice"]  # by a handle that knows of no wrapper
