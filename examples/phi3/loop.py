@@ -54,8 +54,11 @@ def learning_rate_at(step: int, total: int, config: Settings) -> float:
     return config["learning_rate"] * shapes[config["lr_scheduler_type"]]
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of the labelled tokens, summed: sums add up over batches, means do not."""
+def loss_sum(model: nn.Module, batch: Batch, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of the labelled tokens, summed: sums add up over batches, means do not.
+
+    With the reduction "none": that of each labelled token, row by row.
+    """
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state  # (rows, length, hidden_size)
@@ -64,7 +67,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED
     logits = model.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
-    return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+    return F.cross_entropy(logits.float(), targets[labelled], reduction=reduction)
 
 
 class Alone:

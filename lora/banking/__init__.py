@@ -311,7 +311,7 @@ class Bank(MutableMapping[str, Adapter]):
 
     def _put(self, sources: Mapping[str, Any], given: nn.Module) -> None:
         what = "bank: nothing was changed"
-        model, known = self._model, self._adapters.known
+        model, adapters = self._model, self._adapters
         layers = lora_layers(model, "bank", none=True, several=True)
         with self._undone() as undo, undo:
             views: dict[str, View] = {}
@@ -331,7 +331,7 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
-            new = [layer for name, view in views.items() for layer in self._seat(name, view)]
+            new = [layer for name, view in views.items() for layer in _seat(adapters, name, view)]
             names = names_of(model)
             for layer in new:
                 vars(layer)["lora_name"] = names[layer][0] or "the model"
@@ -339,7 +339,7 @@ class Bank(MutableMapping[str, Adapter]):
             remember_values(names)
             raise_all(what, let_read(names))
             let_divide(names)
-            self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
+            adapters.known = adapters.known | {name: adapters.seeds_of(name) for name in views}
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:
         """Give a view an adapter; what is wrong with it."""
@@ -358,16 +358,17 @@ class Bank(MutableMapping[str, Adapter]):
             found = [line.removeprefix("  - ") for line in lines[1:] or lines]
         yield from found
 
-    def _seat(self, name: str, view: View) -> Iterator[LoRALayer]:
-        """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
-        for twin, module in view.of.items():
-            if originals(twin):
-                vars(module).setdefault("lora_originals", originals(twin))
-        for adapted, module, parameter in adapted_in(view):
-            layer, is_new = banked(module, parameter, self._adapters)
-            seat(layer, name, adapted)
-            if is_new:
-                yield layer
+
+def _seat(adapters: Adapters, name: str, view: View) -> Iterator[LoRALayer]:
+    """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
+    for twin, module in view.of.items():
+        if originals(twin):
+            vars(module).setdefault("lora_originals", originals(twin))
+    for adapted, module, parameter in adapted_in(view):
+        layer, is_new = banked(module, parameter, adapters)
+        seat(layer, name, adapted)
+        if is_new:
+            yield layer
 
 
 def _as_it_is(view: View) -> View:

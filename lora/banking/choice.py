@@ -56,6 +56,11 @@ class Choice:
         self.is_open = False
 
     @property
+    def count(self) -> int:
+        """How many rows or tokens there are."""
+        return 0 if self.rows is None else self.rows.count
+
+    @property
     def is_of_one(self) -> bool:
         """Whether the rows have one adapter, all of them."""
         return self.rows is not None and [part.rows for part in self.rows.parts] == [slice(0, self.rows.count)]
@@ -69,6 +74,13 @@ class Choice:
         if tuple(shape[: len(head)]) == head:
             return self.rows.times(prod(shape[len(head) :]))
         if self.flattened and shape and shape[0] % count == 0:
+            if shape[1:2] == (count,) and not self.is_of_one:  # as of models that turn a batch to (length, rows, …)
+                given = " × ".join(map(str, shape))
+                raise ValueError(
+                    f"{where}: of the {given} rows of this layer's input, those of `bank.rows(names, flattened=True)` "
+                    f"may be the {shape[0]}, or the {count} in the second dimension; `bank.use(name)` is for one "
+                    "adapter in all rows."
+                )
             return self.rows.times(prod(shape) // count)
         given = " × ".join(map(str, self.shape))
         raise ValueError(
