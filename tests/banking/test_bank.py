@@ -753,6 +753,7 @@ def test_threads_train_adapters_of_one_model_at_once():
             assert torch.equal(gradient, parameter.grad)
 
 
+@torch.no_grad()
 def test_blocks_are_entered_once_and_the_innermost_counts():
     model, bank = banked("alice", "bob")
     block = bank.use("alice")
