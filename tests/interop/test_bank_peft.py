@@ -149,6 +149,7 @@ def test_a_vocabulary_that_was_resized_before_goes_with_the_files(tmp_path):
     other.resize_token_embeddings(15)
     plain = copy.deepcopy(other)
     lora.load_adapter(other, tmp_path / "alice.safetensors")
-    assert torch.equal(other(ids).logits, y)
+    with torch.no_grad():  # as y was computed
+        assert torch.equal(other(ids).logits, y)
     with pytest.raises(ValueError, match=r"alice: model\.embed_tokens\.weight: is in the adapter"):
         lora.bank(plain, {"alice": tmp_path / "alice.safetensors"})
