@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora
+from lora.functional import linear_cross_entropy
 from phi3.chat_data import IGNORED
 from phi3.errors import Diverged
 from phi3.packing import Batch
@@ -66,8 +67,19 @@ def loss_sum(model: nn.Module, batch: Batch, reduction: str = "sum") -> Tensor:
     # positions with a label to predict.
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED
-    logits = model.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
-    return F.cross_entropy(logits.float(), targets[labelled], reduction=reduction)
+    return head_loss(model.lm_head, hidden[:, :-1][labelled], targets[labelled], reduction)
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of these rows of hidden states, (labelled tokens, hidden_size).
+
+    A frozen head's logits, by far the largest tensor of a step, are never there all at once, nor kept for backward.
+    """
+    # Only of a plain layer is the weight all that it computes with: one with LoRA has A and B as well, and a quantized
+    # or sharded one has a forward of its own.
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction=reduction)
+    return F.cross_entropy(head(hidden).float(), targets, reduction=reduction)
 
 
 class Alone:

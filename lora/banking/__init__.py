@@ -15,7 +15,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, own_tensors
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter
-from lora.banking.choice import Adapters, Choice, nested
+from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
@@ -115,7 +115,7 @@ class Bank(MutableMapping[str, Adapter]):
 
     # ---- choosing --------------------------------------------------------------------------------------------
 
-    def use(self, name: str | None) -> Choice:
+    def use(self, name: str | None) -> Block:
         """Within ``with bank.use(name):`` all rows have this adapter; with None they have none, as in the base model.
 
         The block is its caller's: other threads and tasks choose for themselves.
@@ -124,9 +124,9 @@ class Bank(MutableMapping[str, Adapter]):
             ValueError: there is no such adapter.
         """
         raise_all("use: no adapter is chosen", self._unknown([name]))
-        return Choice(self._adapters, name)
+        return Block(Choice(self._adapters, name, everyone=self._in_step()))
 
-    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Choice:
+    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Block:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
 
         Rows that stand side by side are computed without a copy of them: batches that are sorted by adapter are
@@ -163,7 +163,7 @@ class Bank(MutableMapping[str, Adapter]):
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = Rows.of([places.get(called[value]) for value in given])
-        return Choice(self._adapters, None, owners, order, shape, per, flattened)
+        return Block(Choice(self._adapters, None, owners, order, shape, per, flattened, self._in_step()))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known
@@ -278,6 +278,11 @@ class Bank(MutableMapping[str, Adapter]):
             self._own = found[0] if found else self._own
         return self._own
 
+    def _in_step(self) -> bool:
+        """Whether FSDP2 reduces the gradients of all ranks in step."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return distributed and any(map(weights.is_fully_sharded, self._model.modules()))
+
     def _layers(self) -> list[Any]:
         return [layer for layer in with_parts(self._model.modules()) if isinstance(layer, Banked)]
 
@@ -306,7 +311,7 @@ class Bank(MutableMapping[str, Adapter]):
 
     def _put(self, sources: Mapping[str, Any], given: nn.Module) -> None:
         what = "bank: nothing was changed"
-        model, known = self._model, self._adapters.known
+        model, adapters = self._model, self._adapters
         layers = lora_layers(model, "bank", none=True, several=True)
         with self._undone() as undo, undo:
             views: dict[str, View] = {}
@@ -326,15 +331,15 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
-            new = [layer for name, view in views.items() for layer in self._seat(name, view)]
+            new: list[Any] = [layer for name, view in views.items() for layer in _seat(adapters, name, view)]
             names = names_of(model)
             for layer in new:
-                vars(layer)["lora_name"] = names[layer][0] or "the model"
+                layer.lora_called(names[layer][0])
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))
             let_divide(names)
-            self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
+            adapters.known = adapters.known | {name: adapters.seeds_of(name) for name in views}
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:
         """Give a view an adapter; what is wrong with it."""
@@ -353,16 +358,17 @@ class Bank(MutableMapping[str, Adapter]):
             found = [line.removeprefix("  - ") for line in lines[1:] or lines]
         yield from found
 
-    def _seat(self, name: str, view: View) -> Iterator[LoRALayer]:
-        """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
-        for twin, module in view.of.items():
-            if originals(twin):
-                vars(module).setdefault("lora_originals", originals(twin))
-        for adapted, module, parameter in adapted_in(view):
-            layer, is_new = banked(module, parameter, self._adapters)
-            seat(layer, name, adapted)
-            if is_new:
-                yield layer
+
+def _seat(adapters: Adapters, name: str, view: View) -> Iterator[LoRALayer]:
+    """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
+    for twin, module in view.of.items():
+        if originals(twin):
+            vars(module).setdefault("lora_originals", originals(twin))
+    for adapted, module, parameter in adapted_in(view):
+        layer, is_new = banked(module, parameter, adapters)
+        seat(layer, name, adapted)
+        if is_new:
+            yield layer
 
 
 def _as_it_is(view: View) -> View:

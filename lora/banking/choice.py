@@ -24,8 +24,8 @@ from lora.layers.switch import of_caller
 _entered: ContextVar[tuple[Choice, ...]] = ContextVar("lora_bank", default=())
 
 
-class Choice(AbstractContextManager["Choice"]):
-    """One block in which adapters are chosen: one for all rows, or one for each.
+class Choice:
+    """Which adapters are chosen in a block: one for all rows, or one for each.
 
     Attributes:
         adapters: of which bank.
@@ -35,6 +35,9 @@ class Choice(AbstractContextManager["Choice"]):
         shape: that of the rows' adapters, as they were given.
         per: what these are the adapters of: "row" or "token".
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
+        everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
+            step, and on another rank it may have some.
+        is_open: whether the block was entered, and has not been left.
     """
 
     def __init__(
@@ -46,21 +49,16 @@ class Choice(AbstractContextManager["Choice"]):
         shape: tuple[int, ...] = (),
         per: str = "row",
         flattened: bool = False,
+        everyone: bool = False,
     ) -> None:
         self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
-        self.per, self.flattened = per, flattened
+        self.per, self.flattened, self.everyone = per, flattened, everyone
         self.is_open = False
 
-    def __enter__(self) -> Choice:
-        if self.is_open:
-            raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
-        self.is_open = True
-        _entered.set((*filter(_is_open, _entered.get()), self))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.is_open = False
-        _entered.set(tuple(filter(_is_open, _entered.get())))
+    @property
+    def count(self) -> int:
+        """How many rows or tokens there are."""
+        return 0 if self.rows is None else self.rows.count
 
     @property
     def is_of_one(self) -> bool:
@@ -76,6 +74,13 @@ class Choice(AbstractContextManager["Choice"]):
         if tuple(shape[: len(head)]) == head:
             return self.rows.times(prod(shape[len(head) :]))
         if self.flattened and shape and shape[0] % count == 0:
+            if shape[1:2] == (count,) and not self.is_of_one:  # as of models that turn a batch to (length, rows, …)
+                given = " × ".join(map(str, shape))
+                raise ValueError(
+                    f"{where}: of the {given} rows of this layer's input, those of `bank.rows(names, flattened=True)` "
+                    f"may be the {shape[0]}, or the {count} in the second dimension; `bank.use(name)` is for one "
+                    "adapter in all rows."
+                )
             return self.rows.times(prod(shape) // count)
         given = " × ".join(map(str, self.shape))
         raise ValueError(
@@ -84,6 +89,37 @@ class Choice(AbstractContextManager["Choice"]):
             'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
             "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
+
+
+class Block(AbstractContextManager[Choice]):
+    """One `with bank.rows(…)` or `with bank.use(…)`: left whole, wherever an interruption comes."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+    def __enter__(self) -> Choice:
+        if self.choice.is_open:
+            raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
+        try:
+            self.choice.is_open = True
+            _entered.set((*filter(_is_open, _entered.get()), self.choice))
+        except BaseException:
+            self.choice.is_open = False
+            raise
+        return self.choice
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.choice.is_open = False
+            _entered.set(tuple(filter(_is_open, _entered.get())))
+        except BaseException:
+            self.choice.is_open = False
+            raise
+
+    def __del__(self) -> None:
+        choice: Choice | None = vars(self).get("choice")
+        if choice is not None:
+            choice.is_open = False  # an interruption came before `__exit__` could begin
 
 
 def _is_open(choice: Choice) -> bool:

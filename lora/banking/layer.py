@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,8 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
-from lora.banking.divided import divide
-from lora.errors import some
+from lora.banking.divided import divide, with_one
+from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
@@ -22,9 +23,14 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
+from lora.layers.undo import undo_on_error
+from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors"
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors"
+# The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
+_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 
 
 class Banked(LoRALayer):
@@ -36,6 +42,7 @@ class Banked(LoRALayer):
             layer, too: `lora_A_<name>` and so on.
         lora_bank: what the layers of the bank know in common.
         lora_name: the layer's name in the model, for errors.
+        lora_routed: whether it is given tokens that a router chose.
         lora_base_tensors: the names of the parameters that are its base's.
     """
 
@@ -44,6 +51,7 @@ class Banked(LoRALayer):
     lora_seats: Mapping[str, Any]
     lora_bank: Adapters
     lora_name: str
+    lora_routed: bool
     lora_base_tensors: tuple[str, ...]
 
     # ---- forward ---------------------------------------------------------------------------------------------
@@ -52,7 +60,7 @@ class Banked(LoRALayer):
         """As a layer with the adapter of all rows alone, or with each row's own."""
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
-        choice = self.lora_bank.chosen(input.device)
+        choice = self._chosen(input.device)
         if choice.rows is not None:
             return self.lora_mixed(choice, input, *args, **kwargs)
         seat = None if choice.name is None else self.lora_seats.get(choice.name)
@@ -61,13 +69,28 @@ class Banked(LoRALayer):
         output: Tensor = seat.lora_layer_forward(input, *args, **kwargs)
         return output
 
+    def _chosen(self, device: torch.device) -> Choice:
+        choice = self.lora_bank.chosen(device)
+        if choice.everyone and torch.is_grad_enabled():
+            for _, parameter in self.lora_parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return choice
+
     def lora_mixed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b once, and each adapter's update for its own rows."""
+        if not self.lora_present(choice):
+            return self.lora_base_forward(input, *args, **kwargs)
+        if self.lora_routed:
+            return self._routed(choice, input, *args, **kwargs)
         lead = self._lead(input)
         rows = choice.rows_of(input.shape[:lead], self.lora_name)
         seats = {number: self.lora_seats.get(choice.order[number]) for number, *_ in rows.parts}
-        if not any(seats.values()):
-            return self.lora_base_forward(input, *args, **kwargs)
+        if is_sharded(input):
+            raise RuntimeError(
+                f"{self.lora_name}: its input is divided among ranks ({instance(input)}), and rows of several adapters "
+                "are not; use `bank.use(name)` here."
+            )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
         for seat in filter(None, seats.values()):
@@ -89,6 +112,20 @@ class Banked(LoRALayer):
             if seat is not None
         }
         return _with_rows(y, rows, lead, adds)
+
+    def _routed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever rows there are, if all have one adapter."""
+        if not choice.is_of_one:
+            raise RuntimeError(
+                f"{self.lora_name}: is of one expert among several, which gets tokens that a router chose: nobody "
+                "knows whose they are. Use `bank.use(name)` here, with a batch for each adapter."
+            )
+        y: Tensor = with_one(self, self.lora_layer_forward, choice, choice.order[0], (input, *args), kwargs)
+        return y
+
+    def lora_called(self, name: str) -> None:
+        """Let it know its name in the model."""
+        vars(self).update(lora_name=name or "the model", lora_routed=_EXPERT.search(name) is not None)
 
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""
@@ -115,7 +152,7 @@ class Banked(LoRALayer):
         weight: Tensor = self.weight
         if self.lora_is_off():
             return weight
-        choice = self.lora_bank.chosen(weight.device)
+        choice = self._chosen(weight.device)
         if choice.rows is not None:
             if not self.lora_present(choice):
                 return weight
@@ -145,6 +182,13 @@ class Banked(LoRALayer):
         """Nothing: each seat follows for itself, when it is told the size."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(self, WithVocabulary) and name == self.lora_counted[0]):
+            return self._set(name, value)
+        seats = [*self.lora_seats.values()]  # which follow, or refuse
+        with undo_on_error([self, *seats], [seat.lora_magnitude for seat in seats if seat.use_dora]) as undo, undo:
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "__class__":
             return

@@ -180,8 +180,9 @@ def lora_linear_rows(
 
         y = x Wᵀ + b,    then for the rows R of the k-th adapter    y[R] += s_k · drop_k(x[R]) A_kᵀ B_kᵀ
 
-    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes of
-    its rows alone, and what is not finite stays with the rows and the adapter that it is of. Adapters without rows take
+    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes
+    of its rows alone, to the bit (to rounding, where no backward follows: there a few rows of many adapters are
+    computed at once). What is not finite stays with the rows and the adapter that it is of. Adapters without rows take
     no part: their gradients stay None.
 
     Where the fused function does not apply (as in `lora_linear`) this is `plain_lora_linear_rows`; the two agree to
@@ -312,7 +313,7 @@ def _at_once(
     if dtype is None or not rows.count or any(isinstance(p, Tensor) or p for p in dropouts):
         return None
     block = rows.block(parts)
-    if not block.pays(Bs, slices):
+    if not block.pays(As, Bs, slices):
         return None
     with without_autocast(x.device):
         A, B = block.stack(As, Bs)

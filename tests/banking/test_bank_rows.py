@@ -217,6 +217,38 @@ def test_experts_learn_as_alone() -> None:
                 assert_close(model.get_parameter(f"{key}_{name}").grad, parameter.grad, 1e-12)
 
 
+class Routed(nn.Module):
+    """Experts that are modules, each of which gets the tokens that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.ModuleDict({"w1": nn.Linear(6, 6)}) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, L, 6)
+        flat = x.flatten(0, 1)
+        y = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            at = ((flat[:, 0] > 0) == bool(e)).nonzero()[:, 0]
+            y = y.index_add(0, at, expert["w1"](flat[at]))
+        return y.view(x.shape)
+
+
+def test_an_expert_that_is_a_module_is_given_nobody_knows_whose_tokens() -> None:
+    torch.manual_seed(0)
+    base = Routed().double().requires_grad_(False)
+    model, bank = banked(base, {"a": {}, "b": {"target_modules": ["experts.0.w1"]}}, ["experts.0.w1", "experts.1.w1"])
+    x = torch.ones(4, 1, 6, dtype=torch.float64)
+    x[:2] = -1  # each expert gets 2 tokens, as many as there may be rows
+    said = r"experts.0.w1: is of one expert among several, which gets tokens that a router chose: nobody knows whose"
+    for how in ({}, {"flattened": True}, {"per": "token"}):
+        with bank.rows(["a", "b"], **how), pytest.raises(RuntimeError, match=said):
+            model(x)
+    with bank.rows(["a"] * 4):  # all have one
+        assert_close(model(x), alone(base, bank, "a")(x), 1e-12)
+    with bank.rows([None] * 4):
+        assert_close(model(x), base(x), 1e-12)
+
+
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 
