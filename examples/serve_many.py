@@ -320,6 +320,14 @@ def prepare(flags: argparse.Namespace) -> Server:
     return Server(batching.Engine(model, banked(flags, model), flags.max_rows), tokenizer)
 
 
+def serve(server: Server, host: str, port: int) -> None:
+    """Answer until it is interrupted."""
+    try:
+        web.run_app(server.app(), host=host, port=port, handler_cancellation=True)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}, port {port}: {error}") from error
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -349,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             print(asyncio.run(load_test(server, flags.requests, flags.max_tokens, flags.rounds)))
         else:
             print(f"Answers for {', '.join([BASE, *server.engine.bank])}", flush=True)
-            web.run_app(server.app(), host=flags.host, port=flags.port, handler_cancellation=True)
+            serve(server, flags.host, flags.port)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import asyncio
 import json
 import queue
 import re
+import socket
 
 import pytest
 import serve_many
@@ -355,3 +356,10 @@ def test_mistakes_get_one_message_and_no_traceback(folder, capsys, flags, messag
     assert "error: " in error
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_port_that_is_taken(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = [f"bob={folder / 'bob.safetensors'}", "--model", str(folder / "model"), "--device", "cpu"]
+        assert serve_many.main([*flags, "--port", str(taken.getsockname()[1])]) == 2
+    assert "error: cannot listen at 127.0.0.1, port " in capsys.readouterr().err
