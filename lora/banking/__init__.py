@@ -16,8 +16,7 @@ from lora.banking.choice import Adapters, Choice, nested
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
-from lora.errors import Problems, did_you_mean, raise_all, short, some
-from lora.functional.rows import Rows
+from lora.errors import Problems, did_you_mean, is_count, raise_all, short, some
 from lora.layers import starts
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import with_parts
@@ -28,11 +27,19 @@ from lora.models.injection import inject
 from lora.models.model import Names, forget_children, lora_layers, names_of, remember_layers, unwrapped
 from lora.models.readers import let_read, let_read_no_more
 from lora.models.training import param_groups
+from lora.swapping import make_room  # one wing knows another: room for ranks is the same for one adapter and for many
 
 Source = Adapter | LoraConfig | str | os.PathLike[str]
 
 
-def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, check_base: bool = True) -> Bank:
+def bank(
+    model: nn.Module,
+    adapters: Mapping[str, Source] | None = None,
+    *,
+    room: int | None = None,
+    max_r: int | None = None,
+    check_base: bool = True,
+) -> Bank:
     """Give a model several adapters, of which each row of a batch has its own.
 
         y_i = g_k ⊙ (W₀ x_i + s_k · B_k A_k drop_k(x_i)) + b        for the i-th row, whose adapter is the k-th
@@ -46,6 +53,10 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
         adapters: the adapters by name, in order: each a `lora.LoraConfig`, for one that starts now, a `lora.Adapter`,
             or the file or folder of one, in any format that `lora.read_adapter` knows. Names have no dots.
             Default: none.
+        room: for `torch.compile`: how many different adapters a batch may have; within it nothing is compiled again
+            when adapters come, go or are replaced. With `max_r`. Default: none, and new adapters are compiled anew.
+        max_r: for `torch.compile`: the rank that A and B of all adapters are filled up to with zeros, as by
+            `lora.prepare_for_swap`; files and `bank[name]` have an adapter's own. Default: none.
         check_base: as in `lora.load_adapter`. Default: True.
 
     Returns:
@@ -56,7 +67,8 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
         ValueError: a name has a dot or is empty; an adapter does not fit the model; it trains more than A, B and
             magnitudes (`modules_to_save`, biases), or takes its start out of the base weights (PiSSA) or from data
-            (EVA); the model has LoRA layers already. One error lists everything, and the model is as it was.
+            (EVA); the model has LoRA layers already; a rank is above `max_r`; `room` or `max_r` is given without the
+            other, or is not what the model's bank has. One error lists everything, and the model is as it was.
 
     Related: "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", arXiv:2311.03285; "mLoRA", arXiv:2312.02515.
 
@@ -75,6 +87,8 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
     if len(known) > 1:
         raise ValueError("bank: this model has parts with banks of their own; ask for those of the parts.")
     made = Bank(model, next(iter(known), None), check_base)
+    if (room, max_r) != (None, None):
+        made._make_room(room, max_r)
     made._put(adapters or {})
     return made
 
@@ -144,7 +158,7 @@ class Bank(MutableMapping[str, Adapter]):
         raise_all(what, self._unknown(distinct.values()))
         places = {name: number for number, name in enumerate(order)}
         owners = {value: None if name is None else places[name] for value, name in distinct.items()}
-        return Choice(self._adapters, None, Rows.of([owners[value] for value in given]), shape)
+        return Choice(self._adapters, None, [owners[value] for value in given], shape, per)
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         for name in names:
@@ -183,6 +197,7 @@ class Bank(MutableMapping[str, Adapter]):
         """Load values into an adapter of the same modules and ranks; its Parameter objects stay."""
         view = self._view(name, "load")
         load_adapter(view.model, source, check_base=self._check_base)
+        self._adapters.changed()
 
     def keep(self, name: str | None) -> None:
         """Leave one adapter in the model, as its only one, or none, and take out all others: the bank is empty then.
@@ -216,6 +231,7 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
             self._adapters.known = {other: seeds for other, seeds in self._adapters.known.items() if other != name}
+        self._adapters.changed()
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters.known
@@ -245,6 +261,21 @@ class Bank(MutableMapping[str, Adapter]):
         self._known(name, what)
         return view_of(self._model, name)
 
+    def _make_room(self, room: int | None, max_r: int | None) -> None:
+        with Problems("bank: nothing was changed") as problems:
+            for name, value, other in (("room", room, "max_r"), ("max_r", max_r, "room")):
+                if not is_count(value) or value == 0:
+                    problems.add(
+                        f"`{name}` must be an integer of at least 1, as `{other}` is given; got {short(value)}."
+                    )
+            has = self._adapters.room, self._adapters.max_r
+            if self._layers() and has != (room, max_r):
+                problems.add(
+                    f"this model's bank was made with `room` {has[0]} and `max_r` {has[1]}, and not with {room} and "
+                    f"{max_r}; `bank.keep(None)` takes it out."
+                )
+        self._adapters.room, self._adapters.max_r = room, max_r
+
     def _put(self, sources: Mapping[str, Any]) -> None:
         what = "bank: nothing was changed"
         model, known = self._model, self._adapters.known
@@ -271,6 +302,7 @@ class Bank(MutableMapping[str, Adapter]):
             self._enter(names, new)
             raise_all(what, let_read(names))
             self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
+        self._adapters.changed()
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:
         """Give a view an adapter; what is wrong with it."""
@@ -287,6 +319,8 @@ class Bank(MutableMapping[str, Adapter]):
                     f"{name}: trains in full, and a bank holds A, B and magnitudes." for name in adapter.trained_in_full
                 ]
                 _ = None if found else load_adapter(view, adapter, check_base=self._check_base)
+            if self._adapters.max_r is not None and not found:
+                make_room(view, self._adapters.max_r, "bank")
         except ValueError as error:
             lines = str(error).splitlines()
             found = [line.removeprefix("  - ") for line in lines[1:] or lines]

@@ -15,6 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from lora.banking.traced import tell
 from lora.functional.rows import Rows
 from lora.layers.replay import Replays
 from lora.layers.switch import of_caller
@@ -29,15 +30,24 @@ class Choice(AbstractContextManager["Choice"]):
     Attributes:
         adapters: of which bank.
         name: the adapter of all rows; None for the base.
-        rows: which adapter each row has, by its place among `adapters`; None if `name` is for all.
+        owners: which adapter each row has, by its place among `adapters`, or the one that all have.
+        rows: the same as runs of rows; None if `name` is for all.
         shape: that of the rows' adapters, as they were given.
+        per: "all", "row" or "token": for what each of the owners is.
     """
 
     def __init__(
-        self, adapters: Adapters, name: str | None, rows: Rows | None = None, shape: tuple[int, ...] = ()
+        self,
+        adapters: Adapters,
+        name: str | None,
+        owners: Sequence[int | None] | None = None,
+        shape: tuple[int, ...] = (),
+        per: str = "all",
     ) -> None:
-        self.adapters, self.name, self.rows, self.shape = adapters, name, rows, shape
+        self.adapters, self.name, self.shape, self.per = adapters, name, shape, per
         self.order = [*adapters.known]
+        self.rows = None if owners is None else Rows.of(owners)
+        self.owners = [None if name is None else self.order.index(name)] if owners is None else owners
         self.is_open = False
 
     def __enter__(self) -> Choice:
@@ -45,11 +55,15 @@ class Choice(AbstractContextManager["Choice"]):
             raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
         self.is_open = True
         _entered.set((*filter(_is_open, _entered.get()), self))
+        self.adapters.open = (*self.adapters.open, self)
+        self.adapters.tell()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.is_open = False
         _entered.set(tuple(filter(_is_open, _entered.get())))
+        self.adapters.open = tuple(filter(_is_open, self.adapters.open))
+        self.adapters.tell()
 
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:
         """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
@@ -104,10 +118,48 @@ class Adapters:
 
     Attributes:
         known: the adapters by name, in order, each with its seeds.
+        room: for how many different adapters in a batch a compiled model has room; None for no room.
+        max_r: the rank that all adapters are filled up to, where there is room.
+        layers: the layers of the bank, as keys.
+        open: the blocks that are open, whoever entered them: a compiled model knows no callers.
+        is_watched: whether a compiler has looked, and is to be told of blocks.
+        version: a number that changes when adapters come or go.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, Seeds] = {}
+        self.room: int | None = None
+        self.max_r: int | None = None
+        self.layers: dict[Any, None] = {}
+        self.open: tuple[Choice, ...] = ()
+        self.is_watched = False
+        self.version = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"layers": {}, "open": (), "is_watched": False}  # layers enter themselves again
+
+    def changed(self) -> None:
+        """Called when adapters came or went."""
+        self.layers = {layer: None for layer in self.layers if vars(layer).get("lora_bank") is self}
+        self.version += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Let a compiled model know the innermost open block."""
+        if self.is_watched:
+            tell([*self.layers], self.open[-1] if self.open else None, self.room, self.version)
+
+    def watch(self) -> None:
+        """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
+        if not self.open:
+            raise self._none_chosen()
+        if not self.is_watched:
+            self.is_watched = True
+            self.tell()
+
+    # A compiler is to run it, not to follow it. (`torch.compiler.assume_constant_result` sets this, too, but imports the
+    # whole compiler, which takes seconds.)
+    watch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @staticmethod
     def seeds_of(name: str) -> Seeds:
@@ -125,7 +177,10 @@ class Adapters:
             for choice in reversed(callers):
                 if choice.adapters is self and choice.is_open:
                     return choice
-        raise RuntimeError(
+        raise self._none_chosen()
+
+    def _none_chosen(self) -> RuntimeError:
+        return RuntimeError(
             f"no adapter is chosen: this model has a bank of them ({', '.join(self.known)}). Call it within "
             "`with bank.use(name):`, or `with bank.rows(names):` with one name for each row, where None is the base. "
             "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"

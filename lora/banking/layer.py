@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
+from lora.banking.traced import traced_forward
 from lora.errors import some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
@@ -23,7 +24,7 @@ from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors"
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors", "lora_slots"
 
 
 class Banked(LoRALayer):
@@ -49,6 +50,8 @@ class Banked(LoRALayer):
 
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer with the adapter of all rows alone, or with each row's own."""
+        if torch.compiler.is_dynamo_compiling():
+            return traced_forward(self, input, *args, **kwargs)
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
         choice = self.lora_bank.chosen(input.device)
@@ -139,6 +142,7 @@ class Banked(LoRALayer):
             return
         plain = not isinstance(value, (Tensor, nn.Module))
         for seat in self.lora_seats.values():
+            self.lora_bank.version += name != "training"
             if name == "weight" or name.startswith(PARAMETERS):
                 seat._merged = seat._squares = seat._norms = None
                 seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
@@ -154,7 +158,12 @@ class Banked(LoRALayer):
     def lora_applied(self, fn: Any) -> Any:
         for seat in self.lora_seats.values():
             seat._merged = seat._squares = seat._norms = seat._checked = None
+        self.lora_bank.version += 1
         return super().lora_applied(fn)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.lora_bank.layers[self] = None
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("nn.DataParallel cannot replicate a bank of adapters; use DistributedDataParallel.")
