@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from chart import draw
 from machine import machine
 
@@ -60,10 +61,19 @@ def _run(case: Case, name: str, repeats: int) -> tuple[float, float]:
     """Seconds of wall-clock and of this process' CPU time that one call takes."""
     case.setups.get(name, lambda: None)()
     function = case.variants[name]
+    synchronize()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
         function()
+    synchronize()
     return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+
+
+def synchronize() -> None:
+    """Wait for what an accelerator still computes."""
+    device = torch.get_default_device().type
+    if device != "cpu":
+        getattr(torch, device).synchronize()
 
 
 def _repeats(case: Case, name: str) -> int:
@@ -95,11 +105,14 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the sizes: whether it runs, not how fast")
     parser.add_argument("--seconds", type=float, help="time for each case (default: 30, or 0.1 when quick)")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases that have these words in their name")
+    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: results/, when run without options)")
     chosen = parser.parse_args(argv or None)
+    torch.set_default_device(chosen.device)
     seconds = chosen.seconds or (0.1 if chosen.quick else 30)
     topic, about, results = Path(script).stem, machine(), {}
-    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick} --seconds {seconds:g}"
+    where = "" if chosen.device == "cpu" else f" --device {chosen.device}"
+    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick}{where} --seconds {seconds:g}"
     for name, make in cases(chosen.quick).items():
         if chosen.only in name:
             case = make()
@@ -109,6 +122,7 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     out = chosen.out or (None if partial else RESULTS)
     if out and results:
         write(out, topic, question, about, results)
+    torch.set_default_device(None)
 
 
 def write(out: Path, topic: str, question: str, about: dict[str, str], results: dict[str, Any]) -> None:

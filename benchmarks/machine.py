@@ -16,7 +16,9 @@ def machine() -> dict[str, str]:
     """What the results say of it."""
     model = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
     versions = (f"{name} {version(name)}" for name in ("torch", "numpy", "loralib", "peft", "transformers", "lora"))
-    return {
+    device = torch.get_default_device()
+    card = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return card | {
         "CPU": f"{(model or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(versions),

@@ -41,6 +41,7 @@ import phi3_chat
 from phi3 import chat_data, chats, loop, quantizing, settings, starting, tiny
 
 RESULTS = Path(__file__).parent / "results"
+Settings = dict[str, Any]
 EVALUATIONS = 4  # after the start
 
 
@@ -106,6 +107,19 @@ def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
 
 def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer, chats.Chats, dict[str, Any]]:
     """Model, optimizer, data and settings of a plan, before the first step."""
+    model, data, training, peft, general = load(plan, toy)
+    originals = quantizing.quantize(model, general["quantize"], peft)
+    if METHODS[plan.method].adapts:
+        phi3_chat.inject(model, peft)
+        starting.start(model, peft, data, originals)
+        optimizer = loop.make_optimizer(model, training)
+    else:
+        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)
+    return model, optimizer, data, training
+
+
+def load(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, chats.Chats, Settings, Settings, Settings]:
+    """The pretrained model and the data of a plan, and its three dictionaries of settings."""
     training = phi3_chat.training_config | {"max_steps": plan.steps, "seed": 0, "learning_rate": plan.lr}
     training |= {"per_device_train_batch_size": plan.rows} | plan.settings["training"]
     peft = phi3_chat.peft_config | {"lora_dropout": 0.0} | plan.settings["peft"]
@@ -121,14 +135,7 @@ def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.
     data = data._replace(order=data.order._replace(seed=plan.seed))
     random.seed(plan.seed)
     torch.manual_seed(plan.seed)
-    originals = quantizing.quantize(model, general["quantize"], peft)
-    if METHODS[plan.method].adapts:
-        phi3_chat.inject(model, peft)
-        starting.start(model, peft, data, originals)
-        optimizer = loop.make_optimizer(model, training)
-    else:
-        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)
-    return model, optimizer, data, training
+    return model, data, training, peft, general
 
 
 def train(

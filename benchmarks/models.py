@@ -11,18 +11,19 @@ import peft
 import rivals
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 from phi3 import fetch, pretrained, tiny
 
-R = {"llama": 8, "phi3": 16}
+R = {"llama": 8, "phi3": 16, "phi3-mini": 16}
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
+TARGETS["phi3-mini"] = TARGETS["phi3"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Plan:
 def build(plan: Plan) -> nn.Module:
     """The model in training, its A random and its B zero: the same for all libraries where their shapes are."""
     torch.manual_seed(0)
-    model = _MODELS[plan.model](plan.quick, plan.dtype).requires_grad_(False)
-    _ADAPT[plan.library](model, plan)
+    return adapted(_MODELS[plan.model](plan.quick, plan.dtype), plan)
+
+
+def adapted(model: nn.Module, plan: Plan) -> nn.Module:
+    """A model with one library's adapter, in training, with the A and B that all have at the start."""
+    _ADAPT[plan.library](model.requires_grad_(False), plan)
     return rivals.same_start(model, up=0.0)
 
 
@@ -55,7 +60,13 @@ def _llama(quick: bool, dtype: torch.dtype) -> nn.Module:
 def _phi3(quick: bool, dtype: torch.dtype) -> nn.Module:
     if quick:
         return tiny.model().to(dtype)
-    return pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=dtype)[0]
+    model = pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=dtype)[0]
+    return model.to(torch.get_default_device())
+
+
+def _phi3_mini(quick: bool, dtype: torch.dtype) -> nn.Module:
+    layers = {"num_hidden_layers": 1} if quick else {}
+    return Phi3ForCausalLM._from_config(Phi3Config(**layers), dtype=dtype)
 
 
 def _adapt_loralib(model: nn.Module, plan: Plan) -> None:
@@ -88,7 +99,7 @@ def _settings(plan: Plan) -> dict[str, object]:
     return {"r": r, "lora_alpha": 2 * r, "lora_dropout": plan.dropout, "target_modules": names}
 
 
-_MODELS = {"llama": _llama, "phi3": _phi3}
+_MODELS = {"llama": _llama, "phi3": _phi3, "phi3-mini": _phi3_mini}
 _ADAPT = {
     "frozen": lambda model, plan: None,
     "loralib": _adapt_loralib,

@@ -49,10 +49,12 @@ def with_loralib(base: nn.Module, r: int, dropout: float = 0.0) -> nn.Module:
     return same_start(layer)
 
 
-def with_peft(base: nn.Module, r: int, dropout: float = 0.0, adapter_dtype: torch.dtype | None = None) -> nn.Module:
-    """The base layer in PEFT."""
+def with_peft(
+    base: nn.Module, r: int, dropout: float = 0.0, adapter_dtype: torch.dtype | None = None, **settings: object
+) -> nn.Module:
+    """The base layer in PEFT; `settings` are further fields of its LoraConfig."""
     holder = nn.ModuleDict({"layer": copy.deepcopy(base)})
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["layer"])
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["layer"], **settings)
     peft.get_peft_model(holder, config, autocast_adapter_dtype=adapter_dtype is not None)
     return same_start(holder["layer"])
 
@@ -97,7 +99,7 @@ def same_start(module: nn.Module, up: float = 0.02) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for number, parameter in enumerate(trainable(module)):
         size = up if number % 2 else 0.02
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * size)
     module.train()  # loralib's returns nothing
     return module
 

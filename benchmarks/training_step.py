@@ -4,6 +4,7 @@ A step is forward, backward and `AdamW(fused=True)`, against the frozen model wi
 which all variants compute. "llama" is a Llama of 6 layers with 576 features, r = 8, on 512 tokens, with an adapter in
 every linear layer but the head. "phi3" is the pretrained model of examples/phi3_chat.py (downloaded once), r = 16 in
 its four projections, on 4 × 256 tokens; its peak memory and losses come from a process of its own for each variant.
+"phi3-mini", on accelerators alone, has the sizes of Phi-3-mini and random weights, on 2048 tokens.
 
 PEFT adapts a fused projection as one matrix. "lora" does the same there, and must find the same losses, with no
 dropout, from the same A and B = 0; "lora, split" gives q, k, v, gate and up an update each.
@@ -27,7 +28,7 @@ from rivals import trainable
 
 F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 4
-SHAPES = {"llama": (1, 512), "phi3": (4, 256)}  # rows and tokens of a batch
+SHAPES = {"llama": (1, 512), "phi3": (4, 256), "phi3-mini": (1, 2048)}  # rows and tokens of a batch
 # What to compare with the frozen model, by model and dtype: libraries, and the dtypes of their adapters.
 VARIANTS = {
     ("llama", F32): [("loralib", F32), ("PEFT", F32), ("lora", F32)],
@@ -35,11 +36,13 @@ VARIANTS = {
     ("phi3", F32): [("PEFT", F32), ("lora", F32), ("lora, split", F32)],
     ("phi3", BF16): [("PEFT", F32), ("lora", F32), ("lora, split", F32)],
 }
+ON_ACCELERATORS = {("phi3-mini", BF16): VARIANTS["phi3", BF16]}
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
-    for ((model, dtype), variants), dropout in product(VARIANTS.items(), (0.0, 0.05)):
+    chosen = VARIANTS | ({} if torch.get_default_device().type == "cpu" else ON_ACCELERATORS)
+    for ((model, dtype), variants), dropout in product(chosen.items(), (0.0, 0.05)):
         plans = {"frozen": Plan(model, quick, dtype, "frozen", dtype, dropout)}
         for library, adapter in variants:
             label = library if adapter == dtype else f"{library}, float32 adapter"
@@ -81,7 +84,8 @@ class Training:
         generator = torch.Generator().manual_seed(0)
         rows, length = SHAPES[plan.model]
         shape = rows, length // (16 if plan.quick else 1)
-        self.ids = torch.randint(self.model.config.vocab_size, shape, generator=generator)
+        ids = torch.randint(self.model.config.vocab_size, shape, generator=generator, device="cpu")
+        self.ids = ids.to(torch.get_default_device())
         self.x = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
         parameters = trainable(self.model) or [self.x]  # the frozen model has none: torch wants one
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)

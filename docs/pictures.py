@@ -153,13 +153,13 @@ def house() -> tuple[int, int, str, list[str]]:
         inset, top = 28 * depth, 46 * depth
         shapes.append(box(20 + inset, 20 + top, 400 - 2 * inset, 236 - top - 14 * depth, (LIGHT, A, B, BASE)[depth]))
         shapes += [text(220, 38 + top, name, 15), text(220, 55 + top, note, 11, PALE)]
-    for n, name in enumerate(("init", "quantized", "parallel", "swapping", "formats", "arithmetic", "cli")):
+    for n, name in enumerate(("init", "quantized", "parallel", "swapping", "banking", "formats", "arithmetic", "cli")):
         shapes += [
-            box(520, 20 + 34 * n, 130, 27, LIGHT, name),
-            arrow((520, 33 + 34 * n), (424, 33 + 34 * n), color=PALE),
+            box(520, 20 + 30 * n, 130, 25, LIGHT, name),
+            arrow((520, 32 + 30 * n), (424, 32 + 30 * n), color=PALE),
         ]
     shapes += [text(220, 276, "rings: each imports those inside it", 13), text(585, 276, "wings import rings", 13)]
-    return 690, 295, "Four rings, functional innermost, then layers, models, adapters; seven wings import them", shapes
+    return 690, 295, "Four rings, functional innermost, then layers, models, adapters; eight wings import them", shapes
 
 
 PICTURES: dict[str, Callable[[], tuple[int, int, str, list[str]]]] = {

@@ -21,6 +21,7 @@ SCRIPTS = [
     "merge",
     "decode",
     "experts",
+    "bank",
     "methods_time",
     "training_step",
 ]
@@ -159,3 +160,58 @@ def test_large_adapters_are_measured_at_three_sizes(capsys):
     said = capsys.readouterr().out
     assert "| 6 | 12 | 24 |" in said
     assert said.count("\n| ") == 15
+
+
+@pytest.mark.slow
+def test_a_merge_for_its_inputs_is_measured_against_one_to_nearest(tmp_path):
+    keep = importlib.import_module("keep")
+    adapter = tmp_path / "adapter.safetensors"
+    keep.main("--quick", "--tokens", "200", "--adapter", str(adapter), "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
+    for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
+        assert unmerged["KL"] == 0
+        assert 0 < nearest["KL"] < without["KL"]
+        assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+    assert (tmp_path / "keep.md").read_text(encoding="utf-8").startswith("# keep\n")
+    assert adapter.exists()
+
+
+def test_no_layer_waits_and_forwards_launch_no_more_than_others_do(tmp_path):
+    launches = importlib.import_module("launches")
+    found = launches.measured(quick=True)
+    for name, libraries in found.items():
+        ours = [counts for library, counts in libraries.items() if library.startswith("lora") and library != "loralib"]
+        theirs = [counts for library, counts in libraries.items() if library in ("loralib", "PEFT")]
+        for forward, backward in ours:
+            # DoRA remembers norms of the base; on a CPU, where that waits for nothing, it compares values.
+            assert forward.waits + backward.waits == ("DoRA" in name), name
+        if "DoRA" not in name:
+            assert min(c.launches for c, _ in ours) <= min(c.launches for c, _ in theirs), name
+        assert min(c.megabytes for c, _ in ours) <= min(c.megabytes for c, _ in theirs), name
+
+
+def test_the_counts_of_launches_are_written(tmp_path):
+    launches = importlib.import_module("launches")
+    launches.main("--quick", "--out", str(tmp_path / "launches.md"))
+    written = (tmp_path / "launches.md").read_text(encoding="utf-8")
+    assert all(f"| {name} | lora" in written for name in launches.cases(True))
+    assert str(tmp_path) not in written
+
+
+def test_three_libraries_and_a_bank_have_one_curve(tmp_path):
+    curves = importlib.import_module("curves")
+    curves.main("--quick", "--steps", "20", "--rows", "2", "--out", str(tmp_path))
+    losses = json.loads((tmp_path / "curves_float32.json").read_text(encoding="utf-8"))["losses"]
+    assert list(losses) == ["loralib", "PEFT", "lora", "lora, bank"]
+    for library, its in losses.items():
+        assert its == pytest.approx(losses["loralib"], rel=1e-5), library
+    assert losses["lora"][-1] < losses["lora"][0] - 0.1
+    assert "| lora, bank |" in (tmp_path / "curves_float32.md").read_text(encoding="utf-8")
+    assert (tmp_path / "curves_float32.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_kind_of_layer_is_right_on_this_device(capsys):
+    on_device = importlib.import_module("on_device")
+    assert on_device.main("--device", "cpu") == 0
+    assert capsys.readouterr().out.endswith("0 wrong on cpu\n")

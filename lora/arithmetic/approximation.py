@@ -314,8 +314,10 @@ def _weights_of(layers: Mapping[str, LoRALayer]) -> set[str]:
 def _mismatches(base: nn.Module, finetuned: nn.Module) -> Iterator[str]:
     """What keeps two models from being compared tensor by tensor."""
     for what, model in (("base", base), ("finetuned", finetuned)):
-        if any(isinstance(module, LoRALayer) for module in model.modules()):
-            yield f"`{what}` has LoRA layers; merge or eject them first."
+        layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+        if layers:
+            first = ", after `bank.keep(name)`" if any(layer.lora_seats for layer in layers) else " first"
+            yield f"`{what}` has LoRA layers; merge or eject them{first}."
     ours, theirs = _tensors(base), _tensors(finetuned)
     yield from (f"{name} is missing in `finetuned`." for name in ours if name not in theirs)
     yield from (f"{name} is missing in `base`." for name in theirs if name not in ours)

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
 from lora.adapters.adapter import Adapter
+from lora.adapters.base import describe_tensor, own_tensors
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter
 from lora.banking.choice import Adapters, Choice, nested
+from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
-from lora.errors import Problems, did_you_mean, is_count, raise_all, short, some
-from lora.layers import starts
+from lora.errors import Problems, is_count, raise_all, short, some
+from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import with_parts
 from lora.layers.undo import undo_on_error
 from lora.models.config import LoraConfig
 from lora.models.idle import CheckReport, check
-from lora.models.injection import inject
-from lora.models.model import Names, forget_children, lora_layers, names_of, remember_layers, unwrapped
-from lora.models.readers import let_read, let_read_no_more
-from lora.models.training import param_groups
+from lora.models.injection import inject, restore
+from lora.models.model import (
+    check_none_replaced,
+    forget_children,
+    lora_layers,
+    names_of,
+    obstacles,
+    remember_layers,
+    remember_values,
+    sharded_problems,
+    unwrapped,
+)
+from lora.models.readers import let_read
+from lora.models.refusals import own_forward_problems
+from lora.models.training import forget_originals, originals, param_groups, resized_problems
 from lora.swapping import make_room  # one wing knows another: room for ranks is the same for one adapter and for many
 
 Source = Adapter | LoraConfig | str | os.PathLike[str]
@@ -83,13 +98,10 @@ def bank(
     ...     torch.allclose(model(x)[1], y[1])
     True
     """
-    known = {layer.lora_bank for layer in with_parts(model.modules()) if isinstance(layer, Banked)}
-    if len(known) > 1:
-        raise ValueError("bank: this model has parts with banks of their own; ask for those of the parts.")
-    made = Bank(model, next(iter(known), None), check_base)
+    made = Bank(model, check_base)
     if (room, max_r) != (None, None):
         made._make_room(room, max_r)
-    made._put(adapters or {})
+    made._put(adapters or {}, model)
     return made
 
 
@@ -110,9 +122,10 @@ class Bank(MutableMapping[str, Adapter]):
     [(3, 8), (4, 3)]
     """
 
-    def __init__(self, model: nn.Module, adapters: Adapters | None, check_base: bool) -> None:
+    def __init__(self, model: nn.Module, check_base: bool = True) -> None:
         self._model, self._check_base = unwrapped(model), check_base
-        self._adapters = Adapters() if adapters is None else adapters
+        self._own = Adapters()
+        _ = self._adapters
 
     # ---- choosing --------------------------------------------------------------------------------------------
 
@@ -127,7 +140,7 @@ class Bank(MutableMapping[str, Adapter]):
         raise_all("use: no adapter is chosen", self._unknown([name]))
         return Choice(self._adapters, name)
 
-    def rows(self, names: Sequence[Any] | Tensor, per: str = "row") -> Choice:
+    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Choice:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
 
         Rows that stand side by side are computed without a copy of them: batches that are sorted by adapter are
@@ -138,6 +151,9 @@ class Bank(MutableMapping[str, Adapter]):
             names: for each row a name, None for the base, or the adapter's number in the bank (−1 for the base).
             per: "row", or "token": then `names` has a list for each row, with one for each token, or one for each of
                 the tokens of a flattened or packed batch. Default: "row".
+            flattened: let an input with n times as many rows as there are names have n for each, one name's after the
+                other's. Mixtures of experts make such of a batch's tokens, and beam search of its rows. Default: False,
+                an error.
 
         Raises:
             ValueError: a name is unknown (all are listed), lists are not of one length, or `per` is neither of the two.
@@ -149,21 +165,22 @@ class Bank(MutableMapping[str, Adapter]):
         if not shape or (per == "row" and len(shape) != 1) or 0 in shape:
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
             raise ValueError(f"{what}: `names` must be {expected}, got one of the shape {shape}.")
-        order = [*self._adapters.known]
-        distinct = {}
-        for value in given:
-            if value not in distinct:
-                numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(order)
-                distinct[value] = (order[value] if value >= 0 else None) if numbered else value
-        raise_all(what, self._unknown(distinct.values()))
-        places = {name: number for number, name in enumerate(order)}
-        owners = {value: None if name is None else places[name] for value, name in distinct.items()}
-        return Choice(self._adapters, None, [owners[value] for value in given], shape, per)
+        known = [*self._adapters.known]
+        called: dict[Any, str | None] = {}
+        for value in dict.fromkeys(given):
+            numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(known)
+            called[value] = (known[value] if value >= 0 else None) if numbered else value
+        raise_all(what, self._unknown(called.values()))
+        order = [*dict.fromkeys(name for name in called.values() if name is not None)]
+        places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
+        return Choice(self._adapters, None, [places.get(called[value]) for value in given], order, shape, flattened)
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
+        known = self._adapters.known
         for name in names:
-            if name is not None and (not isinstance(name, str) or name not in self._adapters.known):
-                yield f"there is no adapter {short(name)}{did_you_mean(str(name), self._adapters.known)}."
+            if name is not None and (not isinstance(name, str) or name not in known):
+                has = f"the bank has {some(known, len(known))}" if known else "the bank is empty"
+                yield f"there is no adapter {short(name)}; {has}."
 
     def seed(self, name: str, seed: int) -> None:
         """Let an adapter's dropout in mixed batches go on as after ``torch.manual_seed(seed)``.
@@ -194,9 +211,11 @@ class Bank(MutableMapping[str, Adapter]):
         save_adapter(self._view(name, "save").model, path, format)
 
     def load(self, name: str, source: Adapter | str | os.PathLike[str]) -> None:
-        """Load values into an adapter of the same modules and ranks; its Parameter objects stay."""
-        view = self._view(name, "load")
-        load_adapter(view.model, source, check_base=self._check_base)
+        """Load values into an adapter of the same modules and ranks (`lora.load_adapter`); its Parameters stay."""
+        view = _as_it_is(self._view(name, "load")).model
+        adapter, problems = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
+        raise_all(f"load: {name!r} stays as it is", problems)
+        load_adapter(view, adapter, check_base=self._check_base)
         self._adapters.changed()
 
     def keep(self, name: str | None) -> None:
@@ -206,30 +225,39 @@ class Bank(MutableMapping[str, Adapter]):
         """
         if name is not None:
             self._known(name, "keep")
-        with undo_on_error(self._model.modules()) as undo, undo:
-            layers = self._layers()
+        layers = self._layers()
+        raise_all("keep: nothing was changed", self._in_the_way(layers))
+        with self._undone() as undo, undo, torch.no_grad():
             kept = [keep_alone(layer, name) for layer in layers]
             for module in self._model.modules():
                 forget_children(module)
                 if name is None:
-                    let_read_no_more(module)
+                    restore(module, undo)
             names = names_of(self._model)
             remember_layers(names, [layer for layer in kept if layer is not None])
+            remember_values(names)
             raise_all("keep: nothing was changed", let_read(names))
+            let_divide(names)
             self._adapters.known = {}
 
     def __getitem__(self, name: str) -> Adapter:
         return adapter_of(self._view(name, None).model)
 
     def __setitem__(self, name: str, source: Any) -> None:
-        self._put({name: source})
+        self._put({name: source}, self._model)
 
     def __delitem__(self, name: str) -> None:
         if name not in self._adapters.known:
             raise KeyError(name)
-        with undo_on_error(self._model.modules()) as undo, undo:
+        has_room = self._adapters.room is not None  # where layers stay in the bank
+        if len(self) == 1 and not has_room:
+            return self.keep(None)
+        last = [] if has_room else [layer for layer in self._layers() if {*layer.lora_seats} == {name}]
+        raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last))
+        with self._undone() as undo, undo:
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
+            let_divide(self._model.modules())
             self._adapters.known = {other: seeds for other, seeds in self._adapters.known.items() if other != name}
         self._adapters.changed()
 
@@ -245,7 +273,23 @@ class Bank(MutableMapping[str, Adapter]):
     def __repr__(self) -> str:
         return f"Bank({some(self._adapters.known, len(self))})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bank) and other._adapters is self._adapters
+
+    def __hash__(self) -> int:
+        return hash(self._model)
+
     # ---- within ------------------------------------------------------------------------------------------------
+
+    @property
+    def _adapters(self) -> Adapters:
+        """What the model's layers know of the bank: while there is nothing in it, by this handle or another."""
+        if not self._own.known:
+            found = list(dict.fromkeys(layer.lora_bank for layer in self._layers()))
+            if len(found) > 1:
+                raise ValueError("bank: this model has parts with banks of their own; ask for those of the parts.")
+            self._own = found[0] if found else self._own
+        return self._own
 
     def _layers(self) -> list[Any]:
         return [layer for layer in with_parts(self._model.modules()) if isinstance(layer, Banked)]
@@ -259,7 +303,19 @@ class Bank(MutableMapping[str, Adapter]):
 
     def _view(self, name: str, what: str | None) -> View:
         self._known(name, what)
+        check_none_replaced(self._model, what or "bank")
         return view_of(self._model, name)
+
+    def _undone(self) -> undo_on_error:
+        return undo_on_error(self._model.modules(), others=[self._adapters])
+
+    def _in_the_way(self, losing: Sequence[LoRALayer]) -> Iterator[str]:
+        """What keeps adapters from being taken out, and some layers from becoming plain ones."""
+        names = names_of(self._model)
+        instead = "what shards it would go on with the adapters; load files of them into a bank of a model of its own"
+        yield from sharded_problems(self._layers(), names, instead)
+        yield from own_forward_problems(losing, names)
+        yield from resized_problems(self._model)
 
     def _make_room(self, room: int | None, max_r: int | None) -> None:
         with Problems("bank: nothing was changed") as problems:
@@ -276,14 +332,15 @@ class Bank(MutableMapping[str, Adapter]):
                 )
         self._adapters.room, self._adapters.max_r = room, max_r
 
-    def _put(self, sources: Mapping[str, Any]) -> None:
+    def _put(self, sources: Mapping[str, Any], given: nn.Module) -> None:
         what = "bank: nothing was changed"
         model, known = self._model, self._adapters.known
         layers = lora_layers(model, "bank", none=True, several=True)
-        with undo_on_error(model.modules()) as undo, undo:
+        with self._undone() as undo, undo:
             views: dict[str, View] = {}
             with Problems(what) as problems:
                 names = names_of(model)
+                problems.add(*(obstacles(names_of(given)) if sources else ()))
                 for layer in layers:
                     if layer.r > 0 and not isinstance(layer, Banked):
                         problems.add(f"{names[layer][0]}: has an adapter already, of no bank; `lora.eject` it first.")
@@ -292,15 +349,19 @@ class Bank(MutableMapping[str, Adapter]):
                     if not isinstance(name, str) or not name or "." in name:
                         problems.add(f"{short(name)} is no name for an adapter: that is a string without dots.")
                         continue
-                    views[name] = view_of(model)
+                    views[name] = _as_it_is(view_of(model))
                     problems.add(*(f"{name}: {problem}" for problem in self._fill(views[name].model, source)))
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
             new = [layer for name, view in views.items() for layer in self._seat(name, view)]
             names = names_of(model)
-            self._enter(names, new)
+            for layer in new:
+                vars(layer)["lora_name"] = names[layer][0] or "the model"
+            remember_layers(names, new)
+            remember_values(names)
             raise_all(what, let_read(names))
+            let_divide(names)
             self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
         self._adapters.changed()
 
@@ -314,10 +375,7 @@ class Bank(MutableMapping[str, Adapter]):
                 found = [*_beyond(source)]
                 _ = None if found else inject(view, source)
             else:
-                adapter = source if isinstance(source, Adapter) else read_adapter(source)
-                found = [
-                    f"{name}: trains in full, and a bank holds A, B and magnitudes." for name in adapter.trained_in_full
-                ]
+                adapter, found = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
                 _ = None if found else load_adapter(view, adapter, check_base=self._check_base)
             if self._adapters.max_r is not None and not found:
                 make_room(view, self._adapters.max_r, "bank")
@@ -328,16 +386,47 @@ class Bank(MutableMapping[str, Adapter]):
 
     def _seat(self, name: str, view: View) -> Iterator[LoRALayer]:
         """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
+        for twin, module in view.of.items():
+            if originals(twin):
+                vars(module).setdefault("lora_originals", originals(twin))
         for adapted, module, parameter in adapted_in(view):
             layer, is_new = banked(module, parameter, self._adapters)
             seat(layer, name, adapted)
             if is_new:
                 yield layer
 
-    def _enter(self, names: Names, new: Sequence[LoRALayer]) -> None:
-        for layer in new:
-            vars(layer)["lora_name"] = names[layer][0] or "the model"
-        remember_layers(names, new)
+
+def _as_it_is(view: View) -> View:
+    """A view of a model that takes the values of all that its adapters share for the base's.
+
+    Else loading an adapter would give back running statistics, with which other adapters compute.
+    """
+    for twin in view.of:
+        forget_originals(twin)
+    return view
+
+
+def _factors(adapter: Adapter, model: nn.Module) -> tuple[Adapter, list[str]]:
+    """An adapter without what it replaces of the base model; complaints, where the model has not got that already."""
+    full = {*adapter.trained_in_full}
+    named = own_tensors(names_of(model)) if full else ()
+    ours = {name: (module, own, tensor) for known, module, own, tensor in named for name in full.intersection(known)}
+    problems = [
+        f"{name}: is in the adapter as it trained, or was resized; a bank holds A, B and magnitudes, and all share the "
+        "rest, as it is in the model."
+        for name in adapter.trained_in_full
+        if name not in ours or not _equal(adapter.tensors[name], ours[name][2])
+    ]
+    own_ones = {name: tensor for name, tensor in adapter.tensors.items() if name not in full}
+    rest = {name: describe_tensor(tensor, module, own) for name, (module, own, tensor) in ours.items()}
+    nothing: dict[str, Any] = {"trained_in_full": [], "modules_to_save": [], "kept": []}
+    rest = adapter.rest | rest if adapter.rest else {}
+    return (replace(adapter, tensors=own_ones, rest=rest, **nothing) if full else adapter), problems
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    whole = weights.of(None, "", ours).whole()
+    return theirs.shape == whole.shape and torch.equal(theirs.to(whole.device, whole.dtype), whole)
 
 
 def _beyond(config: LoraConfig) -> Iterator[str]:

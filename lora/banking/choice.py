@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -30,10 +31,11 @@ class Choice(AbstractContextManager["Choice"]):
     Attributes:
         adapters: of which bank.
         name: the adapter of all rows; None for the base.
-        owners: which adapter each row has, by its place among `adapters`, or the one that all have.
-        rows: the same as runs of rows; None if `name` is for all.
+        owners: for each row the place of its adapter in `order`, or None; None if `name` is for all.
+        rows: the same as runs of rows.
+        order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
-        per: "all", "row" or "token": for what each of the owners is.
+        flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
     """
 
     def __init__(
@@ -41,13 +43,13 @@ class Choice(AbstractContextManager["Choice"]):
         adapters: Adapters,
         name: str | None,
         owners: Sequence[int | None] | None = None,
+        order: Sequence[str] = (),
         shape: tuple[int, ...] = (),
-        per: str = "all",
+        flattened: bool = False,
     ) -> None:
-        self.adapters, self.name, self.shape, self.per = adapters, name, shape, per
-        self.order = [*adapters.known]
-        self.rows = None if owners is None else Rows.of(owners)
-        self.owners = [None if name is None else self.order.index(name)] if owners is None else owners
+        self.adapters, self.name, self.order, self.shape = adapters, name, order, shape
+        self.owners, self.rows = owners, None if owners is None else Rows.of(owners)
+        self.flattened = flattened
         self.is_open = False
 
     def __enter__(self) -> Choice:
@@ -68,18 +70,20 @@ class Choice(AbstractContextManager["Choice"]):
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:
         """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
         assert self.rows is not None, "there is one adapter for all rows"
-        for head, dims in ((self.shape, len(self.shape)), ((self.rows.count,), 1)):
-            if tuple(shape[:dims]) == head:
-                each = 1
-                for size in shape[dims:]:
-                    each *= size
-                return self.rows.times(each)
+        count, head = self.rows.count, self.shape
+        if len(head) > 1 and tuple(shape[: len(head)]) != head:
+            head = (count,)  # of tokens that a model has flattened, as mixtures of experts do
+        if tuple(shape[: len(head)]) == head:
+            return self.rows.times(prod(shape[len(head) :]))
+        if self.flattened and shape and shape[0] % count == 0:
+            return self.rows.times(prod(shape) // count)
         per = "row" if len(self.shape) == 1 else "token"
         given = " × ".join(map(str, self.shape))
         raise ValueError(
             f"{where}: the input of this layer has {' × '.join(map(str, shape)) or 'no'} rows, and the bank was given "
             f"adapters for {given} {per}s. Where a model flattens its tokens or packs sequences, say the adapter of "
-            'each token, with `bank.rows(names, per="token")`; `bank.use(name)` is for one adapter in all rows.'
+            'each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
+            "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
 
 
@@ -147,7 +151,7 @@ class Adapters:
     def tell(self) -> None:
         """Let a compiled model know the innermost open block."""
         if self.is_watched:
-            tell([*self.layers], self.open[-1] if self.open else None, self.room, self.version)
+            tell(self, self.open[-1] if self.open else None)
 
     def watch(self) -> None:
         """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
@@ -157,8 +161,8 @@ class Adapters:
             self.is_watched = True
             self.tell()
 
-    # A compiler is to run it, not to follow it. (`torch.compiler.assume_constant_result` sets this, too, but imports the
-    # whole compiler, which takes seconds.)
+    # A compiler is to run it, not to follow it. `torch.compiler.assume_constant_result` sets this as well, and imports
+    # the whole compiler, which takes seconds.
     watch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @staticmethod
@@ -168,6 +172,12 @@ class Adapters:
 
     def chosen(self, device: torch.device) -> Choice:
         """The innermost block of the caller's; RuntimeError if there is none."""
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "a module that computes with one adapter's weight at a time (attention, recurrent layers, experts, "
+                "classes with a forward of their own) cannot be compiled with a bank of adapters; without "
+                "`fullgraph=True` the rest of the model is."
+            )
         for choice in reversed(_entered.get()):
             if choice.adapters is self and choice.is_open:
                 return choice

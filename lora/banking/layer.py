@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
+from lora.banking.divided import divide
 from lora.banking.traced import traced_forward
 from lora.errors import some
 from lora.functional.rows import Rows, Update, lora_linear_rows
@@ -71,10 +72,7 @@ class Banked(LoRALayer):
         if not any(seats.values()):
             return self.lora_base_forward(input, *args, **kwargs)
         if self.lora_is_in_place():
-            raise RuntimeError(
-                f"{self.lora_name}: {type(self).__name__} has a forward of its own, which computes with one adapter at "
-                "a time; use `bank.use(name)` here."
-            )
+            return self._divided(choice, lead, input, *args, **kwargs)
         for seat in filter(None, seats.values()):
             for check in self.lora_checks:
                 check(seat, input)
@@ -94,6 +92,13 @@ class Banked(LoRALayer):
             if seat is not None
         }
         return _with_rows(y, rows, lead, adds)
+
+    def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The class's own forward, once for each adapter."""
+        by_token = len(choice.shape) > 1 and lead > 1 and not args and not kwargs
+        x = input.flatten(0, lead - 1) if by_token else input
+        y: Tensor = divide(self, self.lora_layer_forward, choice, self.lora_name, x, *args, **kwargs)
+        return y.view(*input.shape[:lead], *y.shape[1:]) if by_token else y
 
     def _update(self, choice: Choice, name: str, seat: Any) -> Update | None:
         if seat is None:
@@ -115,6 +120,8 @@ class Banked(LoRALayer):
             return weight
         choice = self.lora_bank.chosen(weight.device)
         if choice.rows is not None:
+            if not self.lora_present(choice):
+                return weight
             raise RuntimeError(
                 f"{self.lora_name}: what is around this layer reads its weight, and of that there is one for each "
                 "adapter; use `bank.use(name)` here."
@@ -122,6 +129,10 @@ class Banked(LoRALayer):
         seat = None if choice.name is None else self.lora_seats.get(choice.name)
         now: Tensor | LowRankWeight = weight if seat is None else seat.lora_weight_now()
         return now
+
+    def lora_present(self, choice: Choice) -> bool:
+        """Whether some of the rows have an adapter that is in the layer."""
+        return any(name in self.lora_seats for name in choice.order)
 
     # ---- its adapters ------------------------------------------------------------------------------------------
 

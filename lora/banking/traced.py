@@ -51,7 +51,8 @@ class Slots:
     """A layer's slots, and which rows have them.
 
     Attributes:
-        per: for what `ids` are: "all" rows, each "row", each "token"; or "", where no block is open.
+        per: for what `ids` are: "all" rows, or each "row" (or token); or "", where no block is open.
+        flattened: as `Choice.flattened`.
         ids: the number of each row's adapter. One more than there are is none.
         index: the place in `present` of each number; one more than there are for adapters that are not in this layer.
         present: the slots that a forward computes with: twins of seats, or spare ones in their places.
@@ -60,6 +61,7 @@ class Slots:
     """
 
     per: str = ""
+    flattened: bool = False
     ids: Tensor
     index: Tensor
     stacks: bool = False
@@ -87,18 +89,19 @@ class Slots:
 
 def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A layer's forward as a compiler follows it: with each row's own adapter, whichever that will be."""
+    if layer.lora_is_in_place():
+        raise RuntimeError(
+            f"{layer.lora_name}: {type(layer).__name__} has a forward of its own, which computes with one adapter at a "
+            "time and cannot be compiled with a bank of them; without `fullgraph=True` the rest of the model is."
+        )
     y: Tensor = layer.lora_base_forward(input, *args, **kwargs)
     if layer.lora_disabled is not None:
         return y
     layer.lora_bank.watch()
     slots: Slots = layer.lora_slots
-    if layer.lora_is_in_place():
-        raise RuntimeError(
-            f"{layer.lora_name}: this layer has a forward of its own, which `torch.compile` cannot follow with a bank."
-        )
     where = slots.index.index_select(0, slots.ids.reshape(-1)).view(slots.ids.shape)
     if slots.per != "all":
-        where = _fitted(layer, where, input)
+        where = _fitted(layer, where, input, slots.flattened)
     if slots.stacks and len(slots.present) > 1 and where.dim() < 2:
         y = _plus_stacked(layer, slots, input, where, y)
     else:
@@ -106,18 +109,23 @@ def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tens
     return _magnified(slots, where, y) if slots.magnifies else y
 
 
-def _fitted(layer: Any, where: Tensor, input: Tensor) -> Tensor:
+def _fitted(layer: Any, where: Tensor, input: Tensor, flattened: bool) -> Tensor:
     """The slots of rows, in the shape of the first dimensions of a layer's input; ValueError if they cannot be."""
     lead = input.dim() - (not isinstance(layer, EmbeddingLoRA))
     if isinstance(layer, ConvLoRA):
         lead = int(input.dim() == layer.weight.dim())
-    for fitted in (where, where.flatten()):
+    flat = where.flatten()
+    for fitted in (where, flat):
         dims = fitted.dim()
         if dims <= lead and all(input.shape[dim] == fitted.shape[dim] for dim in range(dims)):
             return fitted
+    if flattened and lead and input.shape[0] % flat.shape[0] == 0:
+        return flat.repeat_interleave(input.shape[0] // flat.shape[0])
     raise ValueError(
-        f"{layer.lora_name}: the input of this layer has not as many rows as the bank was given adapters for; say the "
-        'adapter of each token, with `bank.rows(names, per="token")`, or one for all with `bank.use(name)`.'
+        f"{layer.lora_name}: the input of this layer has not as many rows as the bank was given adapters for. Where a "
+        "model flattens its tokens or packs sequences, say the adapter of each token, with `bank.rows(names, "
+        'per="token")`, or that they stand row by row, with `bank.rows(names, flattened=True)`; `bank.use(name)` is '
+        "for one adapter in all rows."
     )
 
 
@@ -192,42 +200,45 @@ def _beside(on: Tensor, other: Tensor) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def tell(layers: Sequence[Any], choice: Any, room: int | None, version: int) -> None:
-    """Let a bank's layers know the innermost open block, in the words that a compiler understands.
+def tell(adapters: Any, choice: Any) -> None:
+    """Let the layers of a bank know the innermost open block, in the words that a compiler understands.
 
     Args:
-        layers: all layers of the bank.
+        adapters: the bank's.
         choice: the block; None if none is open.
-        room: for how many adapters in a batch there are slots; None for a slot for each of the bank's.
-        version: a number that is another when anything about the adapters is.
     """
     if choice is None:
-        for layer in layers:
+        for layer in adapters.layers:
             slots_of(layer).per = ""
         return
-    owners, order = choice.owners, choice.order
-    present = sorted({owner for owner in owners if owner is not None})
-    size = None if room is None else 1 if choice.per == "all" else max(room, len(present))
-    count = len(order) if size is None else size
-    numbers = {owner: owner if size is None else number for number, owner in enumerate(present)}
-    names = {number: order[owner] for owner, number in numbers.items()}
+    if choice.owners is None:
+        per, shape, owners, order = "all", (), (None if choice.name is None else 0,), (choice.name,)
+    else:
+        per, shape, owners, order = "row", choice.shape, choice.owners, choice.order
+    room, known = adapters.room, [*adapters.known]
+    size = None if room is None else 1 if per == "all" else max(room, len(order))
+    count = len(known) if size is None else size
+    # In one order, whatever that of the rows; what is no longer in the bank is nowhere.
+    ranks = {name: n for n, name in enumerate(known if size is None else sorted(filter(None, order)))}
+    numbers = [ranks.get(name, count) for name in order]
+    names = {number: name for number, name in zip(numbers, order, strict=True) if name in ranks}
     values = [count if owner is None else numbers[owner] for owner in owners]
-    told = version, room, size, *names.items()
+    told = adapters.version, room, size, *names.items()
     ids: dict[torch.device, Tensor] = {}
     indices: dict[Any, Tensor] = {}
-    for layer in layers:
+    for layer in adapters.layers:
         slots, device = slots_of(layer), layer.weight.device
         if slots.told != told:
             if slots.told[:2] != told[:2]:
-                _renew(layer, slots, order, room)
+                _renew(layer, slots, known, room)
             index = _place(layer, slots, names, count, size)
             if (device, index) not in indices:
                 indices[device, index] = torch.tensor(index, device=device)
             # To a compiler tensors that are one must stay one, and others others.
             slots.index, slots.told = indices[device, index].detach(), told
         if device not in ids:
-            ids[device] = torch.tensor(values, device=device).view(choice.shape)
-        slots.per, slots.ids = choice.per, ids[device]
+            ids[device] = torch.tensor(values, device=device).view(shape)
+        slots.per, slots.ids, slots.flattened = per, ids[device], choice.flattened
 
 
 def slots_of(layer: Any) -> Slots:

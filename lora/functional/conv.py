@@ -89,11 +89,11 @@ def plain_lora_conv(
 class _LoRAConv(FusedFunction):
     """`plain_lora_conv`, fused. With L output places and h (N, r, L), B (out_channels, r):
 
-    h = c · A ∗ (D ⊙ x)        y  = W ∗ x + b,   y += B h
+    h = A ∗ (D ⊙ x)            y  = W ∗ x + b,   y += c · B h
     dh = c · Bᵀ dy             dx = Wᵀ ∗ dy + D ⊙ (Aᵀ ∗ dh)
-    dB = Σ dy hᵀ               dA = dh ∗ (D ⊙ x)
+    dB = c · Σ dy hᵀ           dA = dh ∗ (D ⊙ x)
 
-    (In float16 B has the factor c, and dB, in the place of h and dh.)
+    (In float16 B has the factor c in y and dh.)
     """
 
     inputs = 5
@@ -105,8 +105,8 @@ class _LoRAConv(FusedFunction):
         x_, weight_, A_ = (cast(t, fused.dtype) for t in (x, weight, A))
         convolve = CONVOLUTIONS[weight.dim() - 2]
         y: Tensor = convolve(x_, weight_, cast(bias, fused.dtype), *geometry)
-        h = fused.scaled_(convolve(_dropped(x_, fused.noise), A_, None, *geometry).flatten(2))  # (N, r, L)
-        y.flatten(2).baddbmm_(fused.up(B).flatten(1).expand(len(y), -1, -1), h)
+        h = convolve(_dropped(x_, fused.noise), A_, None, *geometry).flatten(2)  # (N, r, L)
+        y.flatten(2).baddbmm_(fused.up(B).flatten(1).expand(len(y), -1, -1), h, alpha=fused.alpha)
         ctx.fused, ctx.geometry = fused, geometry
         ctx.save_for_backward(x, weight, bias, A, B, h if ctx.needs_input_grad[4] else None)
         return y

@@ -85,7 +85,7 @@ class _LoRAEmbedding(FusedFunction):
             dh = fused.scaled_(torch.mm(rows, fused.up(B)))  # (N, r)
             dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
         if needs_B:
-            dB = fused.of_B(fused.scaled_(torch.mm(h, rows)).T, B)
+            dB = fused.of_B(torch.mm(h, rows).T, B)
         return None, dA, dB, None
 
     @staticmethod

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Slices = Sequence[tuple[int, int]]  # begin and end of the parts of an output that an update goes to, in order
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+_DENSE_TYPES = frozenset((Tensor, nn.Parameter))
+_NOTHING = nullcontext()
 _LEVELS = 256  # one random byte decides on one value
 _CACHED = 2**20  # values of noise that stay in a processor's cache while they are used
 
@@ -28,20 +30,21 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for tensor in tensors:  # a loop: with each token that is generated, a generator's overhead would show
         if tensor is not None and not is_dense(tensor):
             return False
-    return not _is_tracing()
+    return not is_tracing()
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor, by itself, is plain."""
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in _DENSE_TYPES
         and tensor.dtype.is_floating_point
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_meta)
     )
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
+    """Whether something traces operations: `torch.compile`, a function transform, forward-mode differentiation."""
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -79,17 +82,22 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def may_autocast() -> bool:
+    """Whether autocast is on for some kind of device: quick to ask, but not where a compiler follows."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which operations compute in the dtype of what they are given."""
     # Entering torch's own costs as much as a small product: only where it changes something.
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else _NOTHING
 
 
 # ---- scaling where nothing overflows ---------------------------------------------------------------------------------
 #
 # float16 ends at 65,504, which s · A x and s · dy reach where s · B A x and s · Bᵀ dy do not: B starts at zero. So in
-# float16 B is scaled, which is small, and its gradient is scaled in B's own dtype. In other dtypes what is between A
-# and B is scaled.
+# float16 B is scaled, which is small. In other dtypes the product with B is scaled while it is added, and s · Bᵀ dy
+# before it meets A. The gradient of B is scaled in B's own dtype.
 
 
 def computes_in_float16(dtype: torch.dtype, device: torch.device) -> bool:
@@ -199,17 +207,23 @@ class Fused(NamedTuple):
         """The scaling, times the rescaling of dropout."""
         return self.scaling if self.noise is None else self.scaling * self.noise.rescale
 
-    def scaled_(self, h: Tensor) -> Tensor:
-        """c · h, in place, or dh; in float16 as it is, since B has the scaling."""
-        return h if self.dtype == torch.float16 else h.mul_(self.c)
+    @property
+    def alpha(self) -> float:
+        """What the product with `up` is multiplied by while it is added to y: c; 1 where B has it."""
+        return 1.0 if self.dtype == torch.float16 else self.c
+
+    def scaled_(self, dh: Tensor) -> Tensor:
+        """c · dh, in place; in float16 as it is, since B has the scaling."""
+        return dh if self.dtype == torch.float16 else dh.mul_(self.c)
 
     def up(self, B: Tensor) -> Tensor:
         """B to multiply h and dy by, in the dtype to compute in."""
         return spread(B, self.c, self.dtype)[0] if self.dtype == torch.float16 else cast(B, self.dtype)
 
-    def of_B(self, dB: Tensor, B: Tensor) -> Tensor:
-        """The gradient of B, from its products with `scaled_` values."""
-        return cast(dB, B.dtype).mul_(self.c) if self.dtype == torch.float16 else dB
+    def of_B(self, dB: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient of B, from dyᵀ h, in B's own dtype: written to `out`, or else to `dB`."""
+        dB = cast(dB, B.dtype)
+        return torch.mul(dB, self.c, out=dB if out is None else out)
 
     def dropout(self, x: Tensor, rows: Tensor) -> float | Tensor:
         """The `dropout` that makes a plain function drop the same values of x; `rows` is x as (N, features)."""
@@ -242,7 +256,7 @@ def fused_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor
     """What a fused function computes in with these tensors; None where only autograd's own operations will do."""
     if weight.requires_grad or not is_plain(x, weight, bias, *adapter):
         return None
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    autocast = may_autocast() and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype)
     if weight.dtype != x.dtype and not autocast:
         refuse_storage(weight.dtype)
         return None  # the plain operations raise what torch's own layer raises

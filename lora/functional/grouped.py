@@ -94,9 +94,9 @@ class _LoRAGrouped(FusedFunction):
 
     With D the dropout's mask and c = s / (1 - p), for the rows of each group:
 
-        h = c · (D ⊙ x) L          y  = x W + h R
+        h = (D ⊙ x) L              y  = x W + c · h R
         dh = c · dy Rᵀ             dx = dy Wᵀ + D ⊙ (dh Lᵀ)
-        dR = hᵀ dy                 dL = (D ⊙ x)ᵀ dh
+        dR = c · hᵀ dy             dL = (D ⊙ x)ᵀ dh
     """
 
     inputs = 4
@@ -110,7 +110,7 @@ class _LoRAGrouped(FusedFunction):
         h = x.new_zeros(x.shape[0], left.shape[2])  # (N, r)
         dropped = _dropped(x, fused)
         for e, rows in groups.rows():
-            y[rows].addmm_(fused.scaled_(torch.mm(dropped[rows], left_[e], out=h[rows])), right_[e])
+            y[rows].addmm_(torch.mm(dropped[rows], left_[e], out=h[rows]), right_[e], alpha=fused.alpha)
         _, _, needs_left, needs_right, *_ = ctx.needs_input_grad
         ctx.groups, ctx.fused, ctx.shape = groups, fused, x.shape
         ctx.save_for_backward(x if needs_left else None, weight, left, right, h if needs_right else None)
@@ -130,7 +130,7 @@ class _LoRAGrouped(FusedFunction):
         noise = None if fused.noise is None or dx is None else fused.noise.drop(torch.ones_like(dx))
         for e, rows in ctx.groups.rows():
             if dright is not None:
-                dright[e] = fused.of_B(torch.mm(h[rows].T, dy[rows]), right)
+                fused.of_B(torch.mm(h[rows].T, dy[rows]), right, out=dright[e])
             if dx is None and dropped is None:
                 continue
             dh = fused.scaled_(torch.mm(dy[rows], right_[e].T))  # (n, r)

@@ -22,6 +22,7 @@ from lora.functional.fused import (
     choose,
     drop,
     exact_dtype,
+    may_autocast,
     spread,
     without_autocast,
 )
@@ -73,7 +74,9 @@ def lora_linear(
         return plain_lora_linear(x, weight, bias, A, B, scaling, dropout, slices)
     if torch.is_grad_enabled():
         return _LoRALinear.run(x, weight, bias, A, B, fused)
-    with without_autocast(x.device):  # as when text is generated, where every microsecond shows
+    if not may_autocast():  # as when text is generated, where every microsecond shows
+        return _forward_alone(x, weight, bias, A, B, fused)
+    with without_autocast(x.device):
         return _forward_alone(x, weight, bias, A, B, fused)
 
 
@@ -144,11 +147,11 @@ class _LoRALinear(FusedFunction):
 
     With D the dropout's mask and c = s / (1 - p):
 
-        h = c · (D ⊙ x) Aᵀ          y  = x Wᵀ + b,   y_g += h_g B_gᵀ
+        h = (D ⊙ x) Aᵀ              y  = x Wᵀ + b,   y_g += c · h_g B_gᵀ
         dh = c · dy_g B_g           dx = dy W + D ⊙ (dh A)
-        dB_g = dy_gᵀ h_g            dA = dhᵀ (D ⊙ x)
+        dB_g = c · dy_gᵀ h_g        dA = dhᵀ (D ⊙ x)
 
-    (In float16 B has the factor c, and dB_g, in the place of h and dh.)
+    (In float16 B has the factor c in y and dh.)
     """
 
     inputs = 5
@@ -194,9 +197,14 @@ def _forward(
 
 def _forward_alone(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
     """`_forward` where no backward follows, in as few operations as there are products."""
-    x = cast(x, fused.dtype)
-    y = F.linear(x, cast(weight, fused.dtype), cast(bias, fused.dtype))  # (..., out_features)
-    add_update_(flat(y), flat(x), A, B, fused)  # as with a backward, to the last bit
+    dtype = fused.dtype
+    x = cast(x, dtype)
+    y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
+    if fused.noise is None:  # the same kernels as with a backward, called with less around them
+        h = F.linear(x, cast(A, dtype))  # (..., G·r)
+        add_slices_(flat(y), flat(h), fused.up(B), fused.slices, fused.alpha)
+    else:
+        add_update_(flat(y), flat(x), A, B, fused)
     return y
 
 
@@ -224,8 +232,8 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_update_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
     """Add the update of x (N, in_features) to y (N, out_features), in place; return h (N, G·r)."""
-    h = fused.scaled_(_down(x, cast(A, fused.dtype), fused.noise))
-    add_slices_(y, h, fused.up(B), fused.slices)
+    h = _down(x, cast(A, fused.dtype), fused.noise)
+    add_slices_(y, h, fused.up(B), fused.slices, fused.alpha)
     return h
 
 

@@ -27,6 +27,7 @@ from lora.functional.fused import (
     without_autocast,
 )
 from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
+from lora.functional.stacked import Block, add_stacked_
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -60,6 +61,7 @@ class Rows:
         self._each = each  # how many rows each of `scattered` stands for
         self._indices: dict[torch.device, Tensor] = {}
         self._times: dict[int, Rows] = {}
+        self._blocks: dict[tuple[int, ...], Block] = {}
 
     @classmethod
     def of(cls, owners: Sequence[int | None]) -> Rows:
@@ -117,15 +119,37 @@ class Rows:
         index = self.scattered(x.device)
         return None if index is None else x.index_select(0, index)
 
-    def put_(self, x: Tensor, gathered: Tensor | None) -> None:
-        """Write what `gather` has gathered back into x."""
-        index = self.scattered(x.device)
-        if index is not None and gathered is not None:
-            x.index_copy_(0, index, gathered)
+    def take(self, part: Part, x: Tensor) -> Tensor:
+        """The rows of a part in x (N, features): a view of them, if they are one run."""
+        return x[part.rows] if not part.gathered else x.index_select(0, self._index(part, x.device))
+
+    def put_(self, part: Part, x: Tensor, taken: Tensor) -> None:
+        """Write what was taken back into x; what is a view is there."""
+        if part.gathered:
+            x.index_copy_(0, self._index(part, x.device), taken)
+
+    def _index(self, part: Part, device: torch.device) -> Tensor:
+        index = self.scattered(device)
+        assert index is not None, "the part is gathered"
+        return index[part.rows]
+
+    def block(self, parts: Sequence[Part]) -> Block:
+        """The rows of these parts as a block."""
+        key = tuple(part.adapter for part in parts)
+        if key not in self._blocks:
+            each = range(self._each)
+            scattered = [row * self._each + i for row in self._scattered for i in each]
+            rows = [scattered[p.rows] if p.gathered else range(p.rows.start, p.rows.stop) for p in parts]
+            self._blocks[key] = Block(rows)
+        return self._blocks[key]
 
     def __repr__(self) -> str:
         return f"Rows(count={self.count}, parts={self.parts})"
 
+
+# Of several updates at once: up to how many rows are copied for it, and how many times the work may grow by zeros and
+# copies that fill up what is shorter.
+_FEW, _WASTE = 1024, 2
 
 # ---- the function ----------------------------------------------------------------------------------------------------
 
@@ -197,8 +221,14 @@ def lora_linear_rows(
     if torch.is_grad_enabled():
         return _LoRALinearRows.run(x, weight, bias, *factors, plan)
     with without_autocast(x.device):  # as when text is generated, where every microsecond shows
-        y = F.linear(cast(x, plan.dtype), cast(weight, plan.dtype), cast(bias, plan.dtype))  # (..., out_features)
-        plan.add_updates_(y, x, factors)
+        x = cast(x, plan.dtype)
+        y = F.linear(x, cast(weight, plan.dtype), cast(bias, plan.dtype))  # (..., out_features)
+        block = plan.block(factors)
+        if block is None:
+            plan.add_updates_(flat(y), flat(x), factors)
+        else:
+            scalings, slices = [fused.scaling for fused in plan.fused], plan.fused[0].slices
+            add_stacked_(flat(y), flat(x), factors[::2], factors[1::2], scalings, slices, block)
         return y
 
 
@@ -294,15 +324,44 @@ class _Plan(NamedTuple):
         return self.fused[0].dtype
 
     def add_updates_(self, y: Tensor, x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Add all updates of x (..., in_features) to y (..., out_features), in place; return each one's h."""
-        x, y = flat(cast(x, self.dtype)), flat(y)
-        gathered = self.rows.gather(y)
-        xs = self.rows.views(self.parts, x, self.rows.gather(x))
-        ys = self.rows.views(self.parts, y, gathered)
-        each = zip(ys, xs, factors[::2], factors[1::2], self.fused, strict=True)
-        hs = [add_update_(y_k, x_k, A, B, fused) for y_k, x_k, A, B, fused in each]
-        self.rows.put_(y, gathered)
+        """Add all updates of x (N, in_features) to y (N, out_features), in place; return each one's h."""
+        hs = []
+        for part, A, B, fused in zip(self.parts, factors[::2], factors[1::2], self.fused, strict=True):
+            # One adapter after the other: its rows are still in the processor's cache when they are written back.
+            y_k = self.rows.take(part, y)
+            hs.append(add_update_(y_k, self.rows.take(part, x), A, B, fused))
+            self.rows.put_(part, y, y_k)
         return hs
+
+    def block(self, factors: Sequence[Tensor]) -> Block | None:
+        """The rows, for all updates to be computed at once where no backward follows; None for one after the other.
+
+        Times over that of the base's product, of r = 8 on 2 cores of an AMD EPYC 9004: one after the other → at once,
+        and PEFT's loop:
+
+            adapters × rows     576 → 576, float32     bfloat16                576 → 1536, float32    bfloat16
+            4 × 1               2.7 → 2.4 (3.3)        6.1 → 4.0 (7.2)         1.8 → 1.8 (2.2)        4.1 → 2.8 (4.6)
+            4 × 32              1.4 → 1.3 (1.7)        1.9 → 1.7 (2.4)         ·                      1.6 → 1.4 (1.7)
+            32 × 1              3.9 → 2.5 (5.7)        11.8 → 4.4 (29.7)       1.9 → 1.9 (2.8)        22.6 → 2.6 (24.2)
+            32 × 32             1.2 → 1.1 (1.8)        2.2 → 1.7 (3.9)         1.1 → 1.1 (1.3)        1.4 → 1.3 (1.6)
+
+        At once is never slower where the block is a view. Where it is copied, it is faster up to about 1,024 rows;
+        above, one adapter after the other, whose rows stay in the processor's cache.
+        """
+        K, first = len(self.parts), self.fused[0]
+        if K == 1 or any(fused.noise is not None or fused.slices != first.slices for fused in self.fused):
+            return None
+        ranks = [B.shape[1] for B in factors[1::2]]
+        if K * max(ranks) > _WASTE * sum(ranks) or (len(first.slices) > 1 and len({*ranks}) > 1):
+            return None
+        counts = [part.rows.stop - part.rows.start for part in self.parts]
+        filled = K * max(counts)
+        if not min(counts) or filled > _WASTE * sum(counts):
+            return None
+        if filled > _FEW and any(part.gathered for part in self.parts):
+            return None
+        block = self.rows.block(self.parts)
+        return block if filled <= _FEW or block.run is not None else None
 
 
 class _LoRALinearRows(FusedFunction):
@@ -320,7 +379,7 @@ class _LoRALinearRows(FusedFunction):
         factors, plan = rest[:-1], rest[-1]
         x_ = cast(x, plan.dtype)
         y = base(x_, weight, bias)
-        hs = plan.add_updates_(y, x_, factors)
+        hs: list[Tensor | None] = [*plan.add_updates_(flat(y), flat(x_), factors)]
         needs_A, needs_B = ctx.needs_input_grad[3:-1:2], ctx.needs_input_grad[4:-1:2]
         ctx.plan, ctx.shape = plan, x.shape
         hs = [h if needed else None for h, needed in zip(hs, needs_B, strict=True)]
@@ -330,26 +389,26 @@ class _LoRALinearRows(FusedFunction):
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
         plan: _Plan = ctx.plan
-        n = len(plan.parts)
+        n, rows = len(plan.parts), plan.rows
         x, weight, _, *rest = ctx.saved_tensors
         factors, hs = rest[: 2 * n], rest[2 * n :]
         needs_x, _, needs_bias, *needs = ctx.needs_input_grad[:-1]
+        x_ = None if x is None else cast(flat(x), plan.dtype)
         dy_ = flat(dy)  # (N, out_features)
         dx = torch.mm(dy_, cast(weight, plan.dtype)) if needs_x else None  # (N, in_features)
-        rows, none = plan.rows, [None] * n
-        dx_gathered = None if dx is None else rows.gather(dx)
-        dys = rows.views(plan.parts, dy_, rows.gather(dy_))
-        dxs = none if dx is None else rows.views(plan.parts, dx, dx_gathered)
-        x_ = None if x is None else cast(flat(x), plan.dtype)
-        xs = none if x_ is None else rows.views(plan.parts, x_, rows.gather(x_))
         gradients: list[Tensor | None] = []
-        for k, fused in enumerate(plan.fused):
-            x_k = xs[k] if needs[2 * k] else None
-            gradients += update_backward(dys[k], x_k, factors[2 * k], factors[2 * k + 1], hs[k], dxs[k], fused)
-        if dx is not None:
-            rows.put_(dx, dx_gathered)
-            dx = dx.view(ctx.shape)
-        return dx, None, dy_.sum(0) if needs_bias else None, *gradients
+        for k, (part, fused) in enumerate(zip(plan.parts, plan.fused, strict=True)):
+            A, B = factors[2 * k], factors[2 * k + 1]
+            needs_A, needs_B = needs[2 * k], needs[2 * k + 1]
+            if dx is None and not (needs_A or needs_B):
+                gradients += None, None
+                continue
+            x_k = rows.take(part, x_) if needs_A and x_ is not None else None
+            dx_k = None if dx is None else rows.take(part, dx)
+            gradients += update_backward(rows.take(part, dy_), x_k, A, B, hs[k], dx_k, fused)
+            if dx is not None and dx_k is not None:
+                rows.put_(part, dx, dx_k)
+        return None if dx is None else dx.view(ctx.shape), None, dy_.sum(0) if needs_bias else None, *gradients
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:
@@ -362,9 +421,9 @@ class _LoRALinearRows(FusedFunction):
             )
         plan: _Plan = ctx.plan
         x, weight, bias, *factors = (cast(tensor, plan.dtype) for tensor in inputs)
-        xs = plan.rows.views(plan.parts, flat(x), plan.rows.gather(flat(x)))
         updates: list[Update | None] = [None] * (1 + max(part.adapter for part in plan.parts))
         for k, (part, fused) in enumerate(zip(plan.parts, plan.fused, strict=True)):
-            dropout = fused.dropout(xs[k], xs[k])
+            x_k = plan.rows.take(part, flat(x))
+            dropout = fused.dropout(x_k, x_k)
             updates[part.adapter] = Update(factors[2 * k], factors[2 * k + 1], fused.scaling, dropout, fused.slices)
         return plain_lora_linear_rows(x, weight, bias, updates, plan.rows)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from lora.errors import Problems, instance, is_number, raise_all, table
 from lora.functional.fused import without_autocast
 from lora.init.data import CORDA, METHODS, Options, Start
-from lora.init.observe import Step, observe
+from lora.init.observe import observe
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.settings import alpha_of
 from lora.layers.undo import undo_on_error
+from lora.models.batches import Step, batches_problems
 from lora.models.blocks import tensors_of
 from lora.models.model import Names, lora_layers, names_of, sharded_problems
 from lora.models.spectral import form_problems
@@ -150,10 +150,7 @@ def calibrate(
 
 
 def _argument_problems(batches: Any, step: Any, options: Options) -> Iterator[str]:
-    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-        yield f"`batches` must be an iterable of batches, got {instance(batches)}; one batch goes into a list."
-    if step is not None and not callable(step):
-        yield f"`step` must be a function of a model and a batch, got {step!r}."
+    yield from batches_problems(batches, step)
     if not is_number(options.rho) or options.rho < 1:
         yield f"`rho` must be at least 1, got {options.rho!r}."
     if options.corda_method not in CORDA:

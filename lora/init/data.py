@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lora.functional.fused import without_autocast
-from lora.init.observe import Gradients, Inputs
+from lora.init.observe import Gradients
 from lora.layers.linear import LinearLoRA
+from lora.models.batches import Inputs
 from lora.models.blocks import Pair, Spectrum
 from lora.models.spectral import (
     decomposed,

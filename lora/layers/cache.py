@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# A tensor, its address and version as they were, and a sample with the values that it had.
+_Known = tuple[Tensor, int, int | None, "np.ndarray | None", bytes]
+_SAMPLED = 64  # of a row of A, at a rank of up to 64, one value or more
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Cached:
     """A merged weight, or what else is computed from the base weight, the adapter (in this order) and the scaling.
 
-    Changes are seen by identity, address and version counter. Writes through `.data` escape the counter, so on the
-    CPU, where reading costs no synchronisation, the adapter is also compared by value, and the base weight by a sample
-    of its values. (`lora.merge` leaves layers that compare nothing.)
+    Changes are seen by identity, address and version counter, which torch's own operations count, an optimizer's too.
+    Writes through `.data` and by numpy escape the counter. On a CPU, where reading costs no synchronisation, a sample
+    of each tensor is compared for these: 64 values, evenly spread, with the last. A write that changes none of
+    them is not seen. Of an adapter that has no counter, being made in inference mode, all values are compared.
+    (`lora.merge` leaves layers that compare nothing.)
     """
 
     tensor: Tensor
 
     def __init__(self, sources: Sequence[Tensor], scaling: float) -> None:
         self.scaling = scaling
-        self.sources = tuple(sources)  # not weakly: torch does not swap tensors that have weak references
-        self.states = [_state(source) for source in sources]
-        self.watched = _watch(*sources)
-        self.values = [watched.clone() for watched in self.watched]
+        # Not weakly: torch does not swap tensors that have weak references.
+        self.known = [_known(source, of_adapter=n > 0) for n, source in enumerate(sources)]
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
         """Whether `sources` and `scaling` are still what this was computed from."""
-        return (
-            scaling == self.scaling
-            and all(map(operator.is_, self.sources, sources))
-            and [_state(source) for source in sources] == self.states
-            and all(map(torch.equal, self.watched, self.values))
-        )
+        if scaling != self.scaling or len(sources) != len(self.known):
+            return False
+        # With each token that is generated. The address comes first: memory that was given back must not be read.
+        for source, (known, address, version, sample, values) in zip(sources, self.known, strict=True):
+            if source is not known or source.data_ptr() != address:
+                return False
+            if version is not None and source._version != version:
+                return False
+            if sample is not None and sample.tobytes() != values:
+                return False
+        return True
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a pickled or copied layer computes its own
@@ -52,23 +62,24 @@ def remembered(holder: Any, own: str, sources: Sequence[Tensor], scaling: float,
     return kept.tensor
 
 
-def _state(source: Tensor) -> tuple[int, int]:
-    return source.data_ptr(), -1 if source.is_inference() else source._version
+def _known(source: Tensor, of_adapter: bool) -> _Known:
+    version = None if source.is_inference() else source._version
+    readable = source.device.type == "cpu" and source.numel() > 0
+    sample = _sample(source, whole=of_adapter and version is None) if readable else None
+    return source, source.data_ptr(), version, sample, b"" if sample is None else sample.tobytes()
 
 
-def _watch(weight: Tensor, *adapter: Tensor) -> list[Tensor]:
-    """Views of what is compared by value."""
-    if weight.device.type != "cpu":
-        return []
-    weight = weight.data  # no view that autograd knows, which would keep torch from swapping the tensor
-    sample = weight.view(-1)[:: weight.numel() // 256 + 1] if weight.is_contiguous() else weight[0]
-    return [sample, *map(_words, adapter)]
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The tensor as 64-bit words where it can be seen so: faster to compare, and NaN is equal to itself."""
-    tensor = tensor.data
-    whole = tensor.is_contiguous() and not any(
-        n * tensor.element_size() % 8 for n in (tensor.numel(), tensor.storage_offset())
-    )
-    return tensor.view(-1).view(torch.int64) if whole else tensor
+def _sample(tensor: Tensor, whole: bool) -> np.ndarray:
+    """Some values of a tensor, or all, as an array of integers that shares its memory: NaN is equal to itself there."""
+    tensor = tensor.data  # no view that autograd knows, which would keep torch from swapping the tensor
+    if not whole:
+        # In the order in which they lie in memory, where the tensor has no gaps.
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+        if tensor.is_contiguous():
+            step = -(-tensor.numel() // _SAMPLED)
+            tensor = tensor.view(-1)[(tensor.numel() - 1) % step :: step]
+        else:
+            tensor = tensor[-1]
+    # Not by `tensor.numpy()`, after which a storage can no longer be resized.
+    array: np.ndarray = np.from_dlpack(tensor.view(_WORDS[tensor.element_size()]))
+    return array

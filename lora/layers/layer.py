@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import short
-from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, is_tracing, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, with_weight
@@ -65,7 +65,8 @@ class LoRALayer(StateDicts):
     """
 
     lora_value: ClassVar[type[LowRankWeight]] = LowRankWeight
-    #: What is checked before each forward with LoRA: wings add functions of a layer and its input, which raise.
+    #: What is checked before each forward with LoRA in training, or with gradients: wings add functions of a layer and
+    #: its input, which raise.
     lora_checks: ClassVar[tuple[Callable[[LoRALayer, Tensor], None], ...]] = (needs_no_data,)
 
     # ---- forward ---------------------------------------------------------------------------------------------
@@ -82,15 +83,21 @@ class LoRALayer(StateDicts):
         # A user's class may have a `forward` around ours, and hooks hold that of the class which the layer had before.
         if self.r == 0 or (self.lora_disabled is not None and self.lora_is_off()):
             return self.lora_pretrained_forward(input, *args, **kwargs)
-        if self._serves_merged():
-            return self.lora_computed_with(self.lora_merged_weight(), input, *args, **kwargs)
-        for check in self.lora_checks:
-            check(self, input)
-        if self.lora_is_in_place():
+        if self.merge_weights and (merged := self._served()) is not None:
+            if self.lora_dense:
+                return self.lora_forward_with(input, merged, *args, **kwargs)
+            return self.lora_computed_with(merged, input, *args, **kwargs)
+        self._check(input)
+        if self._in_place and self.lora_is_in_place():
             W, why = self.lora_weight(), self.lora_needs.why_tensor(self)
             return self.lora_computed_with(W if why is None else W.dense(why), input, *args, **kwargs)
         y = self.lora_forward(input, *args, **kwargs)
         return self.lora_magnified(y) if self.use_dora else y
+
+    def _check(self, input: Tensor) -> None:
+        if self.training or torch.is_grad_enabled():
+            for check in self.lora_checks:
+                check(self, input)
 
     def lora_is_off(self) -> bool:
         """Whether LoRA is disabled in the layer for the caller; in a compiled model, for anyone."""
@@ -154,10 +161,9 @@ class LoRALayer(StateDicts):
                 return weight
             A, B, scaling = start
             return self.lora_value(self, A.to(weight.device), B.to(weight.device), scaling)
-        if self._serves_merged():
-            return self.lora_merged_weight()
-        for check in self.lora_checks:
-            check(self, weight)
+        if (merged := self._served()) is not None:
+            return merged
+        self._check(weight)
         return self.lora_weight()
 
     def lora_computed_with(self, weight: Tensor | LowRankWeight, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,8 +176,20 @@ class LoRALayer(StateDicts):
 
     # ---- the merged weight -----------------------------------------------------------------------------------
 
+    def _served(self) -> Tensor | None:
+        """The merged weight, if that is what the layer is to compute with now."""
+        if self.training or not self.merge_weights:
+            return None
+        # That tensors suit a merged weight is found once, and holds while they are what they were. (Asked in this
+        # order, a compiler sees a constant, and guards nothing.)
+        if not (is_tracing() or torch.is_grad_enabled()):
+            kept = self._merged  # asked once: another thread may drop it
+            if kept is not None and kept.is_current(self._sources(), self.lora_scaling):
+                return kept.tensor
+        return self.lora_merged_weight() if self._serves_merged() else None
+
     def _serves_merged(self) -> bool:
-        if self.training or not self.merge_weights or self._subclassed:
+        if self._subclassed:
             return False
         if not self.lora_dense and not self._in_place:
             return False
@@ -182,8 +200,16 @@ class LoRALayer(StateDicts):
 
     def _sources(self) -> tuple[Tensor, ...]:
         """The tensors that the merged weight is computed from."""
-        adapter = (self.weight, self.lora_A, self.lora_B)
+        adapter = self.lora_sources()
         return (*adapter, self.lora_magnitude) if self.use_dora else adapter
+
+    def lora_sources(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, A and B."""
+        own = self._parameters  # without `nn.Module.__getattr__`, which takes its time, with each token
+        weight, A, B = own.get("weight"), own.get("lora_A"), own.get("lora_B")
+        if weight is None or A is None or B is None:  # a parametrization computes it, say
+            return self.weight, self.lora_A, self.lora_B
+        return weight, A, B
 
     def lora_merged_weight(self) -> Tensor:
         """W in the base weight's dtype, remembered until something that it depends on changes."""

@@ -145,11 +145,18 @@ class LinearLoRA(TaughtLinear):
     def lora_arguments(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`, without magnitudes."""
         dropout = self.lora_dropout if self.training else 0.0
-        weight = self.lora_stored(self.weight)
-        return Adapted(weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling, dropout, self.lora_slices())
+        weight, A, B = self.lora_sources()
+        weight, bias = self.lora_stored(weight), self._own_bias()
+        return Adapted(weight, bias, A, B, self.lora_scaling, dropout, self.lora_slices())
+
+    def _own_bias(self) -> Tensor | None:
+        if "bias" in self._parameters:  # quicker than by `nn.Module.__getattr__`
+            return self._parameters["bias"]
+        bias: Tensor | None = self.bias
+        return bias
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, self.lora_stored(weight), self.bias)
+        return F.linear(input, self.lora_stored(weight), self._own_bias())
 
     def lora_reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
@@ -278,8 +285,9 @@ class Linear(LinearLoRA, nn.Linear):
         lora_dropout: probability of dropping an input feature on the LoRA path in training. Default: 0.
         fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
-            weight and brought up to date when anything changes. (Of writes through `weight.data` a sample is seen,
-            on a CPU; after others call `train()` and `eval()` again.) Default: True.
+            weight and brought up to date when the weight, A, B or the scaling change. Of what is written through
+            `.data`, or by numpy, which torch does not count, a sample of 64 values of each tensor is compared on a
+            CPU, and nothing elsewhere: after such a write call `train()` and `eval()` again. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
             (arXiv:2402.09353). Dropout is for the low-rank update alone. A weight

@@ -53,6 +53,9 @@ class Borrowed(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __contains__(self, own: object) -> bool:  # the inherited one goes by errors, and forwards ask
+        return own in self.names and self.names[own] in self.holder._parameters
+
     def copy(self) -> dict[str, Any]:
         """What a dict's `copy` is."""
         return dict(self)

@@ -122,10 +122,13 @@ class undo_on_error:
             parameters are put back, and what the parameters' `data`, `requires_grad` and `grad` were. Values that the
             block wrote into tensors are not, but for those that were kept. The modules' parts are put back, too.
         written: tensors to keep from the start.
+        others: objects that are no modules, whose attributes are put back.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], written: Iterable[Tensor] = ()) -> None:
-        self._modules = [_Module.of(module) for module in with_parts(modules)]
+    def __init__(
+        self, modules: Iterable[nn.Module], written: Iterable[Tensor] = (), others: Iterable[Any] = ()
+    ) -> None:
+        self._modules = [_Module.of(module) for module in (*with_parts(modules), *others)]
         own = {id(p): p for one in self._modules for p in one.attributes.get("_parameters", {}).values()}
         self._parameters = [_Parameter.of(p) for p in own.values() if p is not None]
         self._kept: dict[int, _Value] = {}

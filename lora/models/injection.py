@@ -244,23 +244,28 @@ def eject(model: nn.Module) -> None:
                 undo.keep(*weights.written_with(layer))
             give_back(layer)
         for module in model.modules():
-            for name, value in originals(module).items():
-                now: torch.Tensor = getattr(module, name)
-                if not has_moved(module, name):
-                    continue
-                if now.shape == value.shape and is_writable(now):
-                    undo.keep(now)
-                    now.copy_(value)
-                else:  # a buffer that has grown, or is another one now
-                    module._buffers[name] = value.to(now.device, now.dtype)
-            forget_originals(module)
-            forget_children(module)
-            let_read_no_more(module)
-            weights.prepare_training(module, False)
+            restore(module, undo)
         restored: set[int] = set()
         for layer in layers:
             layer.lora_remove(restore_layout=id(layer.weight) not in restored)
             restored.add(id(layer.weight))
+
+
+def restore(module: nn.Module, undo: undo_on_error) -> None:
+    """Give a module what it was before training, its layers and parts aside, and let it forget that time."""
+    for name, value in originals(module).items():
+        now: torch.Tensor = getattr(module, name)
+        if not has_moved(module, name):
+            continue
+        if now.shape == value.shape and is_writable(now):
+            undo.keep(now)
+            now.copy_(value)
+        else:  # a buffer that has grown, or is another one now
+            module._buffers[name] = value.to(now.device, now.dtype)
+    forget_originals(module)
+    forget_children(module)
+    let_read_no_more(module)
+    weights.prepare_training(module, False)
 
 
 @torch.inference_mode(False)

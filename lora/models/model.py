@@ -399,7 +399,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
                 yield (
                     f"{join(prefix, child)}: had LoRA, and {instance(now)} without it has taken its place, as "
                     "when transformers' `resize_token_embeddings` makes a new output head; call that first, and then "
-                    "`lora.inject`. (`lora.eject` takes out what is left.)"
+                    "`lora.inject`. (`lora.eject`, or a bank's `keep(None)`, takes out what is left.)"
                 )
 
 

@@ -198,6 +198,12 @@ def read_as_tensors(names: Names, layers: Iterable[nn.Module]) -> set[nn.Module]
     return {layer for module, found in reading for _, layer in _read_in(module, found.layers)}
 
 
+def read_by_others(model: nn.Module) -> set[nn.Module]:
+    """The layers whose weights modules around them read, which need not call them."""
+    readers = (module for module in model.modules() if isinstance(module, WeightReader))
+    return {layer for module in readers for _, layer in _read_in(module, module.lora_reads)}
+
+
 def let_read_no_more(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, WeightReader):

@@ -73,7 +73,8 @@ def let_train(model: nn.Module, bias: str = "none", freeze_A: bool = False) -> N
     trained = _trained(model, bias)
     if freeze_A:  # a layer learns with its A as it started if that is not zero
         layers = (layer for layer in with_parts(model.modules()) if isinstance(layer, LoRALayer) and layer.r > 0)
-        trained -= {id(layer.lora_A) for layer in layers if layer.lora_starts_at_zero == "lora_B"}
+        each = (one for layer in layers for one in layer.lora_seats.values() or (layer,))
+        trained -= {id(one.lora_A) for one in each if one.lora_starts_at_zero == "lora_B"}
     for parameter in model.parameters():
         parameter.requires_grad = id(parameter) in trained  # works for lazy ones, too
     for module in model.modules():  # those without an adapter, too: gradients have to come through them

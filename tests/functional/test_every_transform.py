@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from lora.functional import Adapted, Geometry, Lookup, lora_conv, lora_embedding, lora_linear, lora_swiglu, magnify
+from lora.functional import (
+    Adapted,
+    Geometry,
+    Lookup,
+    linear_cross_entropy,
+    lora_conv,
+    lora_embedding,
+    lora_linear,
+    lora_swiglu,
+    magnify,
+)
 
 # torch's own forward-mode rules are made with torch.jit.script, which torch deprecates, in other words in each release.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")
@@ -19,6 +29,7 @@ W, bias, A, B, wide, narrow = some(6, 4), some(6), some(2, 4), some(6, 2), some(
 kernel, ids, rows = some(4, 2, 3), torch.tensor([0, 2, 2]), some(5, 4)
 FACTORS = some(2, 5), some(4, 2)  # of an embedding
 ONE = Geometry((1,), (0,), (1,))
+LABELS = torch.tensor([0, 5, 2])
 
 
 def embedding(how):
@@ -46,12 +57,22 @@ FUNCTIONS = {
     "embedding, by frequency": (embedding(Lookup(scale_grad_by_freq=True)), FACTORS),
     "embedding, padded": (embedding(Lookup(padding_idx=2)), FACTORS),
     "magnify": (magnify, (some(3, 4), some(4), some(4))),
+    "cross entropy": (lambda hidden: linear_cross_entropy(hidden, W, LABELS, bias), (some(3, 4),)),
+    "cross entropy, by row": (
+        lambda hidden: linear_cross_entropy(hidden, W, LABELS, ignore_index=5, reduction="none"),
+        (some(3, 4),),
+    ),
 }
 # What does not keep what a second derivative needs: how it says so.
 REFUSED = {
     "linear, B alone": "many output gradients at once.* needs the layer's input",
     "swiglu": "cannot be differentiated twice, or for many output gradients at once",
 }
+# What keeps enough for many output gradients at once, and too little for a second derivative.
+REFUSED_TWICE = dict.fromkeys(
+    ("cross entropy", "cross entropy, by row"),
+    r"cannot be differentiated twice; compute with `lora\.functional\.plain_linear_cross_entropy`",
+)
 # Frequencies and padding change gradients alone: these are not the derivatives of what is computed.
 DERIVED = [name for name in FUNCTIONS if name not in ("embedding, by frequency", "embedding, padded")]
 
@@ -99,8 +120,9 @@ def jacobians_of_both_modes(function, tensors):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_through_the_hand_written_backward(name, way):
     function, tensors = FUNCTIONS[name]
-    if name in REFUSED:
-        with pytest.raises(RuntimeError, match=REFUSED[name]):
+    refused = REFUSED | REFUSED_TWICE if way is second_derivatives else REFUSED
+    if name in refused:
+        with pytest.raises(RuntimeError, match=refused[name]):
             way(function, tensors)
     elif way is many_gradients or name in DERIVED:
         way(function, tensors)

@@ -209,15 +209,6 @@ def test_every_adapter_has_to_the_bit_what_it_has_alone(owners, slices, dropout,
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_pattern
-def test_without_gradients_it_is_the_same_to_the_bit(owners, dtype):
-    x, weight, b, updates, rows = problem(owners, 48, None, len(owners), 5, features=32, dtype=dtype)
-    with torch.no_grad():
-        alone = lora_linear_rows(x, weight, b, updates, rows)
-    assert torch.equal(alone, lora_linear_rows(x, weight, b, updates, rows))
-
-
 BAD = {
     "x": lambda x, updates, owners: x[owners.index(0)].fill_(math.nan),
     "A": lambda x, updates, owners: updates[0].A[0].fill_(math.inf),
@@ -240,12 +231,16 @@ def test_what_is_not_finite_stays_with_its_rows(form, pattern, bad, dropout):
     with torch.no_grad():
         BAD[bad](x, updates, owners)
     y = form(x, weight, b, updates, rows)
+    with torch.no_grad():
+        without = form(x, weight, b, updates, rows)
     dx, dA, dB, *others = gradients(y, *tensors)
     mine = [row for row, owner in enumerate(owners) if owner == 0]
     rest = [row for row, owner in enumerate(owners) if owner != 0]
     assert not all(found[mine].isfinite().all() for found in (y, dx)) or not (
         dA.isfinite().all() and dB.isfinite().all()
     )
+    assert torch.equal(without.isfinite(), y.isfinite())
+    torch.testing.assert_close(without[rest], good[rest], rtol=1e-12, atol=1e-12)
     for got, expected in (
         (y[rest], good[rest]),
         (dx[rest], good_gradients[0][rest]),
@@ -319,21 +314,23 @@ def test_low_precision_stays_near_float64(owners, dtype, adapter):
     x, weight, b, updates, rows = problem(owners, 7, None, len(owners), 8, features=16, dtype=dtype)
     updates = [u._replace(A=u.A.detach().to(adapter), B=u.B.detach().to(adapter)) for u in updates]
     exact = dense(x, weight, b, updates, owners)
-    for form in FORMS:
+    for form in (*FORMS, torch.no_grad()(lora_linear_rows)):
         error = np.linalg.norm(form(x, weight, b, updates, rows).detach().double().numpy() - exact)
         assert error / np.linalg.norm(exact) < 20**0.5 * max(
             torch.finfo(dtype).eps, torch.finfo(adapter).eps
         )  # sums of up to 20 products
 
 
-@each_form
-def test_in_float16_nothing_overflows_between(form):
+@pytest.mark.parametrize("scaling", [64.0, 128.0])
+@pytest.mark.parametrize("form", [*FORMS, torch.no_grad()(lora_linear_rows)], ids=["fused", "plain", "at once"])
+def test_in_float16_nothing_overflows_between(form, scaling):
     """s · A x is beyond float16 where s · B A x is not: B has the scaling."""
     x, weight = torch.full((4, 4), 16.0).half(), torch.zeros(4, 4).half()
     update = Update(torch.full((2, 4), 32.0).half(), torch.full((4, 2), 1e-4).half(), 64.0)
-    y = form(x, weight, None, [update], Rows.of([0, None, 0, None]))
-    expected = 64.0 * (x[0].double() @ update.A.T.double() @ update.B.T.double())
-    torch.testing.assert_close(y[2].double(), expected, rtol=1e-2, atol=0)
+    y = form(x, weight, None, [update, update._replace(scaling=scaling)], Rows.of([0, 1, 0, None]))
+    for row, s in enumerate((64.0, scaling, 64.0, 0.0)):
+        expected = s * (x[0].double() @ update.A.T.double() @ update.B.T.double())
+        torch.testing.assert_close(y[row].double(), expected, rtol=1e-2, atol=0)
 
 
 def test_dtypes_that_do_not_fit_raise_what_torch_raises():
@@ -438,8 +435,16 @@ def counted(owners, count):
     return forward.names, backward.names
 
 
-UPDATE = ["mm", "mul_", "addmm_"]
-BACK = ["mm", "clone", "mm", "mul_", "addmm_", "mm"]  # dB, Bᵀ laid out, dh and its scaling, dx, dA
+UPDATE = ["mm", "addmm_"]
+BACK = [
+    "mm",
+    "mul",
+    "clone",
+    "mm",
+    "mul_",
+    "addmm_",
+    "mm",
+]  # dB and its scaling, Bᵀ laid out, dh and its scaling, dx, dA
 
 
 def test_runs_take_the_operations_of_their_adapters_and_absent_ones_none():
@@ -447,11 +452,52 @@ def test_runs_take_the_operations_of_their_adapters_and_absent_ones_none():
     assert counted([*range(8)], 8) == (["addmm", *UPDATE * 8], ["mm", *BACK * 8])
 
 
-def test_scattered_rows_are_gathered_and_put_back_once():
+def test_scattered_rows_are_gathered_and_put_back():
     assert counted([0, 1, 0, None, 1], 8) == (
-        ["addmm", *["index_select"] * 2, *UPDATE * 2, "index_copy_"],
-        ["mm", *["index_select"] * 3, *BACK * 2, "index_copy_"],
+        ["addmm", *[*["index_select"] * 2, *UPDATE, "index_copy_"] * 2],
+        ["mm", *[*["index_select"] * 3, *BACK, "index_copy_"] * 2],
     )
+
+
+def inference(owners, count, each=4, **options):
+    """The operations of a forward that no backward follows, but for the base's product."""
+    x, weight, b, updates, rows = problem(
+        owners, 48, None, len(owners), each, features=64, count=count, rank=lambda k: 2, **options
+    )
+    updates = [update._replace(scaling=0.5) for update in updates]
+    for _ in range(2):  # once for a batch, rows are found
+        with torch.no_grad(), Operations() as counted:
+            lora_linear_rows(x, weight, b, updates, rows)
+    assert counted.names.count("addmm") == 1
+    return [name for name in counted.names if name != "addmm"]
+
+
+def test_without_a_backward_many_adapters_are_as_many_operations_as_one():
+    at_once = ["stack", "stack", "bmm", "baddbmm_"]
+    for count in (2, 4, 16):
+        assert inference([*range(count)], count) == at_once
+        assert inference([*reversed(range(count))], count) == at_once
+        assert inference([None, *range(count), None], count) == at_once
+        assert inference([*range(count)], count, each=2000) == at_once
+        copied = [*at_once[:2], "index_select", "bmm", "bmm", "index_add_"]
+        assert inference([*range(count)] * 2, count) == copied
+        assert inference([*range(count), 0], count) == [*copied[:5], "index_select", "index_add_"]
+
+
+@pytest.mark.parametrize(
+    ("owners", "count", "each", "options"),
+    [
+        ([*[0] * 9, 1, 2], 3, 4, {}),  # the block would be more than twice as large
+        ([0, 0, 1], 2, 500, {}),  # a copy of many rows
+        ([0], 2, 4, {}),
+        ([0, 1], 2, 4, {"dropout": 0.5}),
+    ],
+    ids=["uneven", "many", "one", "dropout"],
+)
+def test_without_a_backward_some_are_still_computed_one_by_one(owners, count, each, options):
+    names = inference(owners, count, each, **options)
+    assert names.count("addmm_") == len({*owners})
+    assert not {"bmm", "index_select", "stack"} & {*names}
 
 
 @pytest.mark.parametrize("backward", [False, True])

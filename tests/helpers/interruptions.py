@@ -132,7 +132,7 @@ def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
 
 # Computed anew when they are old; and a count of writes, those that were undone among them.
 _CACHES = ("_merged", "_norms", "_squares", "_checked", "lora_fresh")
-_BACK = ("lora_owner", "_owner")  # from a part to the module that it is of
+_BACK = ("lora_owner", "holder")  # from a part, or a seat, to the module that it is of
 
 
 def whole(model: nn.Module, objects: bool = True) -> list[Any]:
@@ -146,6 +146,8 @@ def whole(model: nn.Module, objects: bool = True) -> list[Any]:
             form = type(value), value.dtype, tuple(value.shape), value.stride(), value.requires_grad
             own = which(value), value.data_ptr() if objects else None, of(value.grad), of(vars(value))
             return form, own, bits(value)
+        if isinstance(value, torch.Generator):
+            return bits(value.get_state())
         if isinstance(value, dict):
             return [(key, of(one)) for key, one in value.items() if key not in (*_CACHES, *_BACK)]
         if isinstance(value, (list, tuple)):

@@ -93,15 +93,15 @@ def test_it_is_the_equation(kind, adapter_dtype, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_other_dtypes_scale_as_before(dtype):
+def test_other_dtypes_scale_what_is_added_and_what_comes_back(dtype):
     x, W, A, B = (torch.randn(n, m, dtype=dtype) for n, m in ((5, 6), (7, 6), (2, 6), (7, 2)))
     y = lora.functional.lora_linear(x, W, None, A.requires_grad_(), B.requires_grad_(), 3.0)
-    h = torch.mm(x, A.T).mul_(3.0)
-    assert torch.equal(y, torch.mm(x, W.T).addmm_(h, B.T))
+    h = torch.mm(x, A.T)
+    assert torch.equal(y, torch.mm(x, W.T).addmm_(h, B.T, alpha=3.0))
     dy = torch.randn_like(y)
     dA, dB = torch.autograd.grad(y, (A, B), dy)
     dh = torch.mm(dy, B.T.contiguous().T).mul_(3.0)
-    assert torch.equal(dB, torch.mm(h.T, dy).T)
+    assert torch.equal(dB, torch.mm(h.T, dy).T * 3.0)
     assert torch.equal(dA, torch.mm(dh.T, x))
 
 

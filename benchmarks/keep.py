@@ -1,0 +1,172 @@
+"""What does a merge into bfloat16 lose of what a model has learnt: to nearest, and rounded for its inputs?
+
+SmolLM2-135M-Instruct in Phi-3's class, in bfloat16, learns to chat as in examples/phi3_chat.py (r = 16, a float32
+adapter). Then the adapter is merged, to nearest and with `lora.merge(model, batches)` for some rows of its training
+data, and compared with the unmerged model on conversations that are held out: the divergence KL(unmerged ‖ merged) and
+the loss, per token that has a label. All is computed in float32 from the weights in bfloat16, so that nothing else
+differs. A tenth of the scaling stands for an adapter that has learnt less: its update is nearer to the weights' last
+bit.
+
+    python benchmarks/keep.py [--steps 40] [--tokens 1024 4096 16384] [--adapter FILE] [--quick]
+
+`--adapter` keeps the trained adapter, and takes it from there the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import methods
+import torch
+import torch.nn.functional as F
+from machine import machine
+from torch import Tensor, nn
+
+import lora
+from lora.errors import table
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
+from phi3.packing import IGNORED, Batch
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = 3  # of 256 tokens in a step, as in the example
+SCALES = (1.0, 0.1)
+
+
+def hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head is given: rows are several conversations, of which the positions tell one from the next."""
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    return model.model(**inputs, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, held_out: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """Log-probabilities (tokens, words) at the positions that have a label, and the labels."""
+    found = []
+    for batch in held_out:
+        labels = batch.labels[:, 1:]
+        labelled = labels != IGNORED
+        logits = model.lm_head(hidden(model, batch)[:, :-1][labelled])
+        found.append((logits.log_softmax(-1), labels[labelled]))
+    return found
+
+
+def compared(now: list[tuple[Tensor, Tensor]], unmerged: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """KL(unmerged ‖ now) and the loss of `now`, per token."""
+    tokens = sum(len(labels) for _, labels in now)
+    kl = sum(
+        float(F.kl_div(q, p, log_target=True, reduction="sum")) for (q, _), (p, _) in zip(now, unmerged, strict=True)
+    )
+    loss = sum(float(F.nll_loss(q, labels, reduction="sum")) for q, labels in now)
+    return {"KL": kl / tokens, "held-out loss": loss / tokens}
+
+
+def trained(steps: int, path: Path | None, toy: Path | None) -> tuple[nn.Module, Any]:
+    """The model with its adapter in float32, in `eval()`, and the data."""
+    plan = methods.plan_of("LoRA", 0, 1.0, steps, ROWS)
+    plan.settings["training"]["bf16"] = True
+    model, optimizer, data, training = methods.set_up(plan, toy)
+    if path and path.exists():
+        lora.load_adapter(model, path)
+    else:
+        methods.train(model, optimizer, data, training)
+        if path:
+            lora.save_adapter(model, path)
+    return model.requires_grad_(False).eval(), data
+
+
+def measure(model: nn.Module, data: Any, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each scale and way to round."""
+    held_out, rows = data.held_out[:2], []
+    exact = copy.deepcopy(model).float()
+    layers = [[m for m in one.modules() if isinstance(m, lora.LoRALayer)] for one in (model, exact)]
+    full = layers[0][0].scaling
+    for scale in SCALES:
+        for layer in (*layers[0], *layers[1]):
+            layer.scaling = full * scale
+        unmerged = predictions(exact, held_out)
+
+        found = {"unmerged": compared(unmerged, unmerged)}
+        with lora.disabled(exact):
+            found["without the adapter"] = compared(predictions(exact, held_out), unmerged)
+        for wanted in (0, *tokens):
+            merged = copy.deepcopy(model)
+            batches = taken(data.order, wanted)
+            start = time.perf_counter()
+            report = lora.merge(merged, batches or None, step=hidden)
+            seconds = time.perf_counter() - start
+            way = f"merged for {sum(batch.size for batch in batches)} tokens" if batches else "merged to nearest"
+            shares = {"lost on its inputs": [m.lost_on_inputs for m in report.modules]} if batches else {}
+            shares |= {"if to nearest": [m.nearest_on_inputs for m in report.modules]} if batches else {}
+            means = {name: statistics.mean(values) for name, values in shares.items()}
+            now = compared(predictions(merged.float(), held_out), unmerged)
+            found[way] = {**now, "seconds": seconds, **means}
+            print(way, found[way], flush=True)
+        rows += [{"scaling": full * scale, "model": way, **numbers} for way, numbers in found.items()]
+    return rows
+
+
+def taken(order: Any, tokens: int) -> list[Batch]:
+    """Batches of the first steps, of as many tokens."""
+    batches: list[Batch] = []
+    step = 0
+    while sum(batch.size for batch in batches) < tokens:
+        batches += order.step(step)
+        step += 1
+    return batches
+
+
+COLUMNS = {
+    "scaling": "{:g}",
+    "model": "{}",
+    "KL": "{:.2e}",
+    "held-out loss": "{:.5f}",
+    "lost on its inputs": "{:.3f}",
+    "if to nearest": "{:.3f}",
+    "seconds": "{:.1f}",
+}
+
+
+def write(out: Path | None, about: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table, and put keep.json and keep.md into the folder `out`."""
+    cells = [[form.format(row[name]) if name in row else "–" for name, form in COLUMNS.items()] for row in rows]
+    print(table(list(COLUMNS), cells))
+    if not out:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": about, "rows": rows}, indent=1, ensure_ascii=False)
+    (out / "keep.json").write_text(text + "\n", encoding="utf-8")
+    lines = ["| " + " | ".join(line) + " |" for line in (list(COLUMNS), ["---"] * len(COLUMNS), *cells)]
+    note = "Shares are means over the adapted layers, on the inputs that the merge was given."
+    parts = ["# keep", (__doc__ or "").strip(), "\n".join(lines), note, "## Measured on"]
+    parts += ["\n".join(f"- {key}: {value}" for key, value in about.items())]
+    (out / "keep.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main(*argv: str) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two steps of a toy: whether it runs, not how well")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 40; 2 when quick)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="to round for")
+    parser.add_argument("--adapter", type=Path, help="a file to take the adapter from, or to keep it in")
+    parser.add_argument("--out", type=Path, help="folder for keep.json and .md (default: results)")
+    chosen = parser.parse_args(argv or None)
+    steps, about = chosen.steps or (2 if chosen.quick else 40), machine()
+    about["command"] = f"python benchmarks/keep.py --steps {steps} --tokens {' '.join(map(str, chosen.tokens))}"
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = trained(steps, chosen.adapter, methods.toy_folder(Path(folder)) if chosen.quick else None)
+        rows = measure(model, data, chosen.tokens)
+    write(chosen.out or (None if chosen.quick else RESULTS), about, rows)
+
+
+if __name__ == "__main__":
+    main()
