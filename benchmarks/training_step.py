@@ -91,12 +91,15 @@ class Training:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
     def step(self) -> float:
-        loss = self.model(inputs_embeds=self.x, labels=self.ids, use_cache=False).loss
+        loss = self.loss()
         loss.backward()
         self.x.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
+
+    def loss(self) -> torch.Tensor:
+        return self.model(inputs_embeds=self.x, labels=self.ids, use_cache=False).loss
 
 
 if __name__ == "__main__":

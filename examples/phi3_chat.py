@@ -146,10 +146,7 @@ def cache_of(run: Settings) -> Path:
 
 def inject(model: nn.Module, peft: Settings) -> None:
     """Swaps the target layers for LoRA layers and prints which."""
-    splits = pretrained.fused_splits(model.config)
-    if isinstance(peft["target_modules"], list):  # a fused layer that is no target needs no splits
-        leaves = {name.rpartition(".")[2] for name in peft["target_modules"]}
-        splits = {name: parts for name, parts in splits.items() if name in leaves}
+    splits = pretrained.fused_splits(model.config, peft["target_modules"])
     try:
         print(lora.inject(model, lora.LoraConfig(**starting.for_inject(peft), splits=splits)))
     except (ValueError, TypeError) as error:

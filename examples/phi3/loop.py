@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora
+from lora.functional import linear_cross_entropy
 from phi3.chat_data import IGNORED
 from phi3.errors import Diverged
 from phi3.packing import Batch
@@ -54,8 +55,11 @@ def learning_rate_at(step: int, total: int, config: Settings) -> float:
     return config["learning_rate"] * shapes[config["lr_scheduler_type"]]
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of the labelled tokens, summed: sums add up over batches, means do not."""
+def loss_sum(model: nn.Module, batch: Batch, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of the labelled tokens, summed: sums add up over batches, means do not.
+
+    With the reduction "none": that of each labelled token, row by row.
+    """
     hidden = model.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state  # (rows, length, hidden_size)
@@ -63,8 +67,19 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     # positions with a label to predict.
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED
-    logits = model.lm_head(hidden[:, :-1][labelled])  # (labelled tokens, vocab_size)
-    return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+    return head_loss(model.lm_head, hidden[:, :-1][labelled], targets[labelled], reduction)
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of these rows of hidden states, (labelled tokens, hidden_size), summed or not.
+
+    A frozen head's logits, by far the largest tensor of a step, are never there all at once, nor kept for backward.
+    """
+    # Only of a plain layer is the weight all that it computes with: one with LoRA has A and B as well, and a quantized
+    # or sharded one has a forward of its own.
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+        return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction=reduction)
+    return F.cross_entropy(head(hidden).float(), targets, reduction=reduction)
 
 
 class Alone:

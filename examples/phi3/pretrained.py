@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,18 @@ def fuse(llama_state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def fused_splits(config: Any) -> dict[str, tuple[int, ...]]:
-    """Rows of each part of Phi-3's fused projections, for `LoraConfig(splits=…)`."""
+def fused_splits(config: Any, target_modules: str | Sequence[str] = "all-linear") -> dict[str, tuple[int, ...]]:
+    """Rows of each part of Phi-3's fused projections, for `LoraConfig(splits=…)`; of those that are targets."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    return {
+    splits = {
         "qkv_proj": (query, key_value, key_value),
         "gate_up_proj": (config.intermediate_size, config.intermediate_size),
     }
+    if isinstance(target_modules, str):
+        return splits
+    leaves = {name.rpartition(".")[2] for name in target_modules}
+    return {name: parts for name, parts in splits.items() if name in leaves}
 
 
 def fingerprint(model: torch.nn.Module) -> str:

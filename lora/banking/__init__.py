@@ -156,11 +156,14 @@ class Bank(MutableMapping[str, Adapter]):
                 an error.
 
         Raises:
-            ValueError: a name is unknown (all are listed), lists are not of one length, or `per` is neither of the two.
+            ValueError: a name is unknown (all are listed), lists are not of one length, `per` is neither of the two, or
+                `flattened` is not for rows.
         """
         what = "rows: no adapters are chosen"
         if per not in ("row", "token"):
             raise ValueError(f"{what}: `per` must be 'row' or 'token', got {short(per)}.")
+        if flattened and per != "row":
+            raise ValueError(f"{what}: `flattened` is for rows, and `per` is {per!r}.")
         shape, given = nested(names)
         if not shape or (per == "row" and len(shape) != 1) or 0 in shape:
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
@@ -173,7 +176,8 @@ class Bank(MutableMapping[str, Adapter]):
         raise_all(what, self._unknown(called.values()))
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
-        return Choice(self._adapters, None, [places.get(called[value]) for value in given], order, shape, flattened)
+        owners = [places.get(called[value]) for value in given]
+        return Choice(self._adapters, None, owners, order, shape, per, flattened)
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known
@@ -354,10 +358,10 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
-            new = [layer for name, view in views.items() for layer in self._seat(name, view)]
+            new: list[Any] = [layer for name, view in views.items() for layer in self._seat(name, view)]
             names = names_of(model)
             for layer in new:
-                vars(layer)["lora_name"] = names[layer][0] or "the model"
+                layer.lora_called(names[layer][0])
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))

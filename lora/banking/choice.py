@@ -35,6 +35,7 @@ class Choice(AbstractContextManager["Choice"]):
         rows: the same as runs of rows.
         order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
+        per: what these are the adapters of: "row" or "token".
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
     """
 
@@ -45,11 +46,12 @@ class Choice(AbstractContextManager["Choice"]):
         owners: Sequence[int | None] | None = None,
         order: Sequence[str] = (),
         shape: tuple[int, ...] = (),
+        per: str = "row",
         flattened: bool = False,
     ) -> None:
         self.adapters, self.name, self.order, self.shape = adapters, name, order, shape
         self.owners, self.rows = owners, None if owners is None else Rows.of(owners)
-        self.flattened = flattened
+        self.per, self.flattened = per, flattened
         self.is_open = False
 
     def __enter__(self) -> Choice:
@@ -67,22 +69,38 @@ class Choice(AbstractContextManager["Choice"]):
         self.adapters.open = tuple(filter(_is_open, self.adapters.open))
         self.adapters.tell()
 
+    @property
+    def count(self) -> int:
+        """How many rows or tokens there are."""
+        return 0 if self.rows is None else self.rows.count
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether the rows have one adapter, all of them."""
+        return self.rows is not None and [part.rows for part in self.rows.parts] == [slice(0, self.rows.count)]
+
     def rows_of(self, shape: Sequence[int], where: str) -> Rows:
         """The rows of a tensor whose dimensions but for its features have these sizes; ValueError if they cannot be."""
         assert self.rows is not None, "there is one adapter for all rows"
         count, head = self.rows.count, self.shape
-        if len(head) > 1 and tuple(shape[: len(head)]) != head:
-            head = (count,)  # of tokens that a model has flattened, as mixtures of experts do
+        if self.per == "token" and tuple(shape[: len(head)]) != head:  # they may be flattened, or packed into one row
+            head = (1, count) if tuple(shape[:2]) == (1, count) else (count,)
         if tuple(shape[: len(head)]) == head:
             return self.rows.times(prod(shape[len(head) :]))
         if self.flattened and shape and shape[0] % count == 0:
+            if shape[1:2] == (count,) and not self.is_of_one:  # as of models that turn a batch to (length, rows, …)
+                given = " × ".join(map(str, shape))
+                raise ValueError(
+                    f"{where}: of the {given} rows of this layer's input, those of `bank.rows(names, flattened=True)` "
+                    f"may be the {shape[0]}, or the {count} in the second dimension; `bank.use(name)` is for one "
+                    "adapter in all rows."
+                )
             return self.rows.times(prod(shape) // count)
-        per = "row" if len(self.shape) == 1 else "token"
         given = " × ".join(map(str, self.shape))
         raise ValueError(
             f"{where}: the input of this layer has {' × '.join(map(str, shape)) or 'no'} rows, and the bank was given "
-            f"adapters for {given} {per}s. Where a model flattens its tokens or packs sequences, say the adapter of "
-            'each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
+            f"adapters for {given} {self.per}s. Where a model flattens its tokens or packs sequences, say the adapter "
+            'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
             "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
 

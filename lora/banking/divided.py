@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -21,76 +22,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lora.banking.choice import Choice
+from lora.banking.layouts import LAYOUTS, Axis
 from lora.errors import instance, with_article
 from lora.functional.rows import Rows
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Stack, parts_of
 from lora.layers.replay import seeded
 from lora.models.readers import Reads, WeightReader, let_read_no_more
-
-# ---- where rows are ------------------------------------------------------------------------------------------------
-
-
-class Axis(NamedTuple):
-    """Where a tensor has rows: in which dimension, and how many entries of it each row has."""
-
-    dim: int
-    each: int = 1
-
-
-# Where a tensor of a module's has rows; None if it has none.
-_Where = Callable[[Any, Tensor], Axis | None]
-
-
-class Layout(NamedTuple):
-    """Where the arguments and outputs of a class have rows: by the arguments' names, and the outputs' order."""
-
-    inputs: Mapping[str, _Where]
-    outputs: Sequence[_Where]
-
-
-def _in_batch(module: Any, tensor: Tensor) -> Axis | None:
-    """(batch, length, features) or, as torch has it by default, (length, batch, features)."""
-    attention = next((m for m in module.modules() if isinstance(m, nn.MultiheadAttention)), module)
-    return None if tensor.dim() < 3 else Axis(0 if attention.batch_first else 1)
-
-
-def _in_first(module: Any, tensor: Tensor) -> Axis | None:
-    """(batch, …), of which a tensor without a batch has but one dimension."""
-    return None if tensor.dim() < 2 else Axis(0)
-
-
-def _in_second(module: Any, tensor: Tensor) -> Axis | None:
-    """(layers, batch, features)."""
-    return None if tensor.dim() < 3 else Axis(1)
-
-
-def _in_heads(module: Any, mask: Tensor) -> Axis | None:
-    """(batch · heads, length, length), or a mask (length, length) for all."""
-    heads = next(m.num_heads for m in module.modules() if isinstance(m, nn.MultiheadAttention))
-    return None if mask.dim() < 3 else Axis(0, heads)
-
-
-_QUERIES = dict.fromkeys(("query", "key", "value"), _in_batch)
-_SOURCE = {"src": _in_batch, "mask": _in_heads, "src_mask": _in_heads, "src_key_padding_mask": _in_first}
-_TARGET = {
-    **dict.fromkeys(("tgt", "memory"), _in_batch),
-    **dict.fromkeys(("tgt_mask", "memory_mask"), _in_heads),
-    **dict.fromkeys(("tgt_key_padding_mask", "memory_key_padding_mask"), _in_first),
-}
-_ENCODER, _DECODER = Layout(_SOURCE, (_in_batch,)), Layout(_TARGET, (_in_batch,))
-_ATTENTION = Layout({**_QUERIES, "key_padding_mask": _in_first, "attn_mask": _in_heads}, (_in_batch, _in_first))
-_RECURRENT = Layout({"input": _in_batch, "hx": _in_second}, (_in_batch, _in_second))
-_CELL = Layout({"input": _in_first, "hx": _in_first}, (_in_first, _in_first))
-# By the function that is called, which classes that derive from these may have of their own.
-_LAYOUTS: dict[Any, Layout] = {
-    nn.MultiheadAttention.forward: _ATTENTION,
-    **dict.fromkeys((cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU)), _RECURRENT),
-    **dict.fromkeys((cls.forward for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)), _CELL),
-    **dict.fromkeys((cls.forward for cls in (nn.TransformerEncoderLayer, nn.TransformerEncoder)), _ENCODER),
-    **dict.fromkeys((cls.forward for cls in (nn.TransformerDecoderLayer, nn.TransformerDecoder)), _DECODER),
-    nn.Transformer.forward: Layout({**_SOURCE, **_TARGET}, (_in_batch,)),
-}
 
 
 class _Division:
@@ -114,39 +52,48 @@ class _Division:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.module, self.method, self.choice, self.where = module, method, choice, where
-        self.layout = _LAYOUTS.get(inspect.unwrap(getattr(method, "func", method)))
+        # Of each group the twins of caches, by the ids of these; the caches, by their own and the twins'; and what of
+        # their tensors was handed out, by its id: with the whole, and its version then.
+        self.twins: list[dict[int, Any]] = []
+        self.caches: dict[int, Any] = {}
+        self.handed: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.layout = LAYOUTS.get(inspect.unwrap(getattr(method, "func", method)))
         self.by_tokens = any(isinstance(part, Stack) for part in parts_of(module).values())
+        heads = getattr(module, "num_heads", 1)
+        self.heads = heads if isinstance(heads, int) else 1
         its = inspect.signature(method).parameters.values()
         known = [one.name for one in its if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
         names = [known[n] if n < len(known) else f"argument {n}" for n in range(len(args))]
         self.args, self.kwargs = [*zip(names, args, strict=True)], kwargs
         given = {name: value for name, value in (*self.args, *kwargs.items()) if isinstance(value, _INPUTS)}
-        name = next((one for one in (self.layout.inputs if self.layout else given) if one in given), None)
-        if name is None or isinstance(given[name], PackedSequence):
-            what = "no tensor" if name is None else "a packed sequence, whose rows are not in order"
-            raise self._error(f"it is given {what}")
-        self.x: Tensor = given[name]
-        axis = self._axis(name, self.x)
+        name = next((one for one in (self.layout.inputs if self.layout else given) if one in given), "")
+        x = given.get(name)
+        if not isinstance(x, Tensor):
+            raise self._error(f"it is given {'no tensor' if x is None else _PACKED}")
+        self.x = x
+        axis = self._axis(name, x)
         if axis is None:
-            raise self._error(f"its input of shape {tuple(self.x.shape)} has no batch")
-        self.rows = choice.rows_of((self.x.shape[axis.dim],), where)
-        self.groups = _groups(choice, self.rows)
+            raise self._error(f"its input of shape {tuple(x.shape)} has no batch")
+        if axis.dim == 0 and x.dim() > 2:
+            choice.rows_of(x.shape[:2], where)  # which looks where else rows may be
+        rows = choice.rows_of((x.shape[axis.dim],), where)
+        if self.by_tokens and rows.count != choice.count and len(given) == 1 and choice.flattened:
+            raise self._error(f"`{name}` may have its tokens once for each expert, and nothing says whose they are")
+        self.groups = _groups(choice, rows)
+        self.counts = [len(index) for _, index in self.groups]
 
     def run(self) -> Any:
         """What the method computes, of each group of rows with their own adapter."""
-        outputs, alone = [], len(self.groups) == 1
+        outputs = []
         for name, index in self.groups:
-            args = [value if alone else self._taken(one, value, index) for one, value in self.args]
-            kwargs = {one: value if alone else self._taken(one, value, index) for one, value in self.kwargs.items()}
-            with Choice(self.choice.adapters, name), self._drawing(name):
-                outputs.append(self.method(*args, **kwargs))
-        return outputs[0] if alone else self._joined(outputs, self._outputs_axis)
-
-    def _drawing(self, name: str | None) -> AbstractContextManager[None]:
-        """A context in which what is random depends on the adapter of the rows alone."""
-        if name is None or not self.module.training:
-            return nullcontext()
-        return seeded(self.choice.adapters.known[name].next(), self.x.device)
+            self.twins.append({})
+            args = [self._taken(one, value, index) for one, value in self.args]
+            kwargs = {one: self._taken(one, value, index) for one, value in self.kwargs.items()}
+            outputs.append(with_one(self.module, self.method, self.choice, name, args, kwargs))
+        output = self._joined(outputs, self._output)
+        for held in [*self.caches.values()]:
+            vars(held).update(self._joined([vars(twins[id(held)]) for twins in self.twins], self._kept))
+        return output
 
     # ---- arguments -------------------------------------------------------------------------------------------
 
@@ -157,7 +104,10 @@ class _Division:
             return None if where is None else where(self.module, tensor)
         if tensor is self.x:
             return Axis(0) if tensor.dim() else None
-        if tensor.dim() == 0 or tensor.shape[0] != self.x.shape[0] or isinstance(tensor, nn.Parameter):
+        rows = self.x.shape[0]
+        if tensor.dim() > 2 and self.heads > 1 and tensor.shape[0] == rows * self.heads:
+            return Axis(0, self.heads)  # as ALiBi's slopes are given
+        if tensor.dim() == 0 or tensor.shape[0] != rows or isinstance(tensor, nn.Parameter):
             return None
         if not self._is_like(tensor, self.x):
             raise self._error(
@@ -172,38 +122,73 @@ class _Division:
             return True
         return tensor.shape[:-1] == x.shape[:-1] and (self.by_tokens or x.dim() > 2 or tensor.shape == x.shape)
 
-    def _taken(self, name: str, value: Any, index: Tensor) -> Any:
-        """The rows of a group in an argument."""
+    def _taken(self, name: str, value: Any, index: Tensor, held: bool = False) -> Any:
+        """The rows of a group in an argument, or in what a cache holds."""
         if isinstance(value, PackedSequence):
-            raise self._error(f"`{name}` is a packed sequence, whose rows are not in order")
+            raise self._error(f"`{name}` is {_PACKED}")
+        if isinstance(value, Tensor) and held:
+            return self._handed(value, index)
         if isinstance(value, Tensor):
             axis = self._axis(name, value)
             return value if axis is None else _taken(value, axis, index)
         if isinstance(value, (list, tuple)):
-            return _like(value, [self._taken(name, each, index) for each in value])
+            return _like(value, [self._taken(name, each, index, held) for each in value])
         if isinstance(value, dict):
-            return _with_items(
-                value, {key: self._taken(f"{name}[{key!r}]", each, index) for key, each in value.items()}
-            )
+            items = value.items()
+            return _with_items(value, {key: self._taken(f"{name}[{key!r}]", each, index, held) for key, each in items})
+        if _is_cache(value):
+            return self._twin(name, value, index)
         if value is not None and not isinstance(value, _WITHOUT_ROWS) and not callable(value):
             raise self._error(f"`{name}` is {with_article(type(value).__name__)}, of which nobody knows the rows")
         return value
 
+    def _twin(self, name: str, cache: Any, index: Tensor) -> Any:
+        """A cache that holds the rows of a group, for the module to write to."""
+        twins = self.twins[-1]
+        if id(cache) not in twins:
+            twin = twins[id(cache)] = object.__new__(type(cache))
+            self.caches[id(twin)] = self.caches[id(cache)] = cache
+            its = vars(cache).items()
+            vars(twin).update({own: self._taken(f"{name}.{own}", value, index, held=True) for own, value in its})
+        return twins[id(cache)]
+
+    def _handed(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """The rows of a group in a tensor of a cache, which have the first dimension there; of others a copy."""
+        if tensor.dim() < 2 or tensor.shape[0] != sum(self.counts):
+            return tensor.clone()
+        rows = _taken(tensor, Axis(0), index)
+        if not rows.is_inference():
+            self.handed[id(rows)] = rows, tensor, rows._version
+        return rows
+
     # ---- outputs -----------------------------------------------------------------------------------------------
 
-    def _outputs_axis(self, place: int, tensors: Sequence[Tensor]) -> Axis:
-        """Where an output has rows, which the groups have."""
-        counts = [len(index) for _, index in self.groups]
+    def _output(self, place: int, tensors: Sequence[Tensor]) -> Tensor:
+        """An output of all groups."""
         axis: Axis | None = Axis(0)
         if self.layout is not None:
             axis = self.layout.outputs[place](self.module, tensors[0])
         sizes = [] if axis is None else [t.shape[axis.dim] if t.dim() > axis.dim else -1 for t in tensors]
-        if axis is None or sizes != counts:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise self._error(f"of {', '.join(map(str, counts))} rows, its outputs have the shapes {shapes}")
-        return axis
+        if axis is not None and sizes == self.counts:
+            return self._together(tensors, axis)
+        for each in (prod(self.x.shape[1:-1]), self.heads):  # tokens that it flattens; (rows · heads, …)
+            if self.layout is None and sizes == [each * count for count in self.counts]:
+                return self._together(tensors, Axis(0, each))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise self._error(f"of {', '.join(map(str, self.counts))} rows, its outputs have the shapes {shapes}")
 
-    def _joined(self, values: Sequence[Any], axis_of: Callable[[int, Sequence[Tensor]], Axis], place: int = 0) -> Any:
+    def _kept(self, place: int, tensors: Sequence[Tensor]) -> Tensor:
+        """What the caches of all groups hold in one place."""
+        handed = [self.handed.get(id(tensor)) for tensor in tensors]
+        if all(one is not None and one[0]._version == one[2] for one in handed) and handed[0] is not None:
+            return handed[0][1]  # nobody wrote to it
+        if all(tensor.dim() > 1 for tensor in tensors) and [len(tensor) for tensor in tensors] == self.counts:
+            return self._together(tensors, Axis(0))
+        if all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            return tensors[0]
+        raise self._error("a cache holds what has no rows, and differs with the adapters")
+
+    def _joined(self, values: Sequence[Any], join: Callable[[int, Sequence[Tensor]], Tensor], place: int = -1) -> Any:
         """What the groups gave, as one, in the rows' order."""
         first, *rest = values
         if all(value is first for value in rest):
@@ -211,14 +196,22 @@ class _Division:
         if any(type(value) is not type(first) for value in rest):
             raise self._error(f"it gives {' and '.join(sorted({with_article(type(v).__name__) for v in values}))}")
         if isinstance(first, Tensor):
-            return self._together(values, axis_of(place, values))
+            return join(max(place, 0), values)
         if isinstance(first, (list, tuple)) and all(len(value) == len(first) for value in rest):
-            by_place = enumerate(zip(*values, strict=True))
-            return _like(first, [self._joined(each, axis_of, place or n) for n, each in by_place])
+            each = enumerate(zip(*values, strict=True))
+            return _like(first, [self._joined(of, join, n if place < 0 else place) for n, of in each])
         if isinstance(first, dict) and all([*value] == [*first] for value in rest):
-            return _with_items(first, {key: self._joined([v[key] for v in values], axis_of, place) for key in first})
+            return _with_items(first, {key: self._joined([v[key] for v in values], join, place) for key in first})
+        if _is_cache(first):
+            held = self.caches.get(id(first))
+            if held is None:  # it was made within
+                held = object.__new__(type(first))
+                vars(held).update(self._joined([*map(vars, values)], self._kept))
+            return held
         if isinstance(first, _WITHOUT_ROWS) and all(value == first for value in rest):
             return first
+        if join == self._kept and [*values] == self.counts:
+            return sum(self.counts)
         raise self._error(f"it gives {with_article(type(first).__name__)}, of which nobody knows the rows")
 
     def _together(self, tensors: Sequence[Tensor], axis: Axis) -> Tensor:
@@ -236,8 +229,14 @@ class _Division:
 
 
 _INPUTS = (Tensor, PackedSequence)
+_PACKED = "a packed sequence, whose rows are not in order"
 # What has no rows: what says how to compute.
 _WITHOUT_ROWS = (int, float, complex, str, bytes, Enum, slice, torch.dtype, torch.device, torch.Size, torch.Generator)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is of transformers' caches, which hold what attention has seen of each row."""
+    return any(owner.__module__ == "transformers.cache_utils" for owner in type(value).__mro__)
 
 
 def _groups(choice: Choice, rows: Rows) -> list[tuple[str | None, Tensor]]:
@@ -288,7 +287,25 @@ def divide(module: Any, method: Callable[..., Any], choice: Choice, where: str, 
     Raises:
         RuntimeError: nobody knows which of the arguments, or outputs, have rows.
     """
-    return _Division(module, method, choice, where, args, kwargs).run()
+    if not choice.is_of_one:
+        return _Division(module, method, choice, where, args, kwargs).run()
+    return with_one(module, method, choice, choice.order[0], args, kwargs)
+
+
+def with_one(
+    module: Any,
+    method: Callable[..., Any],
+    choice: Choice,
+    name: str | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What a method computes with one adapter in all rows; what is random depends on that adapter alone."""
+    drawing: AbstractContextManager[None] = nullcontext()
+    if name is not None and module.training:
+        drawing = seeded(choice.adapters.known[name].next(), next(module.parameters()).device)
+    with Choice(choice.adapters, name), drawing:
+        return method(*args, **kwargs)
 
 
 # ---- modules that read weights ---------------------------------------------------------------------------------------

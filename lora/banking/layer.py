@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
-from lora.banking.divided import divide
+from lora.banking.divided import divide, with_one
 from lora.banking.traced import traced_forward
 from lora.errors import some
 from lora.functional.rows import Rows, Update, lora_linear_rows
@@ -25,7 +26,9 @@ from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_base_tensors", "lora_slots"
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors", "lora_slots"
+# The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
+_EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 
 
 class Banked(LoRALayer):
@@ -37,6 +40,7 @@ class Banked(LoRALayer):
             layer, too: `lora_A_<name>` and so on.
         lora_bank: what the layers of the bank know in common.
         lora_name: the layer's name in the model, for errors.
+        lora_routed: whether it is given tokens that a router chose.
         lora_base_tensors: the names of the parameters that are its base's.
     """
 
@@ -45,6 +49,7 @@ class Banked(LoRALayer):
     lora_seats: Mapping[str, Any]
     lora_bank: Adapters
     lora_name: str
+    lora_routed: bool
     lora_base_tensors: tuple[str, ...]
 
     # ---- forward ---------------------------------------------------------------------------------------------
@@ -66,11 +71,13 @@ class Banked(LoRALayer):
 
     def lora_mixed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b once, and each adapter's update for its own rows."""
+        if not self.lora_present(choice):
+            return self.lora_base_forward(input, *args, **kwargs)
+        if self.lora_routed:
+            return self._routed(choice, input, *args, **kwargs)
         lead = self._lead(input)
         rows = choice.rows_of(input.shape[:lead], self.lora_name)
         seats = {number: self.lora_seats.get(choice.order[number]) for number, *_ in rows.parts}
-        if not any(seats.values()):
-            return self.lora_base_forward(input, *args, **kwargs)
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
         for seat in filter(None, seats.values()):
@@ -93,9 +100,23 @@ class Banked(LoRALayer):
         }
         return _with_rows(y, rows, lead, adds)
 
+    def _routed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever rows there are, if all have one adapter."""
+        if not choice.is_of_one:
+            raise RuntimeError(
+                f"{self.lora_name}: is of one expert among several, which gets tokens that a router chose: nobody "
+                "knows whose they are. Use `bank.use(name)` here, with a batch for each adapter."
+            )
+        y: Tensor = with_one(self, self.lora_layer_forward, choice, choice.order[0], (input, *args), kwargs)
+        return y
+
+    def lora_called(self, name: str) -> None:
+        """Let it know its name in the model."""
+        vars(self).update(lora_name=name or "the model", lora_routed=_EXPERT.search(name) is not None)
+
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""
-        by_token = len(choice.shape) > 1 and lead > 1 and not args and not kwargs
+        by_token = choice.per == "token" and lead > 1 and not args and not kwargs
         x = input.flatten(0, lead - 1) if by_token else input
         y: Tensor = divide(self, self.lora_layer_forward, choice, self.lora_name, x, *args, **kwargs)
         return y.view(*input.shape[:lead], *y.shape[1:]) if by_token else y

@@ -37,7 +37,8 @@ def banked(module: Any, parameter: str | None, adapters: Adapters) -> tuple[Any,
     kind = kind_for(type(layer))
     assert kind is not None, "it was adapted"
     layer.__class__ = class_for(Banked, class_for(kind, type(layer)))
-    vars(layer).update(lora_seats={}, lora_bank=adapters, lora_name="", lora_injected=True)
+    vars(layer).update(lora_seats={}, lora_bank=adapters, lora_injected=True)
+    layer.lora_called("")
     vars(layer).update(lora_base_tensors=tuple(layer._parameters))
     adapters.layers[layer] = None
     if isinstance(layer, Part):

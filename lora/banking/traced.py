@@ -51,7 +51,7 @@ class Slots:
     """A layer's slots, and which rows have them.
 
     Attributes:
-        per: for what `ids` are: "all" rows, or each "row" (or token); or "", where no block is open.
+        per: for what `ids` are: "all" rows, each "row", each "token"; or "", where no block is open.
         flattened: as `Choice.flattened`.
         ids: the number of each row's adapter. One more than there are is none.
         index: the place in `present` of each number; one more than there are for adapters that are not in this layer.
@@ -101,7 +101,7 @@ def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tens
     slots: Slots = layer.lora_slots
     where = slots.index.index_select(0, slots.ids.reshape(-1)).view(slots.ids.shape)
     if slots.per != "all":
-        where = _fitted(layer, where, input, slots.flattened)
+        where = _fitted(layer, slots, where, input)
     if slots.stacks and len(slots.present) > 1 and where.dim() < 2:
         y = _plus_stacked(layer, slots, input, where, y)
     else:
@@ -109,18 +109,26 @@ def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tens
     return _magnified(slots, where, y) if slots.magnifies else y
 
 
-def _fitted(layer: Any, where: Tensor, input: Tensor, flattened: bool) -> Tensor:
+def _fitted(layer: Any, slots: Slots, where: Tensor, input: Tensor) -> Tensor:
     """The slots of rows, in the shape of the first dimensions of a layer's input; ValueError if they cannot be."""
+    if layer.lora_routed:
+        raise RuntimeError(
+            f"{layer.lora_name}: is given tokens that a router chose, and a compiler cannot tell whether all rows have "
+            "one adapter; use `bank.use(name)` here, with a batch for each adapter."
+        )
     lead = input.dim() - (not isinstance(layer, EmbeddingLoRA))
     if isinstance(layer, ConvLoRA):
         lead = int(input.dim() == layer.weight.dim())
-    flat = where.flatten()
-    for fitted in (where, flat):
+    shape, count = input.shape[:lead], where.numel()
+    known = [where]
+    if slots.per == "token":  # they may be flattened, or packed into one row
+        known += [where.view(1, -1), where.flatten()]
+    for fitted in known:
         dims = fitted.dim()
-        if dims <= lead and all(input.shape[dim] == fitted.shape[dim] for dim in range(dims)):
+        if dims <= lead and all(shape[dim] == fitted.shape[dim] for dim in range(dims)):
             return fitted
-    if flattened and lead and input.shape[0] % flat.shape[0] == 0:
-        return flat.repeat_interleave(input.shape[0] // flat.shape[0])
+    if slots.flattened and lead and shape[0] % count == 0 and not (lead > 1 and shape[1] == count):
+        return where.flatten().repeat_interleave(shape[0] // count)
     raise ValueError(
         f"{layer.lora_name}: the input of this layer has not as many rows as the bank was given adapters for. Where a "
         "model flattens its tokens or packs sequences, say the adapter of each token, with `bank.rows(names, "
@@ -214,7 +222,7 @@ def tell(adapters: Any, choice: Any) -> None:
     if choice.owners is None:
         per, shape, owners, order = "all", (), (None if choice.name is None else 0,), (choice.name,)
     else:
-        per, shape, owners, order = "row", choice.shape, choice.owners, choice.order
+        per, shape, owners, order = choice.per, choice.shape, choice.owners, choice.order
     room, known = adapters.room, [*adapters.known]
     size = None if room is None else 1 if per == "all" else max(room, len(order))
     count = len(known) if size is None else size

@@ -123,7 +123,8 @@ class _LoRAConv(FusedFunction):
         if needs_B:
             dB = fused.of_B(torch.bmm(h, rows.mT).sum(0).T.reshape(B.shape), B)
         if needs_x or needs_A:
-            dh = fused.scaled_(torch.matmul(fused.up(B).flatten(1).T, rows))  # (N, r, L)
+            up = fused.up(B).flatten(1).T.expand(len(dy), -1, -1)  # by `matmul` dy would be copied
+            dh = fused.scaled_(torch.bmm(up, rows))  # (N, r, L)
             dh = dh.view(len(dy), len(A), *dy.shape[2:])
             needs = (needs_x, needs_A, False)
             update, dA, _ = _gradients(dh, _dropped(x_, fused.noise), cast(A, fused.dtype), geometry, needs)

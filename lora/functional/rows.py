@@ -21,13 +21,14 @@ from lora.functional.fused import (
     cast,
     drop,
     fused_dtype,
+    is_dense,
     is_plain,
     replays,
     spread,
     without_autocast,
 )
 from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
-from lora.functional.stacked import Block, add_stacked_
+from lora.functional.stacked import Block
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Rows:
         self._each = each  # how many rows each of `scattered` stands for
         self._indices: dict[torch.device, Tensor] = {}
         self._times: dict[int, Rows] = {}
-        self._blocks: dict[tuple[int, ...], Block] = {}
+        self._blocks: dict[tuple[int, ...] | None, Block] = {}
 
     @classmethod
     def of(cls, owners: Sequence[int | None]) -> Rows:
@@ -135,21 +136,18 @@ class Rows:
 
     def block(self, parts: Sequence[Part]) -> Block:
         """The rows of these parts as a block."""
-        key = tuple(part.adapter for part in parts)
+        key = None if len(parts) == len(self.parts) else tuple(part.adapter for part in parts)
         if key not in self._blocks:
             each = range(self._each)
             scattered = [row * self._each + i for row in self._scattered for i in each]
-            rows = [scattered[p.rows] if p.gathered else range(p.rows.start, p.rows.stop) for p in parts]
-            self._blocks[key] = Block(rows)
+            self._blocks[key] = Block(
+                [scattered[p.rows] if p.gathered else range(p.rows.start, p.rows.stop) for p in parts]
+            )
         return self._blocks[key]
 
     def __repr__(self) -> str:
         return f"Rows(count={self.count}, parts={self.parts})"
 
-
-# Of several updates at once: up to how many rows are copied for it, and how many times the work may grow by zeros and
-# copies that fill up what is shorter.
-_FEW, _WASTE = 1024, 2
 
 # ---- the function ----------------------------------------------------------------------------------------------------
 
@@ -182,8 +180,9 @@ def lora_linear_rows(
 
         y = x Wᵀ + b,    then for the rows R of the k-th adapter    y[R] += s_k · drop_k(x[R]) A_kᵀ B_kᵀ
 
-    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes of
-    its rows alone, and what is not finite stays with the rows and the adapter that it is of. Adapters without rows take
+    in slices of the output, as in `lora_linear`. Each adapter's update and gradients are what `lora_linear` computes
+    of its rows alone, to the bit (to rounding, where no backward follows: there a few rows of many adapters are
+    computed at once). What is not finite stays with the rows and the adapter that it is of. Adapters without rows take
     no part: their gradients stay None.
 
     Where the fused function does not apply (as in `lora_linear`) this is `plain_lora_linear_rows`; the two agree to
@@ -210,25 +209,23 @@ def lora_linear_rows(
     >>> lora_linear_rows(x, W, None, updates, Rows.of([1, None, 0]))[:, 0]
     tensor([24.,  8., 16.])
     """
-    rows, present = _fit(x, updates, rows)
+    rows, parts, present = _fit(x, updates, rows)
     if not present:
         return F.linear(x, weight, bias)
-    fused = _choose(x, weight, bias, [update for _, update in present])
+    if not torch.is_grad_enabled():  # as when text is generated, where every microsecond shows
+        y = _at_once(x, weight, bias, present, rows, parts)
+        if y is not None:
+            return y
+    fused = _choose(x, weight, bias, present)
     if fused is None:
         return plain_lora_linear_rows(x, weight, bias, updates, rows)
-    plan = _Plan(rows, [part for part, _ in present], fused)
-    factors = [factor for _, update in present for factor in (update.A, update.B)]
+    plan, factors = _Plan(rows, parts, fused), [factor for update in present for factor in (update.A, update.B)]
     if torch.is_grad_enabled():
         return _LoRALinearRows.run(x, weight, bias, *factors, plan)
-    with without_autocast(x.device):  # as when text is generated, where every microsecond shows
+    with without_autocast(x.device):
         x = cast(x, plan.dtype)
-        y = F.linear(x, cast(weight, plan.dtype), cast(bias, plan.dtype))  # (..., out_features)
-        block = plan.block(factors)
-        if block is None:
-            plan.add_updates_(flat(y), flat(x), factors)
-        else:
-            scalings, slices = [fused.scaling for fused in plan.fused], plan.fused[0].slices
-            add_stacked_(flat(y), flat(x), factors[::2], factors[1::2], scalings, slices, block)
+        y = F.linear(x, cast(weight, x.dtype), cast(bias, x.dtype))  # (..., out_features)
+        plan.add_updates_(flat(y), flat(x), factors)
         return y
 
 
@@ -239,14 +236,13 @@ def plain_lora_linear_rows(
 
     The `dropout` of an update may be what to multiply the adapter's rows of x by, (its rows, in_features).
     """
-    rows, present = _fit(x, updates, rows)
+    rows, parts, present = _fit(x, updates, rows)
     y = F.linear(x, weight, bias)  # (..., out_features)
     if not present:
         return y
     x_, y_ = flat(x), flat(y)
-    parts = [part for part, _ in present]
     changes = []
-    for (_, update), x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
+    for update, x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
         h = F.linear(drop(x_k, _seeded(update, x_k)), update.A.to(x.dtype))  # (its rows, G·r)
         B, left = spread(update.B, update.scaling, x.dtype)
         change = up_slices(h, B, update.slices or ((0, weight.shape[0]),), weight.shape[0])
@@ -268,7 +264,7 @@ def _plus(y: Tensor, changes: list[tuple[slice, Tensor]]) -> Tensor:
     return torch.cat([*pieces, y[end:]])
 
 
-def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows, list[tuple[Part, Update]]]:
+def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows, Sequence[Part], Sequence[Update]]:
     """The rows of x as (N, in_features); and the parts of those adapters that add something, with what they add."""
     N, first = x.shape[:-1].numel(), x.shape[0] if x.dim() > 1 else 1
     if rows.count not in (N, first):
@@ -278,13 +274,17 @@ def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows,
         )
     if rows.count != N:
         rows = rows.times(N // first)
-    unknown = [part.adapter for part in rows.parts if part.adapter >= len(updates)]
-    if unknown:
+    parts = rows.parts
+    if parts and parts[-1].adapter >= len(updates):
+        unknown = [part.adapter for part in parts if part.adapter >= len(updates)]
         raise ValueError(
             f"lora_linear_rows: there are {len(updates)} adapters, numbered from 0; rows are of {unknown}."
         )
-    pairs = ((part, updates[part.adapter]) for part in rows.parts)
-    return rows, [(part, update) for part, update in pairs if update is not None]
+    given = [updates[part.adapter] for part in parts]
+    present = [update for update in given if update is not None]
+    if len(present) < len(given):
+        parts = tuple(part for part, update in zip(parts, given, strict=True) if update is not None)
+    return rows, parts, present
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, present: Sequence[Update]) -> list[Fused] | None:
@@ -297,6 +297,32 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, present: Sequence[Up
     noises = (Noise.draw(p, x, seed) if (p := float(dropout)) else None for _, _, _, dropout, _, seed in present)
     whole = ((0, weight.shape[0]),)
     return [Fused(u.scaling, noise, dtype, u.slices or whole) for u, noise in zip(present, noises, strict=True)]
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    present: Sequence[Update],
+    rows: Rows,
+    parts: Sequence[Part],
+) -> Tensor | None:
+    """`lora_linear_rows`, if it is to be computed at once, and can be."""
+    As, Bs, scalings, dropouts, slices, _ = zip(*present, strict=True)
+    dtype = fused_dtype(x, weight, bias)
+    if dtype is None or not rows.count or any(isinstance(p, Tensor) or p for p in dropouts):
+        return None
+    block = rows.block(parts)
+    if not block.pays(As, Bs, slices):
+        return None
+    with without_autocast(x.device):
+        A, B = block.stack(As, Bs)
+        if not (is_dense(A) and is_dense(B)):  # what is stacked is what each of them is
+            return None
+        x = cast(x, dtype)
+        y = F.linear(x, cast(weight, dtype), cast(bias, dtype))  # (..., out_features)
+        block.add_updates_(flat(y), flat(x), A, B, scalings, slices[0] or ((0, weight.shape[0]),))
+        return y
 
 
 def _seeded(update: Update, x: Tensor) -> float | Tensor:
@@ -316,8 +342,8 @@ class _Plan(NamedTuple):
     """Which rows, and of whom, and how: for each adapter that adds something its part and its options."""
 
     rows: Rows
-    parts: list[Part]
-    fused: list[Fused]
+    parts: Sequence[Part]
+    fused: Sequence[Fused]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -332,36 +358,6 @@ class _Plan(NamedTuple):
             hs.append(add_update_(y_k, self.rows.take(part, x), A, B, fused))
             self.rows.put_(part, y, y_k)
         return hs
-
-    def block(self, factors: Sequence[Tensor]) -> Block | None:
-        """The rows, for all updates to be computed at once where no backward follows; None for one after the other.
-
-        Times over that of the base's product, of r = 8 on 2 cores of an AMD EPYC 9004: one after the other → at once,
-        and PEFT's loop:
-
-            adapters × rows     576 → 576, float32     bfloat16                576 → 1536, float32    bfloat16
-            4 × 1               2.7 → 2.4 (3.3)        6.1 → 4.0 (7.2)         1.8 → 1.8 (2.2)        4.1 → 2.8 (4.6)
-            4 × 32              1.4 → 1.3 (1.7)        1.9 → 1.7 (2.4)         ·                      1.6 → 1.4 (1.7)
-            32 × 1              3.9 → 2.5 (5.7)        11.8 → 4.4 (29.7)       1.9 → 1.9 (2.8)        22.6 → 2.6 (24.2)
-            32 × 32             1.2 → 1.1 (1.8)        2.2 → 1.7 (3.9)         1.1 → 1.1 (1.3)        1.4 → 1.3 (1.6)
-
-        At once is never slower where the block is a view. Where it is copied, it is faster up to about 1,024 rows;
-        above, one adapter after the other, whose rows stay in the processor's cache.
-        """
-        K, first = len(self.parts), self.fused[0]
-        if K == 1 or any(fused.noise is not None or fused.slices != first.slices for fused in self.fused):
-            return None
-        ranks = [B.shape[1] for B in factors[1::2]]
-        if K * max(ranks) > _WASTE * sum(ranks) or (len(first.slices) > 1 and len({*ranks}) > 1):
-            return None
-        counts = [part.rows.stop - part.rows.start for part in self.parts]
-        filled = K * max(counts)
-        if not min(counts) or filled > _WASTE * sum(counts):
-            return None
-        if filled > _FEW and any(part.gathered for part in self.parts):
-            return None
-        block = self.rows.block(self.parts)
-        return block if filled <= _FEW or block.run is not None else None
 
 
 class _LoRALinearRows(FusedFunction):

@@ -132,7 +132,8 @@ class LinearLoRA(TaughtLinear):
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.lora_dense:
             return super().lora_forward(input, *args, **kwargs)
-        return lora_linear(input, *self.lora_arguments())
+        # No second weight beside one that was gathered from shards for this forward.
+        return lora_linear(input, *self.lora_arguments(), fold=not self._subclassed)
 
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""

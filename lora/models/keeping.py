@@ -41,6 +41,7 @@ class Kept(NamedTuple):
     nearest_on_inputs: float
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def keep_updates(
     model: nn.Module,

@@ -100,8 +100,8 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
     its own. No row has more of that error than to nearest. So are linear layers rounded, fused ones and DoRA too;
     convolutions, embeddings, parameters that are no layer's, and layers with a forward of their own or whose weights
     others read are rounded to nearest. Weights in float32 and float64 lose nothing, and need no batches. The model
-    runs in `eval()` on a few thousand tokens or more (several times in_features) like those that it will meet; the
-    shares in the report are of these very inputs, and those of others a little larger.
+    runs in `eval()` on inputs like those that it will meet, of as many tokens as the widest layer has in_features or
+    more; the shares in the report are of these very inputs, and those of others are larger.
 
     Done whole or not at all: an error or Ctrl-C half-way leaves the model as it was, to the bit. For that, the base
     weights that were written are kept until the end, in copies on the CPU: as much memory as all adapted weights take.

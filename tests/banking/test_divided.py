@@ -162,6 +162,7 @@ def moved(module: str, configs: dict[str, dict[str, Any]] = CONFIGS) -> tuple[nn
     return base, *banked(base, configs, targets)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("module", MODULES)
 def test_each_row_and_adapter_is_as_alone(module: str) -> None:
     base, model, bank = moved(module)
@@ -206,6 +207,7 @@ def by_models(base: nn.Module, bank: lora.Bank) -> dict[str, Tensor]:
     return found | {"mixed": torch.stack([found[name][row] for row, name in enumerate(rows)])}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("module", PARTS)
 def test_adapters_come_go_are_replaced_and_kept(module: str, tmp_path: Path) -> None:
     base, model, bank = moved(module)
@@ -403,7 +405,7 @@ def test_unbatched_inputs_and_other_counts_are_refused() -> None:
         pytest.raises(RuntimeError, match=r"its input of shape \(5, 6\) has no"),
     ):
         model.x(x, x, x)
-    with bank.rows(["a", "b"]), pytest.raises(ValueError, match="the input of this layer has 8 rows, and the bank was"):
+    with bank.rows(["a", "b"]), pytest.raises(ValueError, match="the input of this layer has 8 × 5 rows, and the"):
         model(X)
 
 

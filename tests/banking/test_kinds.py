@@ -89,6 +89,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Inputs, dict[str, dict[str, Any]
 }
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_and_adapter_is_as_alone(kind: str, training: bool) -> None:
@@ -102,6 +103,7 @@ def test_each_row_and_adapter_is_as_alone(kind: str, training: bool) -> None:
     assert_each_as_alone(base, model, bank, x, ["c"] * 8)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["Linear", "Linear, DoRA", "splits", "Conv2d", "Embedding"])
 def test_every_dtype_comes_out_as_alone(kind: str, dtype: torch.dtype) -> None:

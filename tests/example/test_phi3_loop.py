@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from counting import Operations
 from phi3 import loop, packing, pretrained, tiny
 from phi3.chat_data import IGNORED, Tokens
 from phi3.errors import Diverged
 from test_phi3_packing import stretch
-from torch.nn import functional as F
 
 import lora
 
@@ -68,12 +68,42 @@ def test_how_many_steps():
     assert loop.total_steps(CONFIG | {"max_steps": 5}, steps_per_epoch=7) == 5
 
 
-def test_the_loss_is_transformers_own():
-    model, batch = adapted(), packing.collate([[stretch(12, 1), stretch(6, 2)], [stretch(15, 3)]], pad_id=2)
+# What may be done to the head: it is frozen, it trains, or it has LoRA.
+HEADS = {"frozen": {}, "trains": {"modules_to_save": ["lm_head"]}, "adapted": {"target_modules": ["lm_head", "o_proj"]}}
+
+
+@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+def test_the_loss_and_its_gradients_are_transformers_own(settings):
+    model = tiny.model()
+    lora.inject(model, **{"target_modules": ["o_proj"], "r": 4, **settings})
+    with torch.no_grad():
+        for name, parameter in model.train().named_parameters():
+            if name.endswith("lora_B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    batch = packing.collate([[stretch(12, 1), stretch(6, 2)], [stretch(15, 3)]], pad_id=2)
     # Without a cache: with one, transformers does not look at where the position ids start again.
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[:, :-1]
-    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
-    torch.testing.assert_close(loop.loss_sum(model, batch) / batch.labelled, expected)
+    parts = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "labels": batch.labels}
+    theirs = model(**parts, use_cache=False).loss
+    theirs.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    ours = loop.loss_sum(model, batch) / batch.labelled
+    ours.backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_frozen_heads_logits_are_never_all_there(head, monkeypatch):
+    model = tiny.model()
+    lora.inject(model, **{"target_modules": ["o_proj"], "r": 4, **HEADS[head]})
+    batch = packing.collate(data(), pad_id=2)
+    size = model.config.vocab_size
+    monkeypatch.setattr("lora.functional.cross_entropy._LOGITS", {"cpu": 8 * size})  # 8 rows
+    with Operations() as counted:
+        loop.loss_sum(model.train(), batch).backward()
+    assert (counted.largest < batch.labelled * size) == (head == "frozen")
+    assert batch.labelled > 8
 
 
 def test_accumulated_batches_are_one_big_batch():

@@ -170,6 +170,16 @@ def test_its_gradients_are_right_and_so_are_theirs(form, pattern, slices, dropou
 
 
 @each_pattern
+def test_each_adapter_may_have_slices_of_its_own(owners):
+    x, weight, b, _, rows = problem(owners, 9)
+    parts = None, ((0, 3), (5, 7)), ((0, 4), (5, 6)), ((4, 9),)
+    updates = [updates_of(9, slices, rank=lambda k: 2)[k] for k, slices in enumerate(parts)]
+    for form in (*FORMS, torch.no_grad()(lora_linear_rows)):
+        y = form(x, weight, b, updates, rows).detach()
+        np.testing.assert_allclose(y, dense(x, weight, b, updates, owners), rtol=1e-12, atol=1e-12)
+
+
+@each_pattern
 def test_an_adapter_that_adds_nothing_here_leaves_its_rows(owners):
     x, weight, b, updates, rows = problem(owners)
     without = [None if owner == 1 else owner for owner in owners]
@@ -278,9 +288,22 @@ def test_no_seed_is_drawn_where_another_adapter_cannot_be_fused():
     x, weight, b, updates, rows = problem([0, 1], dropout=0.5)
     drawn = []
     updates[0] = updates[0]._replace(seed=lambda: drawn.append(0) or 7)
-    updates[1] = updates[1]._replace(dropout=1e-4)  # rounds to none
-    lora_linear_rows(x, weight, b, updates, rows)
+    updates[1] = updates[1]._replace(dropout=0.9999)  # rounds to all
+    y = lora_linear_rows(x, weight, b, updates, rows)
     assert drawn == [0]
+    assert torch.equal(y[1], F.linear(x, weight, b)[1])
+
+
+@each_form
+@pytest.mark.parametrize("p", [0.25, 0.999])
+def test_dropout_keeps_what_is_expected(form, p):
+    """Also where its probability would round to 1, and torch's generator draws from the seed."""
+    x, A, B = torch.ones(2, 20_000, 1), torch.ones(1, 1), torch.ones(1, 1)
+    update = Update(A, B, 1.0, p, None, lambda: 7)
+    y = form(x, torch.zeros(1, 1), None, [update, update._replace(dropout=0.0)], Rows.of([0, 1]))
+    p = round(p * 256) / 256 if p < 0.99 else p
+    assert abs(y[0].double().mean().item() - 1) < 4 * (p / (1 - p) / 20_000) ** 0.5
+    assert torch.equal(y[1], x[1])
 
 
 def test_a_mask_is_the_same_in_both_forms():
@@ -321,6 +344,17 @@ def test_low_precision_stays_near_float64(owners, dtype, adapter):
         )  # sums of up to 20 products
 
 
+@each_pattern
+def test_each_adapter_may_have_a_dtype_of_its_own(owners):
+    x, weight, b, updates, rows = problem(owners, 48, None, len(owners), features=64, dtype=torch.float32)
+    coarse = [*updates[:1], updates[1]._replace(A=updates[1].A.bfloat16(), B=updates[1].B.bfloat16()), *updates[2:]]
+    coarse = [update._replace(scaling=1 / 3 + k) for k, update in enumerate(coarse)]
+    exact = dense(x, weight, b, coarse, owners)
+    for form in (*FORMS, torch.no_grad()(lora_linear_rows)):
+        error = np.linalg.norm(form(x, weight, b, coarse, rows).detach().double().numpy() - exact)
+        assert error / np.linalg.norm(exact) < 70**0.5 * torch.finfo(torch.float32).eps  # sums of up to 70 products
+
+
 @pytest.mark.parametrize("scaling", [64.0, 128.0])
 @pytest.mark.parametrize("form", [*FORMS, torch.no_grad()(lora_linear_rows)], ids=["fused", "plain", "at once"])
 def test_in_float16_nothing_overflows_between(form, scaling):
@@ -352,6 +386,20 @@ def test_a_trainable_weight_gets_its_gradient():
     assert ours[1] is not None
     for got, expected in zip(ours, theirs, strict=True):
         assert (got is expected is None) or torch.equal(got, expected)
+
+
+class Marked(torch.Tensor):
+    """A subclass that torch's own functions keep."""
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_subclasses_take_the_plain_form(grad):
+    x, weight, b, updates, rows = problem(PATTERNS["both"])
+    updates[0] = updates[0]._replace(A=updates[0].A.detach().as_subclass(Marked))
+    with torch.set_grad_enabled(grad):
+        y, expected = (form(x, weight, b, updates, rows) for form in FORMS)
+    assert type(y) is type(expected) is Marked
+    assert torch.equal(y, expected)
 
 
 def test_function_transforms_take_the_plain_form():
@@ -422,6 +470,18 @@ def test_it_keeps_x_and_each_h_for_backward_and_not_a_byte_more(owners, dtype, d
     assert kept == (x.numel() * bool(rows.parts) + ranks) * x.element_size()
 
 
+@pytest.mark.parametrize("trains", ["A", "B", "neither"])
+def test_of_what_does_not_train_it_keeps_nothing(trains):
+    x, weight, b, updates, rows = problem([0, 0, 1, 0], 48, None, 4, 4, features=64)
+    b.requires_grad_(False)
+    for update in updates:
+        update.A.requires_grad_(trains == "A")
+        update.B.requires_grad_(trains == "B")
+    known = weight, b, *factors_of(updates)
+    kept = kept_for_backward(lambda: lora_linear_rows(x, weight, b, updates, rows), *known)
+    assert kept == {"A": x.numel(), "B": 4 * (3 * 1 + 2), "neither": 0}[trains] * 8
+
+
 def counted(owners, count):
     """The operations of a forward and of its backward."""
     x, weight, b, updates, rows = problem(owners, 48, None, len(owners), 4, features=64, count=count, rank=lambda k: 2)
@@ -459,10 +519,10 @@ def test_scattered_rows_are_gathered_and_put_back():
     )
 
 
-def inference(owners, count, each=4, **options):
+def inference(owners, count, each=4, rank=2, **options):
     """The operations of a forward that no backward follows, but for the base's product."""
     x, weight, b, updates, rows = problem(
-        owners, 48, None, len(owners), each, features=64, count=count, rank=lambda k: 2, **options
+        owners, 48, None, len(owners), each, features=64, count=count, rank=lambda k: rank, **options
     )
     updates = [update._replace(scaling=0.5) for update in updates]
     for _ in range(2):  # once for a batch, rows are found
@@ -491,8 +551,9 @@ def test_without_a_backward_many_adapters_are_as_many_operations_as_one():
         ([0, 0, 1], 2, 500, {}),  # a copy of many rows
         ([0], 2, 4, {}),
         ([0, 1], 2, 4, {"dropout": 0.5}),
+        ([0, 1], 2, 4, {"rank": 200}),  # a copy of large A and B
     ],
-    ids=["uneven", "many", "one", "dropout"],
+    ids=["uneven", "many", "one", "dropout", "large"],
 )
 def test_without_a_backward_some_are_still_computed_one_by_one(owners, count, each, options):
     names = inference(owners, count, each, **options)

@@ -48,7 +48,7 @@ def test_beside_the_weight_there_are_three_operations_and_few_calls(bias, train)
     base_calls, base_operations = counted(nn.Linear(96, 80, bias=bias), x)
     ours, operations = counted(layer, x)
     assert operations == [*base_operations, "mm", "addmm_"]
-    assert ours - base_calls <= 58
+    assert ours - base_calls <= 56 + 6 * train  # the checks of layers that train
 
 
 # ---- which writes it notices -------------------------------------------------------------------------------------

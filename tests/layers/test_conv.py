@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import assert_equation, plain_twin, randomised, with_float32_adapter
+from counting import Operations
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
 
 import lora
+from lora.layers import conv
 
 CONVOLUTIONS = {1: lora.Conv1d, 2: lora.Conv2d, 3: lora.Conv3d}
 TORCHS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -203,3 +205,65 @@ def test_a_rank_that_groups_do_not_divide_raises_and_repeats_both():
 def test_torchs_own_errors_are_torchs():
     with pytest.raises(ValueError, match="in_channels must be divisible by groups"):
         lora.Conv2d(3, 6, 3, r=2, groups=2)
+
+
+# ---- loralib's form, by filters of its own -----------------------------------------------------------------------
+
+WIDE = {1: 11, 2: 47, 3: 47}  # more than five times as many channels as filters: 2, 9 and 9
+
+
+def wide(n, out_channels=None, **settings):
+    """A layer whose channels are no multiple of what its B A has in them; and an input."""
+    cls, r = CONVOLUTIONS[n], 2 if n == 1 else 1
+    layer = cls(5, out_channels or WIDE[n], 3, r=r, lora_alpha=3, padding=1, stride=2, **settings)
+    return randomised(layer), torch.randn(2, 5, *[7] * n, dtype=layer.weight.dtype)
+
+
+@each_dimension
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_of_wide_layers_it_is_computed_by_filters_and_the_gradients_are_the_same(n, dropout):
+    layer, x = wide(n, dtype=torch.float64, lora_dropout=dropout)
+    layer.eval() if dropout else layer.train()  # in eval with gradients it is computed in the same way
+    x.requires_grad_()
+    wanted = x, layer.lora_A, layer.lora_B
+    plain = layer.lora_forward_with(
+        x, layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A).view_as(layer.weight)
+    )
+    dy = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, wanted, dy)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), wanted, dy), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_channels", "by_filters"),
+    [
+        *((torch.float32, 45, False), (torch.float32, 46, True)),
+        *((torch.bfloat16, 9, False), (torch.bfloat16, 10, True)),
+    ],
+)
+def test_by_filters_where_there_are_few_of_them_for_the_channels(monkeypatch, dtype, out_channels, by_filters):
+    layer, x = wide(2, out_channels, dtype=dtype)
+    used = []
+    monkeypatch.setattr(conv, "lora_conv", lambda *args: used.append(args) or torch.zeros(()))
+    layer(x)
+    assert bool(used) == by_filters
+
+
+def test_by_filters_a_step_takes_less_arithmetic_than_a_gradient_of_the_weight():
+    layer, x = wide(2, 128)
+    with Operations() as forward:
+        layer(x)
+    assert forward.names.count("convolution") == 2
+    y, kernel, filters = layer(x).numel(), layer.weight[0].numel(), 9
+    assert forward.flops == 2 * (y * kernel + y // 128 * filters * kernel + y * filters)
+    assert max(forward.made) < 4 * max(layer(x).numel(), layer.weight.numel()), "no second weight"
+
+
+def test_by_filters_with_dropout_the_values_of_one_mask_are_dropped():
+    layer, x = wide(2, dtype=torch.float64, lora_dropout=0.5)
+    A, B = layer.lora_single(layer.lora_A.detach(), layer.lora_B.detach())
+    outputs = {tuple((layer.train()(x) - layer.eval()(x)).flatten().tolist()) for _ in range(3)}
+    assert len(outputs) == 3
+    assert A.shape == (9, 5, 3, 3)
+    assert B.shape == (47, 9, 1, 1)

@@ -95,6 +95,17 @@ def test_the_merged_state_dict_is_that_of_the_merged_model(kind):
     assert torch.equal(merged, after["0.weight"])
 
 
+def test_weights_that_were_rounded_in_inference_mode_can_be_trained():
+    model, _, _ = made("Linear", torch.bfloat16)
+    seen = batches()
+    with torch.inference_mode():
+        state = lora.merged_state_dict(model, seen)
+        lora.merge(model, seen)
+    assert not state["0.weight"].is_inference()
+    assert not model[0].weight.is_inference()
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
 def test_a_whole_model_computes_what_it_did_to_less():
     """Against the exact W in float64, on inputs of which the merge has seen none."""
     torch.manual_seed(1)
@@ -229,6 +240,7 @@ def test_the_model_runs_as_it_will_serve_and_has_its_modes_and_statistics_after(
     before = snapshot(model)
     assert torch.equal(lora.merged_state_dict(model, seen)["2.weight"], expected)
     assert snapshot(model) == before
+    assert model[2]._merged is None  # the weight that `eval()` serves from is no longer than that
     lora.merge(model, seen)
     assert [module.training for module in model] == [True, True, True, False]
     assert torch.equal(model[2].weight, expected)
