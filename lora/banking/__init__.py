@@ -132,7 +132,8 @@ class Bank(MutableMapping[str, Adapter]):
     def use(self, name: str | None) -> Choice:
         """Within ``with bank.use(name):`` all rows have this adapter; with None they have none, as in the base model.
 
-        The block is its caller's: other threads and tasks choose for themselves.
+        The block is its caller's: other threads and tasks choose for themselves. (A compiled model knows no callers, but
+        the block that was entered last.)
 
         Raises:
             ValueError: there is no such adapter.

@@ -142,7 +142,7 @@ class Adapters:
         known: the adapters by name, in order, each with its seeds.
         room: for how many different adapters in a batch a compiled model has room; None for no room.
         max_r: the rank that all adapters are filled up to, where there is room.
-        layers: the layers of the bank, as keys.
+        layers: the layers of the bank, as keys; and others, which were.
         open: the blocks that are open, whoever entered them: a compiled model knows no callers.
         is_watched: whether a compiler has looked, and is to be told of blocks.
         version: a number that changes when adapters come or go.
@@ -162,13 +162,13 @@ class Adapters:
 
     def changed(self) -> None:
         """Called when adapters came or went."""
-        self.layers = {layer: None for layer in self.layers if vars(layer).get("lora_bank") is self}
         self.version += 1
         self.tell()
 
     def tell(self) -> None:
         """Let a compiled model know the innermost open block."""
         if self.is_watched:
+            self.layers = {layer: None for layer in self.layers if vars(layer).get("lora_bank") is self}
             tell(self, self.open[-1] if self.open else None)
 
     def watch(self) -> None:

@@ -91,8 +91,13 @@ def test_rows_names_and_adapters_of_one_layer_come_and_go_in_two_graphs():
     check(base, bank, compiled, x, None)
     bank["c"] = config(1, ["0"])
     del bank["a"]
+    with pytest.raises(ValueError, match=r"`max_r` .=3. must be at least its rank, 4"):
+        bank["d"] = config(4, ["0"])
     check(base, bank, compiled, x, ["b", None, "c"])
     check(base, bank, compiled, x, "c")
+    spares = [spare for spares in model[0].lora_slots.spares.values() for spare in spares]
+    assert spares
+    assert all(parameter.grad is None for spare in spares for parameter in spare.parameters())
     assert compiled.times == 2  # one for all rows, one for each row its own
 
 
@@ -344,6 +349,27 @@ def test_lora_disabled_copies_and_what_is_left_when_the_bank_is_taken_out():
     bank.keep("b")
     torch.testing.assert_close(compiled(x), model(x))
     assert lora.adapter_of(model).modules["0"]["r"] == 3
+
+
+@pytest.mark.slow
+def test_blocks_of_a_model_that_are_compiled_one_by_one_share_their_graphs():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(12))).double()
+    bank = lora.bank(model, {"a": config(2, "all-linear"), "b": config(3, "all-linear")}, room=2, max_r=4)
+    blocks = {"rows": lambda: bank.rows(["a", None, "b"]), "all": lambda: bank.use("b")}
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    expected = {}
+    for name, block in blocks.items():
+        with block():
+            expected[name] = model(x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    for module in model:
+        module.compile(fullgraph=True, backend=counter)
+    for name, block in blocks.items():
+        with block():
+            torch.testing.assert_close(model(x), expected[name])
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow
