@@ -70,8 +70,8 @@ def loss_sum(model: nn.Module, batch: Batch, reduction: str = "sum") -> Tensor:
     return head_loss(model.lm_head, hidden[:, :-1][labelled], targets[labelled], reduction)
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-    """Cross-entropy of these rows of hidden states, (labelled tokens, hidden_size), summed or not.
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of these rows of hidden states, (labelled tokens, hidden_size).
 
     A frozen head's logits, by far the largest tensor of a step, are never there all at once, nor kept for backward.
     """

@@ -15,12 +15,12 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.base import describe_tensor, own_tensors
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter
-from lora.banking.choice import Adapters, Choice, nested
+from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
-from lora.errors import Problems, is_count, raise_all, short, some
+from lora.errors import Problems, raise_all, short, some
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import with_parts
@@ -100,7 +100,7 @@ def bank(
     """
     made = Bank(model, check_base)
     if (room, max_r) != (None, None):
-        made._make_room(room, max_r)
+        made._adapters.make_room(room, max_r, not made._layers())
     made._put(adapters or {}, model)
     return made
 
@@ -129,19 +129,19 @@ class Bank(MutableMapping[str, Adapter]):
 
     # ---- choosing --------------------------------------------------------------------------------------------
 
-    def use(self, name: str | None) -> Choice:
+    def use(self, name: str | None) -> Block:
         """Within ``with bank.use(name):`` all rows have this adapter; with None they have none, as in the base model.
 
-        The block is its caller's: other threads and tasks choose for themselves. (A compiled model knows no callers, but
-        the block that was entered last.)
+        The block is its caller's: other threads and tasks choose for themselves. (A compiled model knows no
+        callers, but the block that was entered last.)
 
         Raises:
             ValueError: there is no such adapter.
         """
         raise_all("use: no adapter is chosen", self._unknown([name]))
-        return Choice(self._adapters, name)
+        return Block(Choice(self._adapters, name, everyone=self._in_step()))
 
-    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Choice:
+    def rows(self, names: Sequence[Any] | Tensor, per: str = "row", flattened: bool = False) -> Block:
         """Within ``with bank.rows(names):`` each row of the batch has the adapter of its name.
 
         Rows that stand side by side are computed without a copy of them: batches that are sorted by adapter are
@@ -178,7 +178,7 @@ class Bank(MutableMapping[str, Adapter]):
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = [places.get(called[value]) for value in given]
-        return Choice(self._adapters, None, owners, order, shape, per, flattened)
+        return Block(Choice(self._adapters, None, owners, order, shape, per, flattened, self._in_step()))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
         known = self._adapters.known
@@ -220,8 +220,10 @@ class Bank(MutableMapping[str, Adapter]):
         view = _as_it_is(self._view(name, "load")).model
         adapter, problems = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
         raise_all(f"load: {name!r} stays as it is", problems)
-        load_adapter(view, adapter, check_base=self._check_base)
-        self._adapters.changed()
+        try:
+            load_adapter(view, adapter, check_base=self._check_base)
+        finally:
+            self._adapters.changed()
 
     def keep(self, name: str | None) -> None:
         """Leave one adapter in the model, as its only one, or none, and take out all others: the bank is empty then.
@@ -296,6 +298,11 @@ class Bank(MutableMapping[str, Adapter]):
             self._own = found[0] if found else self._own
         return self._own
 
+    def _in_step(self) -> bool:
+        """Whether FSDP2 reduces the gradients of all ranks in step."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return distributed and any(map(weights.is_fully_sharded, self._model.modules()))
+
     def _layers(self) -> list[Any]:
         return [layer for layer in with_parts(self._model.modules()) if isinstance(layer, Banked)]
 
@@ -322,24 +329,9 @@ class Bank(MutableMapping[str, Adapter]):
         yield from own_forward_problems(losing, names)
         yield from resized_problems(self._model)
 
-    def _make_room(self, room: int | None, max_r: int | None) -> None:
-        with Problems("bank: nothing was changed") as problems:
-            for name, value, other in (("room", room, "max_r"), ("max_r", max_r, "room")):
-                if not is_count(value) or value == 0:
-                    problems.add(
-                        f"`{name}` must be an integer of at least 1, as `{other}` is given; got {short(value)}."
-                    )
-            has = self._adapters.room, self._adapters.max_r
-            if self._layers() and has != (room, max_r):
-                problems.add(
-                    f"this model's bank was made with `room` {has[0]} and `max_r` {has[1]}, and not with {room} and "
-                    f"{max_r}; `bank.keep(None)` takes it out."
-                )
-        self._adapters.room, self._adapters.max_r = room, max_r
-
     def _put(self, sources: Mapping[str, Any], given: nn.Module) -> None:
         what = "bank: nothing was changed"
-        model, known = self._model, self._adapters.known
+        model, adapters = self._model, self._adapters
         layers = lora_layers(model, "bank", none=True, several=True)
         with self._undone() as undo, undo:
             views: dict[str, View] = {}
@@ -359,7 +351,7 @@ class Bank(MutableMapping[str, Adapter]):
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
                     unseat(layer, name)
-            new: list[Any] = [layer for name, view in views.items() for layer in self._seat(name, view)]
+            new: list[Any] = [layer for name, view in views.items() for layer in _seat(adapters, name, view)]
             names = names_of(model)
             for layer in new:
                 layer.lora_called(names[layer][0])
@@ -367,8 +359,8 @@ class Bank(MutableMapping[str, Adapter]):
             remember_values(names)
             raise_all(what, let_read(names))
             let_divide(names)
-            self._adapters.known = known | {name: self._adapters.seeds_of(name) for name in views}
-        self._adapters.changed()
+            adapters.known = adapters.known | {name: adapters.seeds_of(name) for name in views}
+        adapters.changed()
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:
         """Give a view an adapter; what is wrong with it."""
@@ -389,16 +381,17 @@ class Bank(MutableMapping[str, Adapter]):
             found = [line.removeprefix("  - ") for line in lines[1:] or lines]
         yield from found
 
-    def _seat(self, name: str, view: View) -> Iterator[LoRALayer]:
-        """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
-        for twin, module in view.of.items():
-            if originals(twin):
-                vars(module).setdefault("lora_originals", originals(twin))
-        for adapted, module, parameter in adapted_in(view):
-            layer, is_new = banked(module, parameter, self._adapters)
-            seat(layer, name, adapted)
-            if is_new:
-                yield layer
+
+def _seat(adapters: Adapters, name: str, view: View) -> Iterator[LoRALayer]:
+    """Give the model's layers the adapter that a view got; those that have become layers of the bank."""
+    for twin, module in view.of.items():
+        if originals(twin):
+            vars(module).setdefault("lora_originals", originals(twin))
+    for adapted, module, parameter in adapted_in(view):
+        layer, is_new = banked(module, parameter, adapters)
+        seat(layer, name, adapted)
+        if is_new:
+            yield layer
 
 
 def _as_it_is(view: View) -> View:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora.banking.traced import tell
+from lora.errors import Problems, is_count, short
 from lora.functional.rows import Rows
 from lora.layers.replay import Replays
 from lora.layers.switch import of_caller
@@ -25,8 +26,8 @@ from lora.layers.switch import of_caller
 _entered: ContextVar[tuple[Choice, ...]] = ContextVar("lora_bank", default=())
 
 
-class Choice(AbstractContextManager["Choice"]):
-    """One block in which adapters are chosen: one for all rows, or one for each.
+class Choice:
+    """Which adapters are chosen in a block: one for all rows, or one for each.
 
     Attributes:
         adapters: of which bank.
@@ -37,6 +38,9 @@ class Choice(AbstractContextManager["Choice"]):
         shape: that of the rows' adapters, as they were given.
         per: what these are the adapters of: "row" or "token".
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
+        everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
+            step, and on another rank it may have some.
+        is_open: whether the block was entered, and has not been left.
     """
 
     def __init__(
@@ -48,26 +52,12 @@ class Choice(AbstractContextManager["Choice"]):
         shape: tuple[int, ...] = (),
         per: str = "row",
         flattened: bool = False,
+        everyone: bool = False,
     ) -> None:
         self.adapters, self.name, self.order, self.shape = adapters, name, order, shape
         self.owners, self.rows = owners, None if owners is None else Rows.of(owners)
-        self.per, self.flattened = per, flattened
+        self.per, self.flattened, self.everyone = per, flattened, everyone
         self.is_open = False
-
-    def __enter__(self) -> Choice:
-        if self.is_open:
-            raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
-        self.is_open = True
-        _entered.set((*filter(_is_open, _entered.get()), self))
-        self.adapters.open = (*self.adapters.open, self)
-        self.adapters.tell()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.is_open = False
-        _entered.set(tuple(filter(_is_open, _entered.get())))
-        self.adapters.open = tuple(filter(_is_open, self.adapters.open))
-        self.adapters.tell()
 
     @property
     def count(self) -> int:
@@ -103,6 +93,40 @@ class Choice(AbstractContextManager["Choice"]):
             'of each token, with `bank.rows(names, per="token")`, or that they stand row by row, with '
             "`bank.rows(names, flattened=True)`; `bank.use(name)` is for one adapter in all rows."
         )
+
+
+class Block(AbstractContextManager[Choice]):
+    """One `with bank.rows(…)` or `with bank.use(…)`: left whole, wherever an interruption comes."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+    def __enter__(self) -> Choice:
+        if self.choice.is_open:
+            raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
+        try:
+            self.choice.is_open = True
+            _entered.set((*filter(_is_open, _entered.get()), self.choice))
+            self.choice.adapters.traced_blocks += (self.choice,)
+            self.choice.adapters.tell()
+        except BaseException:
+            self.choice.is_open = False
+            raise
+        return self.choice
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.choice.is_open = False
+            _entered.set(tuple(filter(_is_open, _entered.get())))
+            self.choice.adapters.tell()
+        except BaseException:
+            self.choice.is_open = False
+            raise
+
+    def __del__(self) -> None:
+        choice: Choice | None = vars(self).get("choice")
+        if choice is not None:
+            choice.is_open = False  # an interruption came before `__exit__` could begin
 
 
 def _is_open(choice: Choice) -> bool:
@@ -142,41 +166,60 @@ class Adapters:
         known: the adapters by name, in order, each with its seeds.
         room: for how many different adapters in a batch a compiled model has room; None for no room.
         max_r: the rank that all adapters are filled up to, where there is room.
-        layers: the layers of the bank, as keys; and others, which were.
-        open: the blocks that are open, whoever entered them: a compiled model knows no callers.
-        is_watched: whether a compiler has looked, and is to be told of blocks.
-        version: a number that changes when adapters come or go.
+        traced_layers: the layers of the bank, as keys; and others, which were.
+        traced_blocks: the blocks that are open, whoever entered them: a compiled model knows no callers.
+        traced_version: a number that is another when layers or their adapters have changed.
+        is_traced: whether a compiler has looked, and is to be told of blocks.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, Seeds] = {}
         self.room: int | None = None
         self.max_r: int | None = None
-        self.layers: dict[Any, None] = {}
-        self.open: tuple[Choice, ...] = ()
-        self.is_watched = False
-        self.version = 0
+        self.traced_layers: dict[Any, None] = {}
+        self.traced_blocks: tuple[Choice, ...] = ()
+        self.is_traced = False
+        self.traced_version = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"layers": {}, "open": (), "is_watched": False}  # layers enter themselves again
+        return vars(self) | {
+            "traced_layers": {},
+            "traced_blocks": (),
+            "is_traced": False,
+        }  # layers enter themselves again
+
+    def make_room(self, room: int | None, max_r: int | None, is_new: bool) -> None:
+        """Set `room` and `max_r` of a bank that is new; ValueError if they are no such numbers, or not those it has."""
+        with Problems("bank: nothing was changed") as problems:
+            for name, value, other in (("room", room, "max_r"), ("max_r", max_r, "room")):
+                if not is_count(value, 1):
+                    given = short(value)
+                    problems.add(f"`{name}` must be an integer of at least 1, as `{other}` is given; got {given}.")
+            if not is_new and (room, max_r) != (self.room, self.max_r):
+                problems.add(
+                    f"this model's bank was made with `room` {self.room} and `max_r` {self.max_r}, and not with {room} "
+                    f"and {max_r}; `bank.keep(None)` takes it out."
+                )
+        self.room, self.max_r = room, max_r
 
     def changed(self) -> None:
         """Called when adapters came or went."""
-        self.version += 1
+        self.traced_version += 1
         self.tell()
 
     def tell(self) -> None:
         """Let a compiled model know the innermost open block."""
-        if self.is_watched:
-            self.layers = {layer: None for layer in self.layers if vars(layer).get("lora_bank") is self}
-            tell(self, self.open[-1] if self.open else None)
+        self.traced_blocks = tuple(filter(_is_open, self.traced_blocks))
+        if self.is_traced:
+            self.traced_layers = {layer: None for layer in self.traced_layers if vars(layer).get("lora_bank") is self}
+            tell(self, self.traced_blocks[-1] if self.traced_blocks else None)
 
     def watch(self) -> None:
         """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
-        if not self.open:
+        if not any(map(_is_open, self.traced_blocks)):
             raise self._none_chosen()
-        if not self.is_watched:
-            self.is_watched = True
+        if not self.is_traced:
+            self.is_traced = True
             self.tell()
 
     # A compiler is to run it, not to follow it. `torch.compiler.assume_constant_result` sets this as well, and imports

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lora.banking.choice import Choice
+from lora.banking.choice import Block, Choice
 from lora.banking.layouts import LAYOUTS, Axis
 from lora.errors import instance, with_article
 from lora.functional.rows import Rows
@@ -304,7 +304,7 @@ def with_one(
     drawing: AbstractContextManager[None] = nullcontext()
     if name is not None and module.training:
         drawing = seeded(choice.adapters.known[name].next(), next(module.parameters()).device)
-    with Choice(choice.adapters, name), drawing:
+    with Block(Choice(choice.adapters, name, everyone=choice.everyone)), drawing:
         return method(*args, **kwargs)
 
 

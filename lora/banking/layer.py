@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.banking.choice import Adapters, Choice, Seeds
 from lora.banking.divided import divide, with_one
 from lora.banking.traced import traced_forward
-from lora.errors import some
+from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
@@ -24,6 +24,9 @@ from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
+from lora.layers.undo import undo_on_error
+from lora.layers.vocabulary import WithVocabulary
+from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
 _STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors", "lora_slots"
@@ -60,7 +63,7 @@ class Banked(LoRALayer):
             return traced_forward(self, input, *args, **kwargs)
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
-        choice = self.lora_bank.chosen(input.device)
+        choice = self._chosen(input.device)
         if choice.rows is not None:
             return self.lora_mixed(choice, input, *args, **kwargs)
         seat = None if choice.name is None else self.lora_seats.get(choice.name)
@@ -68,6 +71,14 @@ class Banked(LoRALayer):
             return self.lora_base_forward(input, *args, **kwargs)
         output: Tensor = seat.lora_layer_forward(input, *args, **kwargs)
         return output
+
+    def _chosen(self, device: torch.device) -> Choice:
+        choice = self.lora_bank.chosen(device)
+        if choice.everyone and torch.is_grad_enabled():
+            for _, parameter in self.lora_parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return choice
 
     def lora_mixed(self, choice: Choice, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b once, and each adapter's update for its own rows."""
@@ -78,6 +89,11 @@ class Banked(LoRALayer):
         lead = self._lead(input)
         rows = choice.rows_of(input.shape[:lead], self.lora_name)
         seats = {number: self.lora_seats.get(choice.order[number]) for number, *_ in rows.parts}
+        if is_sharded(input):
+            raise RuntimeError(
+                f"{self.lora_name}: its input is divided among ranks ({instance(input)}), and rows of several adapters "
+                "are not; use `bank.use(name)` here."
+            )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
         for seat in filter(None, seats.values()):
@@ -139,7 +155,7 @@ class Banked(LoRALayer):
         weight: Tensor = self.weight
         if self.lora_is_off():
             return weight
-        choice = self.lora_bank.chosen(weight.device)
+        choice = self._chosen(weight.device)
         if choice.rows is not None:
             if not self.lora_present(choice):
                 return weight
@@ -169,17 +185,25 @@ class Banked(LoRALayer):
         """Nothing: each seat follows for itself, when it is told the size."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(self, WithVocabulary) and name == self.lora_counted[0]):
+            return self._set(name, value)
+        seats = [*self.lora_seats.values()]  # which follow, or refuse
+        with undo_on_error([self, *seats], [seat.lora_magnitude for seat in seats if seat.use_dora]) as undo, undo:
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "__class__":
             return
         plain = not isinstance(value, (Tensor, nn.Module))
         for seat in self.lora_seats.values():
-            self.lora_bank.version += name != "training"
             if name == "weight" or name.startswith(PARAMETERS):
                 seat._merged = seat._squares = seat._norms = None
                 seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
             elif plain and name not in _KEPT:
                 setattr(seat, name, value)
+        if self.lora_seats and name != "training":
+            self.lora_bank.traced_version += 1
 
     def train(self, mode: bool = True) -> Banked:
         super().train(mode)
@@ -190,12 +214,12 @@ class Banked(LoRALayer):
     def lora_applied(self, fn: Any) -> Any:
         for seat in self.lora_seats.values():
             seat._merged = seat._squares = seat._norms = seat._checked = None
-        self.lora_bank.version += 1
+        self.lora_bank.traced_version += 1
         return super().lora_applied(fn)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self.lora_bank.layers[self] = None
+        self.lora_bank.traced_layers[self] = None
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("nn.DataParallel cannot replicate a bank of adapters; use DistributedDataParallel.")

@@ -40,7 +40,7 @@ def banked(module: Any, parameter: str | None, adapters: Adapters) -> tuple[Any,
     vars(layer).update(lora_seats={}, lora_bank=adapters, lora_injected=True)
     layer.lora_called("")
     vars(layer).update(lora_base_tensors=tuple(layer._parameters))
-    adapters.layers[layer] = None
+    adapters.traced_layers[layer] = None
     if isinstance(layer, Part):
         enter_part(layer)
     return layer, True

@@ -52,7 +52,7 @@ class Slots:
 
     Attributes:
         per: for what `ids` are: "all" rows, each "row", each "token"; or "", where no block is open.
-        flattened: as `Choice.flattened`.
+        flattened, in_step: as `Choice.flattened` and `Choice.everyone`.
         ids: the number of each row's adapter. One more than there are is none.
         index: the place in `present` of each number; one more than there are for adapters that are not in this layer.
         present: the slots that a forward computes with: twins of seats, or spare ones in their places.
@@ -62,6 +62,7 @@ class Slots:
 
     per: str = ""
     flattened: bool = False
+    in_step: bool = False
     ids: Tensor
     index: Tensor
     stacks: bool = False
@@ -70,7 +71,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.present: Sequence[Any] = ()
-        self.told: tuple[Any, ...] = ()  # what the rest was made for: the bank's version and room first
+        self.told: tuple[Any, ...] = ()  # what the rest was made for: the bank's adapters, version and room first
         self.seats: dict[str, Any] = {}  # by name, in the bank's order
         self.forms: dict[str, Any] = {}  # of the seats
         self.twins: dict[str, Any] = {}  # of seats
@@ -99,6 +100,8 @@ def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tens
         return y
     layer.lora_bank.watch()
     slots: Slots = layer.lora_slots
+    if slots.in_step:
+        raise RuntimeError(f"{layer.lora_name}: is sharded by FSDP2, and cannot be compiled with a bank of adapters.")
     where = slots.index.index_select(0, slots.ids.reshape(-1)).view(slots.ids.shape)
     if slots.per != "all":
         where = _fitted(layer, slots, where, input)
@@ -216,7 +219,7 @@ def tell(adapters: Any, choice: Any) -> None:
         choice: the block; None if none is open.
     """
     if choice is None:
-        for layer in adapters.layers:
+        for layer in adapters.traced_layers:
             slots_of(layer).per = ""
         return
     if choice.owners is None:
@@ -231,13 +234,13 @@ def tell(adapters: Any, choice: Any) -> None:
     numbers = [ranks.get(name, count) for name in order]
     names = {number: name for number, name in zip(numbers, order, strict=True) if name in ranks}
     values = [count if owner is None else numbers[owner] for owner in owners]
-    told = adapters.version, room, size, *names.items()
+    told = adapters.known, adapters.traced_version, room, size, *names.items()
     ids: dict[torch.device, Tensor] = {}
     indices: dict[Any, Tensor] = {}
-    for layer in adapters.layers:
+    for layer in adapters.traced_layers:
         slots, device = slots_of(layer), layer.weight.device
         if slots.told != told:
-            if slots.told[:2] != told[:2]:
+            if slots.told[:3] != told[:3]:
                 _renew(layer, slots, known, room)
             index = _place(layer, slots, names, count, size)
             if (device, index) not in indices:
@@ -246,7 +249,7 @@ def tell(adapters: Any, choice: Any) -> None:
             slots.index, slots.told = indices[device, index].detach(), told
         if device not in ids:
             ids[device] = torch.tensor(values, device=device).view(shape)
-        slots.per, slots.ids, slots.flattened = per, ids[device], choice.flattened
+        slots.per, slots.ids, slots.flattened, slots.in_step = per, ids[device], choice.flattened, choice.everyone
 
 
 def slots_of(layer: Any) -> Slots:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 
 from lora.banking.layer import Banked
+from lora.layers import weights
 from lora.layers.in_place import twin_of
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import forget_parts, parts_of
@@ -35,6 +36,7 @@ class View(NamedTuple):
 
 def view_of(model: nn.Module, name: str | None = None) -> View:
     """A model with the adapter of this name in the place of its bank; with None the model without any."""
+    weights.reshard(model)  # FSDP2 may have left whole parameters in its own's places
     twins = {module: _twin(module, name) for module in model.modules()}
     for module, twin in twins.items():
         if twin is not seat_of(module, name):
@@ -63,6 +65,8 @@ def _twin(module: nn.Module, name: str | None) -> Any:
     forget_children(twin)
     let_read_no_more(twin)
     forget_parts(twin)
+    if weights.is_fully_sharded(module):
+        own["reshard"] = module.reshard  # by its state, which FSDP2 knows of the module itself alone
     if isinstance(twin, Banked):
         own["lora_place"] = None
         twin.lora_remove()

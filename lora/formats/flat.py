@@ -247,7 +247,12 @@ def reads(path: Path) -> bool:
 
 def _is_known(name: str) -> bool:
     flat = name.rpartition(".")[2] in PARAMETERS  # loralib's
-    return flat or _other(name) is not None or any(s.parts[part].search(name) for s in _STYLES for part in PARAMETERS)
+    return (
+        flat
+        or bool(loralib.OF_A_BANK.search(name))
+        or _other(name) is not None
+        or any(s.parts[part].search(name) for s in _STYLES for part in PARAMETERS)
+    )
 
 
 def is_torchs(path: Path) -> bool:

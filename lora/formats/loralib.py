@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from lora.adapters.adapter import PARAMETERS, Adapter, ModuleAdapter
 from lora.adapters.base import Base
-from lora.errors import AdapterError, join, raise_all
+from lora.errors import AdapterError, join, raise_all, some
 from lora.layers.settings import scaling_of
 
 #: The kind of layer is in the model only: A and B of a linear layer and of a convolution may look the same.
 KIND = "loralib"
+#: What A and B of a bank's adapters are called in a state dict, and the adapter's name there.
+OF_A_BANK = re.compile(r"(?:^|[._])lora_[AB]_([^.]+)$")
 
 
 def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float | None) -> Adapter:
@@ -27,7 +30,8 @@ def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float
         owner, _, part = key.rpartition(".")
         if part in PARAMETERS:
             pairs.setdefault(owner, {})[part] = full.pop(key)
-    problems = list(_problems(pairs, lora_alpha))
+    banked = dict.fromkeys(found[1] for found in map(OF_A_BANK.search, tensors) if found)
+    problems = [_of_a_bank(banked)] if banked else list(_problems(pairs, lora_alpha))
     for key in [key for key in full if _of_layer(key, pairs) != key]:
         if _of_layer(key, pairs) in full:
             problems.append(f"{key} and {_of_layer(key, pairs)} are one parameter in loralib; the file has both.")
@@ -37,6 +41,13 @@ def from_state_dict(path: Path, tensors: Mapping[str, Tensor], lora_alpha: float
     modules = {name: _settings(pair["lora_B"].shape[1], lora_alpha) for name, pair in pairs.items()}
     adapters = {join(name, part): tensor for name, pair in pairs.items() for part, tensor in pair.items()}
     return Adapter(modules, {**adapters, **full}, list(full), format="loralib")
+
+
+def _of_a_bank(names: Collection[str]) -> str:
+    return (
+        f"it is the state dict of a model with a bank of adapters ({some(names, len(names))}), without scaling; load "
+        "it into such a model (`load_state_dict`), and write one as a file (`bank.save(name, path)`)."
+    )
 
 
 def _of_layer(key: str, pairs: Mapping[str, object]) -> str:

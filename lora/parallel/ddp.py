@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lora.errors import instance
 from lora.functional.fused import is_plain
 from lora.layers.layer import LoRALayer
+from lora.layers.parts import with_parts
 from lora.layers.weights import is_sharded
 from lora.models.model import OBSTACLES, UNREADABLE
 
@@ -85,9 +86,9 @@ def _check(layer: Any, wrapper: DistributedDataParallel) -> None:
             + "\nPut LoRA in, unfreeze and cast first, then wrap the model; or wrap its `.module` again now."
         )
     modules: list[nn.Module] = [layer, *wrapper.module.modules()]
-    for module in modules:
-        if isinstance(module, LoRALayer):
-            vars(module)["_checked"] = InStep(wrapper, module)
+    for module in with_parts(modules):
+        for one in (module, *module.lora_seats.values()) if isinstance(module, LoRALayer) else ():
+            vars(one)["_checked"] = InStep(wrapper, one)
 
 
 def wrapped(names: Mapping[nn.Module, Sequence[str]]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel as _Colwise
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import RowwiseParallel as _Rowwise
 
-from lora.errors import instance, raise_all
+from lora.errors import instance, raise_all, some
 from lora.layers import weights
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.layer import LoRALayer
@@ -221,6 +221,12 @@ def local_forward(layer: Any, table: Mapping[type[LoRALayer], type[LocalForward]
 def _problems(layer: Any, known: bool, sums: bool, mesh: DeviceMesh) -> Iterator[str]:
     if mesh.ndim != 1:
         yield f"the mesh must have one dimension, got {mesh.ndim}: pass a part of it, `mesh['tp']` say."
+    if layer.lora_seats:
+        names = some(layer.lora_seats, len(layer.lora_seats))
+        yield (
+            f"it has a bank of adapters ({names}), which are not divided; leave one in the model, `bank.keep(name)`, "
+            "or shard it by `fully_shard`."
+        )
     if not known:
         yield "only linear layers and embeddings can be tensor-parallel."
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):

@@ -3,10 +3,15 @@
 import copy
 import io
 import pickle
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
+from cli_model import run
 from interruptions import whole
 from torch import nn
 from toy_model import IDS, Model
@@ -488,6 +493,27 @@ def test_state_dicts_hold_all_adapters_strictly():
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
 
 
+def as_torch_file(state, path):
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("write", [as_torch_file, safetensors.torch.save_file], ids=["torch", "safetensors"])
+def test_a_state_dict_is_told_from_an_adapter(write, tmp_path, capsys):
+    model, bank = banked()
+    path = tmp_path / "state"
+    write(model.state_dict(), path)
+    words = r"state dict of a model with a bank of adapters \(.*bob.*\).*`load_state_dict`.*`bank.save\(name, path\)`"
+    with pytest.raises(lora.AdapterError, match=words):
+        lora.read_adapter(path, lora_alpha=2)
+    code, _, said = run(capsys, "inspect", path)
+    assert code != 0
+    assert re.search(words, said.replace("\n", " "))
+    bank.save("bob", path)
+    code, out, _ = run(capsys, "inspect", path)
+    assert code == 0
+    assert "layers.0.mlp.up_proj" in out
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_casts_reach_every_adapter(dtype):
     model, bank = banked()
@@ -610,3 +636,136 @@ def test_statistics_that_training_moved_are_in_the_file_and_given_back(tmp_path)
         refused(plain, call, ValueError, "1.running_mean: is in the adapter", "1.running_var")
     bank.keep(None)
     assert torch.equal(model(x), norms().eval()(x))
+
+
+def test_a_vocabulary_is_resized_for_all_adapters_or_for_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4))
+    configs = {"a": config("0", r=2), "b": config("0", r=1, use_dora=True)}
+    bank = lora.bank(model, configs)
+    ones = {}
+    for name in bank:
+        ones[name] = nn.Sequential(nn.Embedding(6, 4))
+        ones[name].load_state_dict({"0.weight": model[0].weight})
+        lora.load_adapter(ones[name], bank[name])
+    grown = torch.cat([model[0].weight.detach(), torch.randn(2, 4)])
+    for each in (model, *ones.values()):
+        each[0].weight.data = grown.clone()
+        each[0].num_embeddings = 8
+    ids = torch.arange(8)
+    assert all(torch.equal(output_of(model, bank, name, ids), ones[name](ids)) for name in bank)
+    model[0].weight.data = grown[:5].clone()  # too few for b's magnitudes; a could follow
+    refused(model, partial(setattr, model[0], "num_embeddings", 5), ValueError, "cannot follow")
+
+
+def output_of(model, bank, name, x):
+    with bank.use(name):
+        return model(x)
+
+
+# ---- whose choice it is, and who has none ---------------------------------------------------------------------------
+
+
+def test_disabled_is_the_base_whatever_is_chosen():
+    model, bank = banked()
+    base = output(plain())
+    with lora.disabled(model), torch.no_grad():
+        assert torch.equal(model(IDS), base)  # without a choice, too
+        with bank.use("bob"):
+            assert torch.equal(model(IDS), base)
+        with bank.rows(["alice", None]):
+            assert torch.equal(model(IDS), base)
+        assert torch.equal(output(copy.deepcopy(model)), base)
+    y = output(model, bank, "bob")
+    assert not torch.equal(y, base)
+    with bank.use("bob"), torch.no_grad(), lora.disabled(model):
+        assert torch.equal(model(IDS), base)
+    with bank.use("alice"), lora.disabled(model.layers[0]):  # of a part
+        assert not torch.equal(output(model, bank, "alice"), base)
+
+
+def in_turns(*steps):
+    """Run each in a thread of its own, all within their blocks at once; what they return."""
+    barrier = threading.Barrier(len(steps), timeout=60)
+    with ThreadPoolExecutor(len(steps)) as pool:
+        return [future.result() for future in [pool.submit(step, barrier.wait) for step in steps]]
+
+
+def test_threads_choose_for_themselves():
+    model, bank = banked("alice", "bob")
+    expected = {name: output(model, bank, name) for name in ("alice", "bob", None)}
+
+    def all_rows(name):
+        def step(wait):
+            with torch.no_grad(), bank.use(name):
+                wait()
+                y = model(IDS)
+                wait()
+            return torch.equal(y, expected[name])
+
+        return step
+
+    def some_rows(wait):
+        with torch.no_grad(), bank.rows(["bob", None]):
+            wait()
+            y = model(IDS)
+            wait()
+        whole = torch.stack([expected["bob"][0], expected[None][1]])
+        return torch.allclose(y, whole, atol=1e-6)
+
+    def none(wait):
+        wait()
+        with pytest.raises(RuntimeError, match="no adapter is chosen"):
+            model(IDS)
+        wait()
+        return True
+
+    def off(wait):
+        with torch.no_grad(), lora.disabled(model):
+            wait()
+            y = model(IDS)
+            wait()
+        return torch.equal(y, expected[None])
+
+    with bank.use("alice"):  # of this thread alone
+        assert in_turns(all_rows("alice"), all_rows("bob"), some_rows, none, off) == [True] * 5
+
+
+def test_threads_train_adapters_of_one_model_at_once():
+    model, bank = banked("alice", "bob")
+    one, its = banked("alice", "bob")
+    for name in its:
+        with its.use(name):
+            one(IDS).square().sum().backward()
+
+    def step_of(name):
+        def step(wait):
+            with bank.use(name):
+                wait()
+                model(IDS).square().sum().backward()
+                wait()
+            return [parameter.grad for parameter in bank.parameters(name)]
+
+        return step
+
+    for name, gradients in zip(("alice", "bob"), in_turns(step_of("alice"), step_of("bob")), strict=True):
+        for gradient, parameter in zip(gradients, its.parameters(name), strict=True):
+            assert torch.equal(gradient, parameter.grad)
+
+
+@torch.no_grad()
+def test_blocks_are_entered_once_and_the_innermost_counts():
+    model, bank = banked("alice", "bob")
+    block = bank.use("alice")
+    with block:
+        with pytest.raises(RuntimeError, match="entered already"), block:
+            pass
+        with bank.use("bob"):
+            y = model(IDS)
+        assert torch.equal(y, output(model, bank, "bob"))
+        assert torch.equal(model(IDS), output(model, bank, "alice"))
+    with pytest.raises(RuntimeError, match="no adapter is chosen"):
+        model(IDS)
+    _other, theirs = banked("alice")
+    with theirs.use("alice"), pytest.raises(RuntimeError, match="no adapter is chosen"):
+        model(IDS)  # of another bank

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from counting import kept_for_backward
+from counting import Operations, kept_for_backward
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
@@ -78,3 +78,14 @@ def test_autocast_computes_in_its_own_dtype_and_gives_gradients_in_theirs():
         y, *grads = gradients(lora_conv, (x, weight, bias, A, B), 0.7, Geometry((1, 1), (0, 0), (1, 1)))
     assert y.dtype == torch.bfloat16
     assert {gradient.dtype for gradient in grads} == {torch.float32}
+
+
+def test_its_backward_copies_no_gradient_of_the_output():
+    x, W = torch.randn(3, 4, 9, 9, requires_grad=True), torch.randn(32, 4, 3, 3)
+    A, B = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(32, 2, 1, 1, requires_grad=True)
+    y = lora_conv(x, W, None, A, B, 0.5, Geometry((1, 1), (1, 1), (1, 1)))
+    dy = torch.randn_like(y)
+    with Operations() as counted:
+        torch.autograd.grad(y, (x, A, B), dy)
+    assert max(counted.made) < dy.nbytes
+    assert "clone" not in counted.names

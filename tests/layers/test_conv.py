@@ -7,6 +7,7 @@ from counting import Operations
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck
 
 import lora
@@ -267,3 +268,15 @@ def test_by_filters_with_dropout_the_values_of_one_mask_are_dropped():
     assert len(outputs) == 3
     assert A.shape == (9, 5, 3, 3)
     assert B.shape == (47, 9, 1, 1)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_by_filters_it_compiles_as_one_graph_and_once_for_other_adapters(factored):
+    layer, x = wide(2, factored=factored)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(nn.Sequential(layer), backend=counter, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), layer(x))
+        randomised(layer)
+    assert counter.frame_count == 1
