@@ -769,3 +769,34 @@ def test_blocks_are_entered_once_and_the_innermost_counts():
     _other, theirs = banked("alice")
     with theirs.use("alice"), pytest.raises(RuntimeError, match="no adapter is chosen"):
         model(IDS)  # of another bank
+
+
+def test_a_file_without_scaling_is_given_one(tmp_path):
+    model = plain()
+    torch.manual_seed(1)
+    lora.inject(model, config("q_proj", r=2, lora_alpha=6))
+    path = tmp_path / "loralib.pt"
+    torch.save(lora.lora_state_dict(model), path)
+    other, bank = banked("alice")
+    refused(other, partial(bank.update, {"x": path}), ValueError, "x: it has no scaling", "give `lora_alpha`")
+    bank["x"] = lora.read_adapter(path, lora_alpha=6)
+    assert torch.equal(output(other, bank, "x"), output(model))
+
+
+def test_what_comes_in_inference_mode_trains_after_it(tmp_path):
+    model = plain()
+    with torch.inference_mode():
+        bank = lora.bank(model, {"alice": CONFIGS["alice"], "bob": CONFIGS["bob"]})
+        bank.save("alice", tmp_path / "alice.safetensors")
+        bank.load("alice", tmp_path / "alice.safetensors")
+        bank["carol"] = bank["alice"]
+        del bank["bob"]
+    with bank.rows(["alice", "carol"]):
+        model(IDS).sum().backward()
+    trained = [parameter for name in bank for parameter in bank.parameters(name)]
+    assert all(parameter.grad is not None and not parameter.is_inference() for parameter in trained)
+    with torch.inference_mode():
+        bank.keep("carol")
+    model.zero_grad()
+    model(IDS).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
