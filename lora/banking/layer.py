@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
 from lora.banking.divided import divide, with_one
+from lora.banking.traced import traced_forward
 from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
@@ -28,7 +29,7 @@ from lora.layers.vocabulary import WithVocabulary
 from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors"
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors", "lora_slots"
 # The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 
@@ -58,6 +59,8 @@ class Banked(LoRALayer):
 
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer with the adapter of all rows alone, or with each row's own."""
+        if torch.compiler.is_dynamo_compiling():
+            return traced_forward(self, input, *args, **kwargs)
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
         choice = self._chosen(input.device)
@@ -199,6 +202,8 @@ class Banked(LoRALayer):
                 seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
             elif plain and name not in _KEPT:
                 setattr(seat, name, value)
+        if self.lora_seats and name != "training":
+            self.lora_bank.traced_version += 1
 
     def train(self, mode: bool = True) -> Banked:
         super().train(mode)
@@ -209,7 +214,12 @@ class Banked(LoRALayer):
     def lora_applied(self, fn: Any) -> Any:
         for seat in self.lora_seats.values():
             seat._merged = seat._squares = seat._norms = seat._checked = None
+        self.lora_bank.traced_version += 1
         return super().lora_applied(fn)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.lora_bank.traced_layers[self] = None
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("nn.DataParallel cannot replicate a bank of adapters; use DistributedDataParallel.")
