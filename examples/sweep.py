@@ -46,7 +46,7 @@ training_config: Settings = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "max_seq_length": 32,
-    "max_steps": 60,
+    "max_steps": 100,
     "gradient_checkpointing": False,
     "bf16": False,
     "seed": 0,
@@ -63,7 +63,7 @@ run_config: Settings = {
     "data": chat_data.CHITCHAT,
     "data_split": "train",
     "train_conversations": 1000,
-    "eval_conversations": 2,
+    "eval_conversations": 8,
     "attn_implementation": "sdpa",
     "device": "auto",
     "output_dir": "sweep_output",
@@ -236,7 +236,8 @@ def run(flags: argparse.Namespace) -> None:
         raise UserError(f"cannot adapt this model: {error}") from error
     print(f"{len(bank)} settings, {sweep.total} steps", flush=True)
     started = time.perf_counter()
-    before = max(held_out_losses(sweep.model, bank, sweep.data.held_out).values())  # B = 0: all are the base
+    with bank.use(None):
+        before = loop.held_out_loss(sweep.model, sweep.data.held_out)
     with tqdm(total=sweep.total, desc="step") as bar:
         for step in range(sweep.total):
             sweep.together(bank, learners, step)

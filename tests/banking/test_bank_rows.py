@@ -133,6 +133,21 @@ def test_flattened_rows_stand_one_after_the_other() -> None:
         assert_close(model(x.view(6, 2, 5)), expected.view(6, 2, 6), 1e-12)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 6), lambda: nn.MultiheadAttention(5, 1, batch_first=True)])
+def test_flattened_rows_may_not_stand_in_the_second_dimension(make: Any) -> None:
+    torch.manual_seed(0)
+    model, bank = banked(Net(make()), {"a": {}, "b": {}})
+    x = torch.randn(6, 2, 5)  # (length, rows, features), perhaps
+    inputs = (x,) if isinstance(model.x, nn.Linear) else (x, x, x)
+    said = (
+        r"of the 6 × 2 rows of this layer's input, those of `bank.rows\(names, flattened=True\)` may be the 6, or the 2"
+    )
+    with bank.rows(["a", "b"], flattened=True), pytest.raises(ValueError, match=said):
+        model(*inputs)
+    with bank.rows(["a", "a"], flattened=True):
+        model(*inputs)
+
+
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +230,29 @@ def test_experts_learn_as_alone() -> None:
         for key, parameter in its.named_parameters():
             if "lora_" in key:
                 assert_close(model.get_parameter(f"{key}_{name}").grad, parameter.grad, 1e-12)
+
+
+class EachSeesAll(nn.Module):
+    """As Llama 4's: a forward that is given all tokens once for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 6))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # (4 · tokens, 6)
+        return (hidden_states.view(4, -1, 6) @ self.gate_up_proj).view(-1, 6)
+
+
+def test_tokens_that_come_once_for_each_expert_are_nobodys() -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"experts": EachSeesAll()}).double()
+    model, bank = banked(base, {n: {"target_parameters": ["experts.gate_up_proj"]} for n in ("a", "b")}, [])
+    x = torch.randn(24, 6, dtype=torch.float64)  # of 2 rows with 3 tokens each
+    said = "`hidden_states` may have its tokens once for each expert, and nothing says whose they are"
+    with bank.rows(["a", "b"], flattened=True), pytest.raises(RuntimeError, match=said):
+        model["experts"](x)
+    with bank.rows(["a", "a"], flattened=True):
+        assert_close(model["experts"](x), alone(base, bank, "a")["experts"](x), 1e-12)
 
 
 class Routed(nn.Module):

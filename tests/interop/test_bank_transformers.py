@@ -159,6 +159,39 @@ def test_text_is_generated_as_by_each_alone(model: str) -> None:
         assert torch.equal(written[row : row + 1], alone(base, bank, name).generate(prompt[row : row + 1], **its))
 
 
+@torch.no_grad()
+def test_divided_modules_write_their_rows_of_a_cache_and_leave_what_they_do_not_write() -> None:
+    base, mixed, bank, inputs = moved("BLOOM")
+    prompt, cache, found = inputs["input_ids"], hf.DynamicCache(config=base.config), []
+    mixed.transformer.h[1].register_forward_pre_hook(lambda *_: found.append(cache.layers[1].keys))
+    with bank.rows(NAMES):
+        mixed(prompt, cache=cache)
+        before = cache.layers[1].keys
+        logits = mixed(prompt[:, :1], cache=cache).logits
+    assert found[1] is before  # the first layer's call has not copied what the second holds
+    for row, name in enumerate(NAMES):
+        its, other = hf.DynamicCache(config=base.config), alone(base, bank, name)
+        other(prompt[row : row + 1], cache=its)
+        expected = other(prompt[row : row + 1, :1], cache=its).logits
+        assert_close(logits[row : row + 1], expected, 1e-9)
+        for layer, own in zip(cache.layers, its.layers, strict=True):
+            assert_close(layer.keys[row : row + 1], own.keys, 1e-9)
+            assert_close(layer.values[row : row + 1], own.values, 1e-9)
+
+
+@torch.no_grad()
+def test_a_static_cache_counts_each_step_once() -> None:
+    base, mixed, bank, inputs = moved("BLOOM")
+    prompt, cache = inputs["input_ids"], hf.StaticCache(config=base.config, max_cache_len=8)
+    with bank.rows(NAMES):
+        mixed(prompt, cache=cache)
+        logits = mixed(prompt[:, :1], cache=cache).logits
+    assert cache.get_seq_length() == 6
+    for row, name in enumerate(NAMES):
+        both = torch.cat([prompt[row : row + 1], prompt[row : row + 1, :1]], 1)
+        assert_close(logits[row, -1], alone(base, bank, name)(both).logits[0, -1], 1e-9)
+
+
 @pytest.mark.slow
 def test_beams_stay_with_their_rows() -> None:
     base, mixed, bank, inputs = moved("Llama")
