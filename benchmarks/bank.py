@@ -88,7 +88,7 @@ class Setup:
         adapter = self.adapters[name]
         return lora.Adapter(adapter.modules, {key: tensor.clone() for key, tensor in adapter.tensors.items()})
 
-    def bank(self) -> tuple[nn.Module, lora.Bank]:
+    def bank(self) -> tuple[nn.Module, lora.AdapterBank]:
         model = self.twin()
         return model, lora.bank(model, {name: self.copied(name) for name in self.names}, check_base=False)
 

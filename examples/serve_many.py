@@ -291,7 +291,7 @@ def named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def banked(flags: argparse.Namespace, model: Any) -> lora.Bank:
+def banked(flags: argparse.Namespace, model: Any) -> lora.AdapterBank:
     """The model's bank, with the adapters that the flags name."""
     sources: dict[str, Any] = {name: read(path.expanduser()) for name, path in flags.adapters}
     if len(sources) < len(flags.adapters) or BASE in sources:

@@ -128,7 +128,7 @@ def train_step(model: nn.Module, learners: Sequence[Learner], batch: packing.Bat
 
 
 @torch.no_grad()
-def held_out_losses(model: nn.Module, bank: lora.Bank, held_out: Sequence[packing.Batch]) -> dict[str, float]:
+def held_out_losses(model: nn.Module, bank: lora.AdapterBank, held_out: Sequence[packing.Batch]) -> dict[str, float]:
     """Each adapter's mean loss over all labelled tokens that were held out."""
     total = 0.0
     with loop.evaluating(model):
@@ -155,7 +155,7 @@ class Sweep(NamedTuple):
         times = loop.learning_rate_at(step, self.total, self.training | {"learning_rate": 1.0})
         return batch.to(self.model.device), times
 
-    def start(self) -> tuple[lora.Bank, list[Learner]]:
+    def start(self) -> tuple[lora.AdapterBank, list[Learner]]:
         """A bank with an adapter for each setting; all of one rank start alike."""
         bank = lora.bank(self.model)
         for name, config in self.configs.items():
@@ -165,7 +165,7 @@ class Sweep(NamedTuple):
         learners = [Learner(self.settings[name], bank.parameters(name), self.training) for name in bank]
         return bank, learners
 
-    def together(self, bank: lora.Bank, learners: Sequence[Learner], step: int) -> None:
+    def together(self, bank: lora.AdapterBank, learners: Sequence[Learner], step: int) -> None:
         """One step of all."""
         batch, times = self.batch(step)
         with bank.rows(owners([*bank], batch)):
@@ -261,7 +261,7 @@ def run(flags: argparse.Namespace) -> None:
         print(compared(compare(sweep, flags.one_by_one), flags.one_by_one))
 
 
-def report(bank: lora.Bank, learners: Sequence[Learner], held_out: dict[str, float], best: str) -> str:
+def report(bank: lora.AdapterBank, learners: Sequence[Learner], held_out: dict[str, float], best: str) -> str:
     """A line for each setting."""
     rows = []
     for name, learner in zip(bank, learners, strict=True):
@@ -281,7 +281,7 @@ def compared(result: dict[str, float], steps: int) -> str:
     )
 
 
-def write(folder: Path, bank: lora.Bank, learners: Sequence[Learner], held_out: dict[str, float]) -> None:
+def write(folder: Path, bank: lora.AdapterBank, learners: Sequence[Learner], held_out: dict[str, float]) -> None:
     """A line for each setting, with its losses and gradients' norms; null is what is not finite."""
     with open(folder / RECORDS, "w", encoding="utf-8") as file:
         for name, learner in zip(bank, learners, strict=True):

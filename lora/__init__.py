@@ -6,7 +6,7 @@ from lora.adapters.adapter import Adapter
 from lora.adapters.checkpoint import adapter_of, load_adapter, save_adapter
 from lora.adapters.formats import read_adapter, write_adapter
 from lora.arithmetic import Extracted, Resized, combine, extract, resize, scale, subtract
-from lora.banking import Bank, bank
+from lora.banking import AdapterBank, bank
 from lora.errors import AdapterError
 from lora.formats import enter as _enter_formats
 from lora.init.calibration import calibrate
@@ -36,7 +36,7 @@ _enter_checks()
 __all__ = [
     "Adapter",
     "AdapterError",
-    "Bank",
+    "AdapterBank",
     "Conv1d",
     "Conv2d",
     "Conv3d",

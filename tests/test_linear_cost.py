@@ -910,4 +910,4 @@ def test_the_cost_grows_as_the_work_does(name):
 def test_every_public_function_is_in_the_table():
     public = {*lora.__all__, *(f"parallel.{name}" for name in lora.parallel.__all__)}
     measured = {name.partition(":")[0] for name in CASES}
-    assert public - OF_NO_SIZE - measured - {"Bank", "Extracted", "Resized"} == set()
+    assert public - OF_NO_SIZE - measured - {"AdapterBank", "Extracted", "Resized"} == set()

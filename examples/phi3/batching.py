@@ -110,7 +110,7 @@ class Engine:
         max_rows: how many requests to answer at once; more wait.
     """
 
-    def __init__(self, model: nn.Module, bank: lora.Bank, max_rows: int = 32) -> None:
+    def __init__(self, model: nn.Module, bank: lora.AdapterBank, max_rows: int = 32) -> None:
         self.model, self.bank, self.max_rows = model.eval(), bank, max_rows
         self.most_rows = 0  # at once, so far
         self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()

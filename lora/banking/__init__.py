@@ -54,7 +54,7 @@ def bank(
     room: int | None = None,
     max_r: int | None = None,
     check_base: bool = True,
-) -> Bank:
+) -> AdapterBank:
     """Give a model several adapters, of which each row of a batch has its own.
 
         y_i = g_k ⊙ (W₀ x_i + s_k · B_k A_k drop_k(x_i)) + b        for the i-th row, whose adapter is the k-th
@@ -99,14 +99,14 @@ def bank(
     ...     torch.allclose(model(x)[1], y[1])
     True
     """
-    made = Bank(model, check_base)
+    made = AdapterBank(model, check_base)
     if (room, max_r) != (None, None):
         made._adapters.make_room(room, max_r, not made._layers())
     made._put(adapters or {}, model)
     return made
 
 
-class Bank(MutableMapping[str, Adapter]):
+class AdapterBank(MutableMapping[str, Adapter]):
     """The adapters of a model that has several, by name: `lora.bank` makes one.
 
     `bank[name]` is the adapter, which shares the model's tensors. `bank[name] = source` adds an adapter or replaces
@@ -279,10 +279,10 @@ class Bank(MutableMapping[str, Adapter]):
         return len(self._adapters.known)
 
     def __repr__(self) -> str:
-        return f"Bank({some(self._adapters.known, len(self))})"
+        return f"AdapterBank({some(self._adapters.known, len(self))})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bank) and other._adapters is self._adapters
+        return isinstance(other, AdapterBank) and other._adapters is self._adapters
 
     def __hash__(self) -> int:
         return hash(self._model)

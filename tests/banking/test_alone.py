@@ -54,7 +54,7 @@ def alone(n: int, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     return lora.adapter_of(model).tensors, losses
 
 
-def bank_of(model: nn.Module) -> lora.Bank:
+def bank_of(model: nn.Module) -> lora.AdapterBank:
     bank = lora.bank(model)
     for n, name in enumerate(NAMES):
         torch.manual_seed(100 + n)

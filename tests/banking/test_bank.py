@@ -203,7 +203,7 @@ def test_without_its_last_adapter_a_model_is_plain():
     for name in CONFIGS:
         del bank[name]
     assert len(bank) == 0
-    assert repr(bank) == "Bank()"
+    assert repr(bank) == "AdapterBank()"
     assert whole_but_flags(model) == whole_but_flags(plain())
     assert [*model.state_dict()] == [*plain().state_dict()]
     assert not any(isinstance(module, lora.LoRALayer) for module in model.modules())

@@ -20,13 +20,13 @@ from lora.banking.divided import Divided
 CONFIGS: dict[str, dict[str, Any]] = {"a": {}, "b": {"r": 3, "lora_alpha": 5}, "c": {"use_dora": True}}
 
 
-def linear() -> tuple[nn.Module, nn.Module, lora.Bank]:
+def linear() -> tuple[nn.Module, nn.Module, lora.AdapterBank]:
     torch.manual_seed(0)
     base = Net(nn.Linear(5, 6).double()).requires_grad_(False)
     return base, *banked(base, CONFIGS)
 
 
-def token_by_token(base: nn.Module, bank: lora.Bank, x: Tensor, names: list[str | None]) -> Tensor:
+def token_by_token(base: nn.Module, bank: lora.AdapterBank, x: Tensor, names: list[str | None]) -> Tensor:
     """What each token's adapter makes of it, alone: x (tokens, …)."""
     models = {name: alone(base, bank, name) for name in dict.fromkeys(names)}
     return torch.cat([models[name](x[n : n + 1]) for n, name in enumerate(names)])
@@ -179,7 +179,7 @@ class Mixture(nn.Module):
         return self.experts(flat, index).view(x.shape)
 
 
-def mixture() -> tuple[nn.Module, nn.Module, lora.Bank]:
+def mixture() -> tuple[nn.Module, nn.Module, lora.AdapterBank]:
     torch.manual_seed(0)
     base = Mixture().double().requires_grad_(False)
     configs = {name: {**config, "target_parameters": EXPERTS} for name, config in CONFIGS.items()}
@@ -189,7 +189,7 @@ def mixture() -> tuple[nn.Module, nn.Module, lora.Bank]:
 FOUR: list[str | None] = ["b", "a", None, "a"]
 
 
-def each_row(base: nn.Module, bank: lora.Bank, x: Tensor, names: list[str | None]) -> Tensor:
+def each_row(base: nn.Module, bank: lora.AdapterBank, x: Tensor, names: list[str | None]) -> Tensor:
     return torch.cat([alone(base, bank, name)(x[n : n + 1]) for n, name in enumerate(names)])
 
 
@@ -306,7 +306,7 @@ class Blocks(nn.Module):
         return x
 
 
-def blocks(dropout: float) -> tuple[nn.Module, nn.Module, lora.Bank]:
+def blocks(dropout: float) -> tuple[nn.Module, nn.Module, lora.AdapterBank]:
     torch.manual_seed(0)
     base = Blocks().double().requires_grad_(False)
     configs = {name: {**config, "lora_dropout": dropout} for name, config in CONFIGS.items()}

@@ -155,7 +155,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
-def moved(module: str, configs: dict[str, dict[str, Any]] = CONFIGS) -> tuple[nn.Module, nn.Module, lora.Bank]:
+def moved(module: str, configs: dict[str, dict[str, Any]] = CONFIGS) -> tuple[nn.Module, nn.Module, lora.AdapterBank]:
     torch.manual_seed(0)
     make, targets = MODULES[module]
     base = make().double().requires_grad_(False)
@@ -181,7 +181,7 @@ PARTS = ["attention", "LSTM", "LSTM cell", "read", "encoder"]
 X = torch.randn(8, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
-def outputs(model: nn.Module, bank: lora.Bank) -> dict[str, Tensor]:
+def outputs(model: nn.Module, bank: lora.AdapterBank) -> dict[str, Tensor]:
     """Of each adapter in all rows, of the base, and of a mixed batch."""
     found = {}
     with torch.no_grad():
@@ -193,13 +193,13 @@ def outputs(model: nn.Module, bank: lora.Bank) -> dict[str, Tensor]:
     return found
 
 
-def assert_outputs(model: nn.Module, bank: lora.Bank, expected: dict[str, Tensor]) -> None:
+def assert_outputs(model: nn.Module, bank: lora.AdapterBank, expected: dict[str, Tensor]) -> None:
     found = outputs(model, bank)
     for name in found:
         assert_close(found[name], expected[name], 1e-10)
 
 
-def by_models(base: nn.Module, bank: lora.Bank) -> dict[str, Tensor]:
+def by_models(base: nn.Module, bank: lora.AdapterBank) -> dict[str, Tensor]:
     """What `outputs` must be, by models with one adapter."""
     with torch.no_grad():
         found = {str(name): alone(base, bank, name)(X) for name in (*bank, None)}

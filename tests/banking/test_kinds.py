@@ -133,7 +133,7 @@ def test_under_autocast_it_is_as_alone(kind: str) -> None:
 # ---- one cannot reach another ----------------------------------------------------------------------------------------
 
 
-def outcome(model: nn.Module, bank: lora.Bank, x: Tensor, dy: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def outcome(model: nn.Module, bank: lora.AdapterBank, x: Tensor, dy: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """The outputs, and the gradients of all adapters; of x, which is the last, too."""
     for parameter in model.parameters():
         parameter.grad = None

@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 def banked(
     base: nn.Module, configs: dict[str, dict[str, Any]], targets: Sequence[str] = ("x",)
-) -> tuple[nn.Module, lora.Bank]:
+) -> tuple[nn.Module, lora.AdapterBank]:
     """A copy of a model with a bank, of which all tensors have moved."""
     model = copy.deepcopy(base)
     torch.manual_seed(1)
@@ -39,7 +39,7 @@ def banked(
     return model, bank
 
 
-def alone(base: nn.Module, bank: lora.Bank, name: str | None) -> nn.Module:
+def alone(base: nn.Module, bank: lora.AdapterBank, name: str | None) -> nn.Module:
     """A copy of a model with one adapter, or none, as its only one."""
     model = copy.deepcopy(base)
     if name is not None:
@@ -54,7 +54,7 @@ def trained(model: nn.Module) -> dict[str, Tensor | None]:
 def assert_each_as_alone(
     base: nn.Module,
     model: nn.Module,
-    bank: lora.Bank,
+    bank: lora.AdapterBank,
     x: Tensor,
     rows: Sequence[str | None] = ROWS,
     rtol: float = 1e-10,

@@ -92,7 +92,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Tensor]]] = {
 NAMES: list[str | None] = ["b", "a", None, "b"]
 
 
-def moved(model: str, **others: Any) -> tuple[nn.Module, nn.Module, lora.Bank, dict[str, Tensor]]:
+def moved(model: str, **others: Any) -> tuple[nn.Module, nn.Module, lora.AdapterBank, dict[str, Tensor]]:
     torch.manual_seed(0)
     made, targets, settings, inputs = MODELS[model]
     base = made().double().eval().requires_grad_(False)
