@@ -35,8 +35,8 @@ _enter_checks()
 
 __all__ = [
     "Adapter",
-    "AdapterError",
     "AdapterBank",
+    "AdapterError",
     "Conv1d",
     "Conv2d",
     "Conv3d",
