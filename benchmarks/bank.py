@@ -26,9 +26,10 @@ import lora
 
 R = 16
 F32, BF16 = torch.float32, torch.bfloat16
-ADAPTERS, TOKENS = (4, 8, 32), (1, 128, 512)
-TRAINED = [(8, 16), (4, 128), (8, 128), (32, 128), (8, 512)]
-PRETRAINED = [(8, 16), (8, 128)]
+ADAPTERS = {F32: (4, 8, 32), BF16: (8,)}
+TOKENS = (1, 128, 512)
+TRAINED = [(8, 16), (8, 128)]
+PRETRAINED = [(8, 16), (8, 64)]
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:
@@ -36,7 +37,7 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
     few = slice(1) if quick else slice(None)
     for dtype in (F32, BF16):
         kind = str(dtype).removeprefix("torch.")
-        for k in ADAPTERS[few]:
+        for k in ADAPTERS[dtype][few]:
             for tokens in TOKENS[few]:
                 found[f"serve {k} adapters, {tokens} tokens, {kind}"] = partial(serve, k, tokens, dtype, quick)
     for k, tokens in TRAINED[few]:
