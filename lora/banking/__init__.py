@@ -57,8 +57,8 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
     none, and does not move. What overflows in one stays there.
 
     Args:
-        model: a plain model; or one that has a bank, for another handle of that, to which `adapters` are added. A handle
-            of a part of a model sees the layers of that part alone.
+        model: a plain model; or one that has a bank, for another handle of that, to which `adapters` are added. A
+            handle of a part of a model sees the layers of that part alone.
         adapters: the adapters by name, in order: each a `lora.LoraConfig`, for one that starts now, a `lora.Adapter`,
             or the file or folder of one, in any format that `lora.read_adapter` knows. Names have no dots.
             Default: none.

@@ -6,16 +6,20 @@ thread, or a task of asyncio. Layers look for the innermost one of their bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import cached_property
 from math import prod
+from threading import get_ident
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from lora.banking.history import History, Span, begun
+from lora.errors import some
 from lora.functional.rows import Rows
 from lora.layers.replay import Replays
 from lora.layers.switch import of_caller
@@ -37,7 +41,9 @@ class Choice:
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
         everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
             step, and on another rank it may have some.
+        known: the adapters that the bank had then.
         is_open: whether the block was entered, and has not been left.
+        span: what autograd records in the block; None for the block of a module that computes with one adapter.
     """
 
     def __init__(
@@ -53,7 +59,19 @@ class Choice:
     ) -> None:
         self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
         self.per, self.flattened, self.everyone = per, flattened, everyone
+        self.known = adapters.known
         self.is_open = False
+        self.span: Span | None = None
+
+    @cached_property
+    def key(self) -> Hashable:
+        """What is equal in two blocks that choose the same."""
+        if self.rows is None:
+            return self.name
+        scattered = self.rows.scattered(torch.device("cpu"))
+        places = [] if scattered is None else scattered.tolist()
+        parts = [(part.adapter, part.rows.start, part.rows.stop) for part in self.rows.parts]
+        return hash((*self.order, self.shape, self.per, self.flattened, *parts, *places))
 
     @property
     def count(self) -> int:
@@ -94,14 +112,15 @@ class Choice:
 class Block(AbstractContextManager[Choice]):
     """One `with bank.rows(…)` or `with bank.use(…)`: left whole, wherever an interruption comes."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, choice: Choice, is_seen: bool = True) -> None:
+        self.choice, self.is_seen = choice, is_seen
 
     def __enter__(self) -> Choice:
         if self.choice.is_open:
             raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
         try:
             self.choice.is_open = True
+            self.choice.span = begun() if self.is_seen else None
             _entered.set((*filter(_is_open, _entered.get()), self.choice))
         except BaseException:
             self.choice.is_open = False
@@ -112,6 +131,8 @@ class Block(AbstractContextManager[Choice]):
         try:
             self.choice.is_open = False
             _entered.set(tuple(filter(_is_open, _entered.get())))
+            if self.choice.span is not None:
+                self.choice.adapters.history.leave(self.choice.span, self.choice)
         except BaseException:
             self.choice.is_open = False
             raise
@@ -157,10 +178,12 @@ class Adapters:
 
     Attributes:
         known: the adapters by name, in order, each with its seeds.
+        history: in which blocks forwards were.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, Seeds] = {}
+        self.history = History()
 
     @staticmethod
     def seeds_of(name: str) -> Seeds:
@@ -168,21 +191,35 @@ class Adapters:
         return Seeds((torch.initial_seed() + crc32(name.encode())) % 2**63)
 
     def chosen(self, device: torch.device) -> Choice:
-        """The innermost block of the caller's; RuntimeError if there is none."""
-        for choice in reversed(_entered.get()):
-            if choice.adapters is self and choice.is_open:
-                return choice
+        """The innermost block of the caller's; RuntimeError if there is none, or it is not for what is computed."""
+        recomputes = torch._C._current_graph_task_id() != -1
+        own = [choice for choice in _entered.get() if choice.adapters is self and choice.is_open]
         # Autograd computes checkpointed forwards again; for accelerators in threads of its own, which have no context.
-        if device.type != "cpu" and torch._C._current_graph_task_id() != -1:
+        if not own and recomputes and device.type != "cpu":
             callers: tuple[Choice, ...] = of_caller(_entered)
-            for choice in reversed(callers):
-                if choice.adapters is self and choice.is_open:
-                    return choice
+            own = [choice for choice in callers if choice.adapters is self and choice.is_open]
+        if own:
+            choice = own[-1]
+            if recomputes:
+                self.history.check(own)
+            elif choice.span is not None and choice.span.thread != get_ident():
+                self.history.threads = True
+            if choice.known is not self.known:
+                self._check_known(choice)
+            return choice
         raise RuntimeError(
             f"no adapter is chosen: this model has a bank of them ({', '.join(self.known)}). Call it within "
             "`with bank.use(name):`, or `with bank.rows(names):` with one name for each row, where None is the base. "
             "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"
         )
+
+    def _check_known(self, choice: Choice) -> None:
+        gone = [repr(name) for name in (choice.name, *choice.order) if name is not None and name not in self.known]
+        if gone:
+            raise RuntimeError(
+                f"the block of a bank that is open has rows of {some(gone, len(gone))}, and the bank no longer has: it "
+                "was taken out after the block was made."
+            )
 
 
 def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
