@@ -334,8 +334,10 @@ class Bank(MutableMapping[str, Adapter]):
                     unseat(layer, name)
             new: list[Any] = [layer for name, view in views.items() for layer in _seat(adapters, name, view)]
             names = names_of(model)
+            turned = [module for module in names if getattr(module, "batch_first", None) is False]
+            where = names[turned[0]][0] or "the model" if turned else None
             for layer in new:
-                layer.lora_called(names[layer][0])
+                layer.lora_called(names[layer][0], where)
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))

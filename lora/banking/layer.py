@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from lora.layers.vocabulary import WithVocabulary
 from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors"
+_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_turned", "lora_base_tensors"
 # The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 
@@ -43,6 +43,7 @@ class Banked(LoRALayer):
         lora_bank: what the layers of the bank know in common.
         lora_name: the layer's name in the model, for errors.
         lora_routed: whether it is given tokens that a router chose.
+        lora_turned: a module of the model that takes (length, batch, features), in words; None if there is none.
         lora_base_tensors: the names of the parameters that are its base's.
     """
 
@@ -52,6 +53,7 @@ class Banked(LoRALayer):
     lora_bank: Adapters
     lora_name: str
     lora_routed: bool
+    lora_turned: str | None
     lora_base_tensors: tuple[str, ...]
 
     # ---- forward ---------------------------------------------------------------------------------------------
@@ -93,6 +95,8 @@ class Banked(LoRALayer):
             )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
+        if self.lora_turned is not None:
+            self._check_turned(choice, input.shape[:lead])
         for seat in filter(None, seats.values()):
             for check in self.lora_checks:
                 check(seat, input)
@@ -123,9 +127,21 @@ class Banked(LoRALayer):
         y: Tensor = with_one(self, self.lora_layer_forward, choice, choice.order[0], (input, *args), kwargs)
         return y
 
-    def lora_called(self, name: str) -> None:
-        """Let it know its name in the model."""
-        vars(self).update(lora_name=name or "the model", lora_routed=_EXPERT.search(name) is not None)
+    def lora_called(self, name: str, turned: str | None = None) -> None:
+        """Let it know its name in the model, and that of a module that takes (length, batch, features)."""
+        routed = _EXPERT.search(name) is not None
+        vars(self).update(lora_name=name or "the model", lora_routed=routed, lora_turned=turned)
+
+    def _check_turned(self, choice: Choice, shape: Sequence[int]) -> None:
+        """RuntimeError if the second dimension may have the rows as well as the first."""
+        square = choice.per == "row" and tuple(shape[:2]) == (choice.count, choice.count)
+        if square and not choice.is_of_one:
+            raise RuntimeError(
+                f"{self.lora_name}: the rows of the batch may be in the first dimension of this layer's input, or in "
+                f"the second: both are of size {choice.count}, and {self.lora_turned} takes (length, batch, features). "
+                "Let the length differ from the number of rows, say the adapter of each token in the form of this "
+                'input, with `bank.rows(names, per="token")`, or use `bank.use(name)`.'
+            )
 
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""
