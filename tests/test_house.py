@@ -33,7 +33,7 @@ WINGS = {
     "quantized": (),
     "parallel": (),
     "swapping": (),
-    "banking": (),
+    "banking": ("swapping",),
     "formats": (),
     "arithmetic": (),
     "cli": ("arithmetic",),

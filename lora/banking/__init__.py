@@ -21,7 +21,6 @@ from lora.banking.layer import Banked
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
 from lora.errors import Problems, raise_all, short, some
-from lora.functional.rows import Rows
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import with_parts
@@ -43,11 +42,19 @@ from lora.models.model import (
 from lora.models.readers import let_read
 from lora.models.refusals import own_forward_problems
 from lora.models.training import forget_originals, originals, param_groups, resized_problems
+from lora.swapping import make_room  # one wing knows another: room for ranks is the same for one adapter and for many
 
 Source = Adapter | LoraConfig | str | os.PathLike[str]
 
 
-def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, check_base: bool = True) -> Bank:
+def bank(
+    model: nn.Module,
+    adapters: Mapping[str, Source] | None = None,
+    *,
+    room: int | None = None,
+    max_r: int | None = None,
+    check_base: bool = True,
+) -> Bank:
     """Give a model several adapters, of which each row of a batch has its own.
 
         y_i = g_k ⊙ (W₀ x_i + s_k · B_k A_k drop_k(x_i)) + b        for the i-th row, whose adapter is the k-th
@@ -62,6 +69,10 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
         adapters: the adapters by name, in order: each a `lora.LoraConfig`, for one that starts now, a `lora.Adapter`,
             or the file or folder of one, in any format that `lora.read_adapter` knows. Names have no dots.
             Default: none.
+        room: for `torch.compile`: how many different adapters a batch may have; within it nothing is compiled again
+            when adapters come, go or are replaced. With `max_r`. Default: none, and new adapters are compiled anew.
+        max_r: for `torch.compile`: the rank that A and B of all adapters are filled up to with zeros, as by
+            `lora.prepare_for_swap`; files and `bank[name]` have an adapter's own. Default: none.
         check_base: as in `lora.load_adapter`. Default: True.
 
     Returns:
@@ -72,7 +83,8 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
         OSError: there is no such file or folder (FileNotFoundError), or it cannot be read (PermissionError, …).
         ValueError: a name has a dot or is empty; an adapter does not fit the model; it trains more than A, B and
             magnitudes (`modules_to_save`, biases), or takes its start out of the base weights (PiSSA) or from data
-            (EVA); the model has LoRA layers already. One error lists everything, and the model is as it was.
+            (EVA); the model has LoRA layers already; a rank is above `max_r`; `room` or `max_r` is given without the
+            other, or is not what the model's bank has. One error lists everything, and the model is as it was.
 
     Related: "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", arXiv:2311.03285; "mLoRA", arXiv:2312.02515.
 
@@ -88,6 +100,8 @@ def bank(model: nn.Module, adapters: Mapping[str, Source] | None = None, *, chec
     True
     """
     made = Bank(model, check_base)
+    if (room, max_r) != (None, None):
+        made._adapters.make_room(room, max_r, not made._layers())
     made._put(adapters or {}, model)
     return made
 
@@ -119,7 +133,8 @@ class Bank(MutableMapping[str, Adapter]):
     def use(self, name: str | None) -> Block:
         """Within ``with bank.use(name):`` all rows have this adapter; with None they have none, as in the base model.
 
-        The block is its caller's: other threads and tasks choose for themselves.
+        The block is its caller's: other threads and tasks choose for themselves. (A compiled model knows no
+        callers, but the block that was entered last.)
 
         Raises:
             ValueError: there is no such adapter.
@@ -163,7 +178,7 @@ class Bank(MutableMapping[str, Adapter]):
         raise_all(what, self._unknown(called.values()))
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
-        owners = Rows.of([places.get(called[value]) for value in given])
+        owners = [places.get(called[value]) for value in given]
         return Block(Choice(self._adapters, None, owners, order, shape, per, flattened, self._in_step()))
 
     def _unknown(self, names: Iterable[Any]) -> Iterator[str]:
@@ -206,7 +221,10 @@ class Bank(MutableMapping[str, Adapter]):
         view = _as_it_is(self._view(name, "load")).model
         adapter, problems = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
         raise_all(f"load: {name!r} stays as it is", problems)
-        load_adapter(view, adapter, check_base=self._check_base)
+        try:
+            load_adapter(view, adapter, check_base=self._check_base)
+        finally:
+            self._adapters.changed()
 
     def keep(self, name: str | None) -> None:
         """Leave one adapter in the model, as its only one, or none, and take out all others: the bank is empty then.
@@ -239,15 +257,17 @@ class Bank(MutableMapping[str, Adapter]):
     def __delitem__(self, name: str) -> None:
         if name not in self._adapters.known:
             raise KeyError(name)
-        if len(self) == 1:
+        has_room = self._adapters.room is not None  # where layers stay in the bank
+        if len(self) == 1 and not has_room:
             return self.keep(None)
-        last = [layer for layer in self._layers() if {*layer.lora_seats} == {name}]
+        last = [] if has_room else [layer for layer in self._layers() if {*layer.lora_seats} == {name}]
         raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last))
         with self._undone() as undo, undo:
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
             let_divide(self._model.modules())
             self._adapters.known = {other: seeds for other, seeds in self._adapters.known.items() if other != name}
+        self._adapters.changed()
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters.known
@@ -343,6 +363,7 @@ class Bank(MutableMapping[str, Adapter]):
             raise_all(what, let_read(names))
             let_divide(names)
             adapters.known = adapters.known | {name: adapters.seeds_of(name) for name in views}
+        adapters.changed()
 
     def _fill(self, view: nn.Module, source: Any) -> Iterator[str]:
         """Give a view an adapter; what is wrong with it."""
@@ -356,6 +377,8 @@ class Bank(MutableMapping[str, Adapter]):
             else:
                 adapter, found = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
                 _ = None if found else load_adapter(view, adapter, check_base=self._check_base)
+            if self._adapters.max_r is not None and not found:
+                make_room(view, self._adapters.max_r, "bank")
         except ValueError as error:
             lines = str(error).splitlines()
             found = [line.removeprefix("  - ") for line in lines[1:] or lines]

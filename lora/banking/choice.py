@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora.banking.history import History, Span, begun
-from lora.errors import some
+from lora.banking.traced import tell
+from lora.errors import Problems, is_count, short, some
 from lora.functional.rows import Rows
 from lora.layers.replay import Replays
 from lora.layers.switch import of_caller
@@ -34,7 +35,8 @@ class Choice:
     Attributes:
         adapters: of which bank.
         name: the adapter of all rows; None for the base.
-        rows: which adapter each row has, by its place in `order`; None if `name` is for all.
+        owners: for each row the place of its adapter in `order`, or None; None if `name` is for all.
+        rows: the same as runs of rows.
         order: the names of the adapters that have rows.
         shape: that of the rows' adapters, as they were given.
         per: what these are the adapters of: "row" or "token".
@@ -50,14 +52,15 @@ class Choice:
         self,
         adapters: Adapters,
         name: str | None,
-        rows: Rows | None = None,
+        owners: Sequence[int | None] | None = None,
         order: Sequence[str] = (),
         shape: tuple[int, ...] = (),
         per: str = "row",
         flattened: bool = False,
         everyone: bool = False,
     ) -> None:
-        self.adapters, self.name, self.rows, self.order, self.shape = adapters, name, rows, order, shape
+        self.adapters, self.name, self.order, self.shape = adapters, name, order, shape
+        self.owners, self.rows = owners, None if owners is None else Rows.of(owners)
         self.per, self.flattened, self.everyone = per, flattened, everyone
         self.known = adapters.known
         self.is_open = False
@@ -66,12 +69,8 @@ class Choice:
     @cached_property
     def key(self) -> Hashable:
         """What is equal in two blocks that choose the same."""
-        if self.rows is None:
-            return self.name
-        scattered = self.rows.scattered(torch.device("cpu"))
-        places = [] if scattered is None else scattered.tolist()
-        parts = [(part.adapter, part.rows.start, part.rows.stop) for part in self.rows.parts]
-        return hash((*self.order, self.shape, self.per, self.flattened, *parts, *places))
+        owners = None if self.owners is None else tuple(self.owners)
+        return hash((self.name, owners, *self.order, self.shape, self.per, self.flattened))
 
     @property
     def count(self) -> int:
@@ -122,6 +121,8 @@ class Block(AbstractContextManager[Choice]):
             self.choice.is_open = True
             self.choice.span = begun() if self.is_seen else None
             _entered.set((*filter(_is_open, _entered.get()), self.choice))
+            self.choice.adapters.traced_blocks += (self.choice,)
+            self.choice.adapters.tell()
         except BaseException:
             self.choice.is_open = False
             raise
@@ -133,6 +134,7 @@ class Block(AbstractContextManager[Choice]):
             _entered.set(tuple(filter(_is_open, _entered.get())))
             if self.choice.span is not None:
                 self.choice.adapters.history.leave(self.choice.span, self.choice)
+            self.choice.adapters.tell()
         except BaseException:
             self.choice.is_open = False
             raise
@@ -179,11 +181,68 @@ class Adapters:
     Attributes:
         known: the adapters by name, in order, each with its seeds.
         history: in which blocks forwards were.
+        room: for how many different adapters in a batch a compiled model has room; None for no room.
+        max_r: the rank that all adapters are filled up to, where there is room.
+        traced_layers: the layers of the bank, as keys; and others, which were.
+        traced_blocks: the blocks that are open, whoever entered them: a compiled model knows no callers.
+        traced_version: a number that is another when layers or their adapters have changed.
+        is_traced: whether a compiler has looked, and is to be told of blocks.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, Seeds] = {}
         self.history = History()
+        self.room: int | None = None
+        self.max_r: int | None = None
+        self.traced_layers: dict[Any, None] = {}
+        self.traced_blocks: tuple[Choice, ...] = ()
+        self.is_traced = False
+        self.traced_version = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {
+            "traced_layers": {},
+            "traced_blocks": (),
+            "is_traced": False,
+        }  # layers enter themselves again
+
+    def make_room(self, room: int | None, max_r: int | None, is_new: bool) -> None:
+        """Set `room` and `max_r` of a bank that is new; ValueError if they are no such numbers, or not those it has."""
+        with Problems("bank: nothing was changed") as problems:
+            for name, value, other in (("room", room, "max_r"), ("max_r", max_r, "room")):
+                if not is_count(value, 1):
+                    given = short(value)
+                    problems.add(f"`{name}` must be an integer of at least 1, as `{other}` is given; got {given}.")
+            if not is_new and (room, max_r) != (self.room, self.max_r):
+                problems.add(
+                    f"this model's bank was made with `room` {self.room} and `max_r` {self.max_r}, and not with {room} "
+                    f"and {max_r}; `bank.keep(None)` takes it out."
+                )
+        self.room, self.max_r = room, max_r
+
+    def changed(self) -> None:
+        """Called when adapters came or went."""
+        self.traced_version += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Let a compiled model know the innermost open block."""
+        self.traced_blocks = tuple(filter(_is_open, self.traced_blocks))
+        if self.is_traced:
+            self.traced_layers = {layer: None for layer in self.traced_layers if vars(layer).get("lora_bank") is self}
+            tell(self, self.traced_blocks[-1] if self.traced_blocks else None)
+
+    def watch(self) -> None:
+        """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
+        if not any(map(_is_open, self.traced_blocks)):
+            raise self._none_chosen()
+        if not self.is_traced:
+            self.is_traced = True
+            self.tell()
+
+    # A compiler is to run it, not to follow it. `torch.compiler.assume_constant_result` sets this as well, and imports
+    # the whole compiler, which takes seconds.
+    watch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @staticmethod
     def seeds_of(name: str) -> Seeds:
@@ -192,6 +251,12 @@ class Adapters:
 
     def chosen(self, device: torch.device) -> Choice:
         """The innermost block of the caller's; RuntimeError if there is none, or it is not for what is computed."""
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "a module that computes with one adapter's weight at a time (attention, recurrent layers, experts, "
+                "classes with a forward of their own) cannot be compiled with a bank of adapters; without "
+                "`fullgraph=True` the rest of the model is."
+            )
         recomputes = torch._C._current_graph_task_id() != -1
         own = [choice for choice in _entered.get() if choice.adapters is self and choice.is_open]
         # Autograd computes checkpointed forwards again; for accelerators in threads of its own, which have no context.
@@ -207,7 +272,10 @@ class Adapters:
             if choice.known is not self.known:
                 self._check_known(choice)
             return choice
-        raise RuntimeError(
+        raise self._none_chosen()
+
+    def _none_chosen(self) -> RuntimeError:
+        return RuntimeError(
             f"no adapter is chosen: this model has a bank of them ({', '.join(self.known)}). Call it within "
             "`with bank.use(name):`, or `with bank.rows(names):` with one name for each row, where None is the base. "
             "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
 from lora.banking.divided import divide, with_one
+from lora.banking.traced import traced_forward
 from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
@@ -28,9 +29,14 @@ from lora.layers.vocabulary import WithVocabulary
 from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_turned", "lora_base_tensors"
+_STATE = (
+    *("lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_turned", "lora_places", "lora_base_tensors"),
+    "lora_slots",
+)
 # The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
+# Those of embeddings of places in a sequence: `wpe`, `embed_positions`, `relative_attention_bias`.
+_PLACES = re.compile(r"(^|_)(wpe|pos|position|positions|positional|relative)(_|$)")
 
 
 class Banked(LoRALayer):
@@ -44,6 +50,7 @@ class Banked(LoRALayer):
         lora_name: the layer's name in the model, for errors.
         lora_routed: whether it is given tokens that a router chose.
         lora_turned: a module of the model that takes (length, batch, features), in words; None if there is none.
+        lora_places: whether it is an embedding of places in a sequence, which need not be given with rows.
         lora_base_tensors: the names of the parameters that are its base's.
     """
 
@@ -54,12 +61,15 @@ class Banked(LoRALayer):
     lora_name: str
     lora_routed: bool
     lora_turned: str | None
+    lora_places: bool
     lora_base_tensors: tuple[str, ...]
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
     def lora_layer_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a layer with the adapter of all rows alone, or with each row's own."""
+        if torch.compiler.is_dynamo_compiling():
+            return traced_forward(self, input, *args, **kwargs)
         if self.lora_disabled is not None and self.lora_is_off():
             return self.lora_base_forward(input, *args, **kwargs)
         choice = self._chosen(input.device)
@@ -95,8 +105,8 @@ class Banked(LoRALayer):
             )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
-        if self.lora_turned is not None:
-            self._check_turned(choice, input.shape[:lead])
+        if (self.lora_places or self.lora_turned) and choice.per == "row" and not choice.is_of_one:
+            self.lora_check_sizes(choice.count, input.shape[:lead])
         for seat in filter(None, seats.values()):
             for check in self.lora_checks:
                 check(seat, input)
@@ -130,18 +140,26 @@ class Banked(LoRALayer):
     def lora_called(self, name: str, turned: str | None = None) -> None:
         """Let it know its name in the model, and that of a module that takes (length, batch, features)."""
         routed = _EXPERT.search(name) is not None
-        vars(self).update(lora_name=name or "the model", lora_routed=routed, lora_turned=turned)
+        places = isinstance(self, EmbeddingLoRA) and _PLACES.search(name.rpartition(".")[2]) is not None
+        vars(self).update(lora_name=name or "the model", lora_routed=routed, lora_turned=turned, lora_places=places)
 
-    def _check_turned(self, choice: Choice, shape: Sequence[int]) -> None:
-        """RuntimeError if the second dimension may have the rows as well as the first."""
-        square = choice.per == "row" and tuple(shape[:2]) == (choice.count, choice.count)
-        if square and not choice.is_of_one:
-            raise RuntimeError(
-                f"{self.lora_name}: the rows of the batch may be in the first dimension of this layer's input, or in "
-                f"the second: both are of size {choice.count}, and {self.lora_turned} takes (length, batch, features). "
-                "Let the length differ from the number of rows, say the adapter of each token in the form of this "
-                'input, with `bank.rows(names, per="token")`, or use `bank.use(name)`.'
+    def lora_check_sizes(self, n: int, shape: Sequence[int]) -> None:
+        """RuntimeError if what seems to be n rows, each with an adapter of its own, may be n places in a sequence."""
+        if shape[0] != n or (len(shape) > 1 and shape[1] != n):
+            return
+        if self.lora_places:
+            why = "is an embedding of places by its name, and what is as long as there are rows may be the places"
+        elif self.lora_turned is not None and len(shape) > 1:
+            why = (
+                "the rows of the batch may be in the first dimension of this layer's input, or in the second: both are "
+                f"of size {n}, and {self.lora_turned} takes (length, batch, features)"
             )
+        else:
+            return
+        raise RuntimeError(
+            f"{self.lora_name}: {why}. Let the length differ from the number of rows, say the adapter of each token in "
+            'the form of this input, with `bank.rows(names, per="token")`, or use `bank.use(name)`.'
+        )
 
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""
@@ -215,6 +233,8 @@ class Banked(LoRALayer):
                 seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
             elif plain and name not in _KEPT:
                 setattr(seat, name, value)
+        if self.lora_seats and name != "training":
+            self.lora_bank.traced_version += 1
 
     def train(self, mode: bool = True) -> Banked:
         super().train(mode)
@@ -225,7 +245,12 @@ class Banked(LoRALayer):
     def lora_applied(self, fn: Any) -> Any:
         for seat in self.lora_seats.values():
             seat._merged = seat._squares = seat._norms = seat._checked = None
+        self.lora_bank.traced_version += 1
         return super().lora_applied(fn)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.lora_bank.traced_layers[self] = None
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError("nn.DataParallel cannot replicate a bank of adapters; use DistributedDataParallel.")

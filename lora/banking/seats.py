@@ -40,6 +40,7 @@ def banked(module: Any, parameter: str | None, adapters: Adapters) -> tuple[Any,
     vars(layer).update(lora_seats={}, lora_bank=adapters, lora_injected=True)
     layer.lora_called("")
     vars(layer).update(lora_base_tensors=tuple(layer._parameters))
+    adapters.traced_layers[layer] = None
     if isinstance(layer, Part):
         enter_part(layer)
     return layer, True
@@ -67,15 +68,15 @@ def seat(layer: Any, name: str, adapted: Any) -> None:
 
 
 def unseat(layer: Any, name: str) -> None:
-    """Take an adapter from a layer of the bank; the layer is plain again when it has none."""
+    """Take an adapter from a layer of the bank; without room the layer is plain again when it has none."""
     gone = layer.lora_seats.get(name)
     if gone is None:
         return
     for one, _ in [*gone.lora_parameters()]:
         del gone._parameters[one]
     del layer.lora_seats[name]
-    if layer.lora_seats:
-        vars(layer)["r"] = max(seat.r for seat in layer.lora_seats.values())
+    if layer.lora_seats or layer.lora_bank.room is not None:  # a compiled model is to find the same layers
+        vars(layer)["r"] = max((seat.r for seat in layer.lora_seats.values()), default=layer.r)
         return
     layer.lora_remove()
     if isinstance(layer, Part):

@@ -28,11 +28,52 @@ from lora.models.model import lora_layers, names_of, sharded_problems
 _TENSORS = _SCALE, _OFF = "lora_scale", "lora_scale_off"
 
 
-class Swappable(LoRALayer):
+class Padded(LoRALayer):
     """In front of a layer's class: the layer has room for adapters of up to its rank.
 
     Attributes:
         padded_from: rank and `lora_alpha` of the adapter that is in the layer.
+    """
+
+    lora_base_class = LoRALayer
+
+    padded_from: tuple[int, float]
+
+    def lora_ranks(self) -> Sequence[int]:
+        return range(self.r, 0, -1)
+
+    def lora_padded(self, r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        fits = True
+        for theirs, ours, dim in zip((A, B), (self.lora_A, self.lora_B), self.lora_rank_dims, strict=True):
+            expected = [*ours.shape]
+            expected[dim] = expected[dim] * r // self.r
+            fits = fits and [*theirs.shape] == expected
+        return at_block_rank(self, A, B, self.lora_block_rank()) if fits and r < self.r else (A, B)
+
+    def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
+        r, lora_alpha = self.padded_from
+        q = block_rank(self, r)
+        if any(bool(factor.any()) for B_g, A_g in factor_blocks(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
+            return super().lora_trimmed(A, B)
+        return r, lora_alpha, *at_block_rank(self, A, B, q)
+
+    def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
+        alpha = lora_alpha if r == self.r else alpha_of(scaling, self.r, use_rslora)
+        super().lora_take(self.r, alpha, scaling, use_rslora)
+        self.padded_from = r, lora_alpha
+
+    def lora_repr(self) -> str:
+        return f"{super().lora_repr()}, padded_from={self.padded_from}"
+
+    def lora_remove(self, restore_layout: bool = True) -> None:
+        super().lora_remove(restore_layout)
+        vars(self).pop("padded_from")
+
+
+class Swappable(Padded):
+    """In front of a layer's class: the layer has room, and what a compiler reads of it is in tensors.
+
+    Attributes:
         lora_scale: (s, 1), which a compiler reads. `lora_scale_off` beside it is (0, 0). While the layer is disabled
             the two are exchanged: both stay where they are in memory, as CUDA graphs need it, and a backward that is
             still to come keeps the values of its forward.
@@ -40,7 +81,6 @@ class Swappable(LoRALayer):
 
     lora_base_class = LoRALayer
 
-    padded_from: tuple[int, float]
     lora_scale: Tensor
     #: The tensor that holds the scaling, and what was written there; changed in place, with the tensors.
     _written: list[Any]
@@ -113,40 +153,9 @@ class Swappable(LoRALayer):
         # Whatever `.to()` makes of the parameters: a scaling has many digits.
         return self.lora_A.device, exact_dtype(self.lora_A.dtype)
 
-    # ---- between the rank of an adapter and that of the layer --------------------------------------------------
-
-    def lora_ranks(self) -> Sequence[int]:
-        return range(self.r, 0, -1)
-
-    def lora_padded(self, r: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        fits = True
-        for theirs, ours, dim in zip((A, B), (self.lora_A, self.lora_B), self.lora_rank_dims, strict=True):
-            expected = [*ours.shape]
-            expected[dim] = expected[dim] * r // self.r
-            fits = fits and [*theirs.shape] == expected
-        return at_block_rank(self, A, B, self.lora_block_rank()) if fits and r < self.r else (A, B)
-
-    def lora_trimmed(self, A: Tensor, B: Tensor) -> tuple[int, float, Tensor, Tensor]:
-        r, lora_alpha = self.padded_from
-        q = block_rank(self, r)
-        if any(bool(factor.any()) for B_g, A_g in factor_blocks(self, A, B) for factor in (B_g[:, q:], A_g[q:])):
-            return super().lora_trimmed(A, B)
-        return r, lora_alpha, *at_block_rank(self, A, B, q)
-
-    def lora_take(self, r: int, lora_alpha: float, scaling: float, use_rslora: bool) -> None:
-        alpha = lora_alpha if r == self.r else alpha_of(scaling, self.r, use_rslora)
-        super().lora_take(self.r, alpha, scaling, use_rslora)
-        self.padded_from = r, lora_alpha
-
-    # ---- printing, and out of it again -------------------------------------------------------------------------
-
-    def lora_repr(self) -> str:
-        return f"{super().lora_repr()}, padded_from={self.padded_from}"
-
     def lora_remove(self, restore_layout: bool = True) -> None:
         super().lora_remove(restore_layout)
-        for name in ("padded_from", "_written"):
-            vars(self).pop(name)
+        vars(self).pop("_written")
         for name in _TENSORS:
             self._buffers.pop(name)
             self._non_persistent_buffers_set.discard(name)
@@ -194,17 +203,22 @@ def prepare_for_swap(model: nn.Module, max_r: int) -> None:
     """
     if not isinstance(max_r, int) or isinstance(max_r, bool):
         raise TypeError(f"`max_r` must be an integer, got {max_r!r}.")
-    layers = [layer for layer in lora_layers(model, "prepare_for_swap") if layer.r > 0]
+    make_room(model, max_r, "prepare_for_swap", Swappable)
+
+
+def make_room(model: nn.Module, max_r: int, what: str, front: type[Padded] = Padded) -> None:
+    """Fill A and B of a model's layers up to a rank, and put a class in front of them that knows of it."""
+    layers = [layer for layer in lora_layers(model, what) if layer.r > 0]
     names = names_of(model)
     problems = [f"{names[m][0] or 'the model'}: {problem}" for m in names for problem in _problems(m, max_r)]
     problems += sharded_problems(layers, names, "prepare the model, then shard it")
     if not layers:
         problems.append("no LoRA layer has a rank above 0.")
-    raise_all("prepare_for_swap: nothing was changed", problems)
+    raise_all(f"{what}: nothing was changed", problems)
     grown = [_with_room_for(layer, max_r) for layer in layers]  # all that may fail, before anything is changed
     with undo_on_error(layers) as undo, undo:
         for layer, larger in zip(layers, grown, strict=True):
-            _prepare(layer, larger)
+            _prepare(layer, larger, front)
 
 
 def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
@@ -213,9 +227,9 @@ def _problems(module: nn.Module, max_r: int) -> Iterator[str]:
         yield "is wrapped in DistributedDataParallel, which knows the sizes of its parameters; prepare, then wrap."
     if not isinstance(module, LoRALayer) or module.r == 0:
         return
-    needed = {*_TENSORS, *Swappable.__annotations__, *dir(Swappable)} - {*dir(LoRALayer)}
+    needed = {*_TENSORS, *Padded.__annotations__, *Swappable.__annotations__, *dir(Swappable)} - {*dir(LoRALayer)}
     taken = sorted(needed & {*dir(module)})
-    if taken and not isinstance(module, Swappable):
+    if taken and not isinstance(module, Padded):
         yield f"uses names that `prepare_for_swap` needs: {', '.join(taken)}."
     if module.lora_start is not None:
         yield (
@@ -253,7 +267,7 @@ def _with_room_for(layer: LoRALayer, max_r: int) -> _Larger:
     return _Larger(r, lora_alpha, at_block_rank(layer, A, B, q), at_block_rank(layer, dA, dB, q))
 
 
-def _prepare(layer: LoRALayer, larger: _Larger) -> None:
+def _prepare(layer: LoRALayer, larger: _Larger, front: type[Padded]) -> None:
     own = layer.r, layer.lora_alpha
     layer.r, layer.lora_alpha = larger.r, larger.lora_alpha
     for parameter, value, grad in zip((layer.lora_A, layer.lora_B), larger.values, larger.grads, strict=True):
@@ -261,9 +275,12 @@ def _prepare(layer: LoRALayer, larger: _Larger) -> None:
         with torch.inference_mode(parameter.is_inference()):
             parameter.data = value.clone() if parameter.is_inference() else value
         parameter.grad = grad if has_grad else None
-    if not isinstance(layer, Swappable):
-        for name in _TENSORS:
-            layer.register_buffer(name, None, persistent=False)
-        layer.__class__ = class_for(Swappable, type(layer))
-        vars(layer).update(padded_from=own, _written=[None, None])
+    if not isinstance(layer, Padded):
+        vars(layer)["padded_from"] = own
+    if not isinstance(layer, front):
+        if front is Swappable:
+            for name in _TENSORS:
+                layer.register_buffer(name, None, persistent=False)
+            vars(layer)["_written"] = [None, None]
+        layer.__class__ = class_for(front, type(layer))
     layer.lora_refresh()

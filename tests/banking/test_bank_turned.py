@@ -1,4 +1,4 @@
-"""Models that compute with (length, batch, features), where the length is the number of rows."""
+"""Where the length is the number of rows: models that compute with (length, batch, features), and places."""
 
 from __future__ import annotations
 
@@ -63,3 +63,39 @@ def test_a_decoder_layer_in_torchs_own_order() -> None:
     x = torch.randn(4, 4, 6, dtype=torch.float64)
     with bank.rows(NAMES), pytest.raises(RuntimeError, match=f"linear1: {SAID}, and self_attn takes"):
         model(x, x)
+
+
+class Placed(nn.Module):
+    """Tokens and their places, which are given without a batch, or with one."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims, self.tokens, self.wpe = dims, nn.Embedding(9, 6), nn.Embedding(9, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])
+        return self.tokens(ids) + self.wpe(places if self.dims == 1 else places.expand(len(ids), -1))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_places_are_not_rows(dims: int) -> None:
+    torch.manual_seed(0)
+    base = Placed(dims).double().requires_grad_(False)
+    model, bank = banked(base, {"a": {}, "b": {"r": 3}, "c": {"target_modules": ["tokens"]}}, ["tokens", "wpe"])
+    ids = torch.randint(9, (4, 4))
+    with bank.rows(NAMES), pytest.raises(RuntimeError, match="wpe: is an embedding of places by its name"):
+        model(ids)
+    with bank.rows(["c", None, "c", "c"]):  # not in these adapters
+        y = model(ids)
+    assert_close(y[2], alone(base, bank, "c")(ids)[2], 1e-12)
+    with bank.rows(["a"] * 4):
+        assert_close(model(ids), alone(base, bank, "a")(ids), 1e-12)
+
+
+def test_compiled_models_are_in_the_same_doubt() -> None:
+    _, model, bank = tagger(batch_first=False)
+    said = "or in the second: both are of size 4, and rnn takes"
+    head = torch.compile(model.head, backend="eager", fullgraph=True, dynamic=False)
+    x = torch.randn(4, 4, 6, dtype=torch.float64)
+    with bank.rows(NAMES), torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match=said):
+        head(x)

@@ -287,6 +287,19 @@ def test_what_is_refused_leaves_what_reads_as_it_was() -> None:
     assert_outputs(model, bank, before)
 
 
+@pytest.mark.parametrize("module", ["attention", "LSTM cell", "forward of its own"])
+def test_disabled_and_in_inference_mode(module: str) -> None:
+    base, model, bank = moved(module)
+    before = outputs(model, bank)["mixed"]
+    with lora.disabled(model), bank.rows(ROWS):
+        assert_close(model(X), base(X), 1e-12)
+    with torch.inference_mode(), bank.rows(ROWS):
+        assert_close(model(X).clone(), before, 1e-12)
+    with torch.inference_mode(), bank.rows(ROWS):
+        assert_close(model(X.clone()).clone(), before, 1e-12)
+    assert_each_as_alone(base, model, bank, X)
+
+
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 

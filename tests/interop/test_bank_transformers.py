@@ -116,7 +116,7 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_mixed_batch_is_each_alone_and_so_are_its_gradients(model: str, training: bool) -> None:
@@ -143,7 +143,7 @@ def test_a_mixed_batch_is_each_alone_and_so_are_its_gradients(model: str, traini
 GENERATING = [name for name in MODELS if name not in ("BERT", "ViT")]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", GENERATING)
 def test_text_is_generated_as_by_each_alone(model: str) -> None:
     base, mixed, bank, inputs = moved(model)
@@ -218,7 +218,7 @@ def test_experts_by_every_implementation(implementation: str) -> None:
             assert_close(logits[row : row + 1], alone(base, bank, name)(**some(inputs, [row])).logits, 1e-4)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("model", ["Llama", "GPT-2", "Mixtral", "T5"])
 def test_checkpointed_models_have_the_gradients_of_those_that_are_not(model: str, reentrant: bool) -> None:
