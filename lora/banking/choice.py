@@ -117,6 +117,8 @@ class Block(AbstractContextManager[Choice]):
     def __enter__(self) -> Choice:
         if self.choice.is_open:
             raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
+        if self.is_seen:
+            self.choice.adapters.check_callers()
         try:
             self.choice.is_open = True
             self.choice.span = begun() if self.is_seen else None
@@ -230,14 +232,29 @@ class Adapters:
         self.traced_blocks = tuple(filter(_is_open, self.traced_blocks))
         if self.is_traced:
             self.traced_layers = {layer: None for layer in self.traced_layers if vars(layer).get("lora_bank") is self}
-            tell(self, self.traced_blocks[-1] if self.traced_blocks else None)
+            inner = self.traced_blocks[-1] if self.traced_blocks else None
+            tell(self, None if inner is None or self._gone(inner) else inner)
+
+    def check_callers(self) -> None:
+        """RuntimeError where a compiled model would compute with a block of another caller's."""
+        others = {*filter(_is_open, self.traced_blocks)}.difference(_entered.get()) if self.is_traced else ()
+        if others and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                "a block of this bank is open in another thread or task, and a compiled model computes with the last "
+                "one that was entered, whoever calls it; with a model that was compiled, let one caller at a time have "
+                "a block open."
+            )
 
     def watch(self) -> None:
         """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
-        if not any(map(_is_open, self.traced_blocks)):
+        inner = next(filter(_is_open, reversed(self.traced_blocks)), None)
+        if inner is None:
             raise self._none_chosen()
+        self._check_known(inner)
         if not self.is_traced:
             self.is_traced = True
+            if inner in _entered.get():
+                self.check_callers()
             self.tell()
 
     # A compiler is to run it, not to follow it. `torch.compiler.assume_constant_result` sets this as well, and imports
@@ -281,8 +298,11 @@ class Adapters:
             "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"
         )
 
+    def _gone(self, choice: Choice) -> list[str]:
+        return [repr(name) for name in (choice.name, *choice.order) if name is not None and name not in self.known]
+
     def _check_known(self, choice: Choice) -> None:
-        gone = [repr(name) for name in (choice.name, *choice.order) if name is not None and name not in self.known]
+        gone = self._gone(choice)
         if gone:
             raise RuntimeError(
                 f"the block of a bank that is open has rows of {some(gone, len(gone))}, and the bank no longer has: it "

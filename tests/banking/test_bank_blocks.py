@@ -185,3 +185,55 @@ def test_a_block_goes_on_when_others_come_and_go() -> None:
         bank["c"] = lora.LoraConfig(target_modules=["0"], r=3, init_lora_weights=False)
         y = model(x)
     torch.testing.assert_close(y[[0, 2, 3]], alone(base, bank, "a")(x)[[0, 2, 3]], rtol=1e-12, atol=1e-12)
+
+
+# ---- compiled models, which know no callers --------------------------------------------------------------------------
+
+
+def in_another_thread(run: Callable[[], object]) -> list[BaseException]:
+    """What a function raises in a thread, whose context is its own."""
+    raised: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("first", ["compiled", "blocks"])
+def test_a_compiled_model_has_blocks_of_one_caller_at_a_time(first: str) -> None:
+    torch._dynamo.reset()
+    base, model, bank = made()
+    compiled = torch.compile(model, backend="eager")
+    x = inputs(1)
+    said = "a block of this bank is open in another thread or task"
+
+    def other() -> None:
+        with bank.use("b"):
+            compiled(x)
+
+    with bank.use("a"):
+        if first == "compiled":
+            compiled(x)
+        assert [said in str(error) for error in in_another_thread(other)] == [True]
+        y = compiled(x)
+    torch.testing.assert_close(y, alone(base, bank, "a")(x), rtol=1e-12, atol=1e-12)
+    assert not in_another_thread(other)  # after it
+
+
+def test_a_compiled_model_has_no_rows_of_an_adapter_that_was_taken_out() -> None:
+    torch._dynamo.reset()
+    _, model, bank = made()
+    compiled = torch.compile(model, backend="eager")
+    x = inputs(1)
+    with bank.use("b"):
+        compiled(x)
+        del bank["b"]
+        with pytest.raises(Exception, match="has rows of 'b', and the bank no longer has"):
+            compiled(x)
