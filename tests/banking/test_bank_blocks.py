@@ -32,6 +32,22 @@ def inputs(seed: int) -> Tensor:
     return torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
+def in_another_thread(run: Callable[[], object]) -> list[BaseException]:
+    """What a function raises in a thread, whose context is its own."""
+    raised: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=caught)
+    thread.start()
+    thread.join()
+    return raised
+
+
 BLOCKS: dict[str, Callable[[lora.Bank], tuple[Any, Any]]] = {
     "use": lambda bank: (bank.use("a"), bank.use("b")),
     "rows": lambda bank: (bank.rows(["a", "b", None, "b"]), bank.rows(["b", "a", None, "b"])),
@@ -91,15 +107,19 @@ def twice(bank: lora.Bank, run: Callable[[], Tensor]) -> None:
 
 
 def in_a_thread(bank: lora.Bank, run: Callable[[], Tensor]) -> None:
-    for _ in range(20):  # autograd's numbers of this thread are far from those of the other
-        torch.ones(1, requires_grad=True) * 2
-    with bank.use("b"):
-        torch.ones(1, requires_grad=True) * 2
-    with bank.use("a"):
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(lambda: run().backward(),))
-        thread.start()
-        thread.join()
+    """Autograd numbers from 0 in each thread: what one records here has numbers of the other's block of b."""
+
+    def outer() -> None:
+        with bank.use("b"):
+            for _ in range(100):
+                torch.ones(1, requires_grad=True) * 2
+        with bank.use("a"):
+            context = contextvars.copy_context()
+            raised.extend(in_another_thread(lambda: context.run(lambda: run().backward())))
+
+    raised: list[BaseException] = []
+    raised.extend(in_another_thread(outer))
+    assert not raised
 
 
 RIGHT = [in_two_blocks, after_another, twice, in_a_thread]
@@ -190,22 +210,6 @@ def test_a_block_goes_on_when_others_come_and_go() -> None:
 # ---- compiled models, which know no callers --------------------------------------------------------------------------
 
 
-def in_another_thread(run: Callable[[], object]) -> list[BaseException]:
-    """What a function raises in a thread, whose context is its own."""
-    raised: list[BaseException] = []
-
-    def caught() -> None:
-        try:
-            run()
-        except RuntimeError as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=caught)
-    thread.start()
-    thread.join()
-    return raised
-
-
 @pytest.mark.parametrize("first", ["compiled", "blocks"])
 def test_a_compiled_model_has_blocks_of_one_caller_at_a_time(first: str) -> None:
     torch._dynamo.reset()
@@ -227,9 +231,12 @@ def test_a_compiled_model_has_blocks_of_one_caller_at_a_time(first: str) -> None
     assert not in_another_thread(other)  # after it
 
 
-def test_a_compiled_model_has_no_rows_of_an_adapter_that_was_taken_out() -> None:
+@pytest.mark.parametrize("room", [{}, {"room": 2, "max_r": 2}])
+def test_a_compiled_model_has_no_rows_of_an_adapter_that_was_taken_out(room: dict[str, int]) -> None:
     torch._dynamo.reset()
-    _, model, bank = made()
+    model = tower()
+    config = lora.LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False)
+    bank = lora.bank(model, {"a": config, "b": config}, **room)
     compiled = torch.compile(model, backend="eager")
     x = inputs(1)
     with bank.use("b"):
