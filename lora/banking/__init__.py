@@ -18,6 +18,7 @@ from lora.adapters.formats import read_adapter
 from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
+from lora.banking.layouts import is_turned
 from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
 from lora.errors import Problems, raise_all, short, some
@@ -354,8 +355,10 @@ class AdapterBank(MutableMapping[str, Adapter]):
                     unseat(layer, name)
             new: list[Any] = [layer for name, view in views.items() for layer in _seat(adapters, name, view)]
             names = names_of(model)
+            turned = [*filter(is_turned, names)]
+            where = names[turned[0]][0] or "the model" if turned else None
             for layer in new:
-                layer.lora_called(names[layer][0])
+                layer.lora_called(names[layer][0], where)
             remember_layers(names, new)
             remember_values(names)
             raise_all(what, let_read(names))

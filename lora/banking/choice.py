@@ -6,18 +6,21 @@ thread, or a task of asyncio. Layers look for the innermost one of their bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import cached_property
 from math import prod
+from threading import get_ident
 from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from lora.banking.history import History, Span, begun
 from lora.banking.traced import tell
-from lora.errors import Problems, is_count, short
+from lora.errors import Problems, is_count, short, some
 from lora.functional.rows import Rows
 from lora.layers.replay import Replays
 from lora.layers.switch import of_caller
@@ -40,7 +43,9 @@ class Choice:
         flattened: a tensor of n times as many rows has n tokens of each row, one row after the other.
         everyone: every adapter that trains gets a gradient, of 0 if it has no rows: FSDP2 reduces those of all ranks in
             step, and on another rank it may have some.
+        known: the adapters that the bank had then.
         is_open: whether the block was entered, and has not been left.
+        span: what autograd records in the block; None for the block of a module that computes with one adapter.
     """
 
     def __init__(
@@ -57,7 +62,15 @@ class Choice:
         self.adapters, self.name, self.order, self.shape = adapters, name, order, shape
         self.owners, self.rows = owners, None if owners is None else Rows.of(owners)
         self.per, self.flattened, self.everyone = per, flattened, everyone
+        self.known = adapters.known
         self.is_open = False
+        self.span: Span | None = None
+
+    @cached_property
+    def key(self) -> Hashable:
+        """What is equal in two blocks that choose the same."""
+        owners = None if self.owners is None else tuple(self.owners)
+        return hash((self.name, owners, *self.order, self.shape, self.per, self.flattened))
 
     @property
     def count(self) -> int:
@@ -98,14 +111,17 @@ class Choice:
 class Block(AbstractContextManager[Choice]):
     """One `with bank.rows(…)` or `with bank.use(…)`: left whole, wherever an interruption comes."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, choice: Choice, is_seen: bool = True) -> None:
+        self.choice, self.is_seen = choice, is_seen
 
     def __enter__(self) -> Choice:
         if self.choice.is_open:
             raise RuntimeError("this block of a bank was entered already; make one for each `with`.")
+        if self.is_seen:
+            self.choice.adapters.check_callers()
         try:
             self.choice.is_open = True
+            self.choice.span = begun() if self.is_seen else None
             _entered.set((*filter(_is_open, _entered.get()), self.choice))
             self.choice.adapters.traced_blocks += (self.choice,)
             self.choice.adapters.tell()
@@ -118,6 +134,8 @@ class Block(AbstractContextManager[Choice]):
         try:
             self.choice.is_open = False
             _entered.set(tuple(filter(_is_open, _entered.get())))
+            if self.choice.span is not None:
+                self.choice.adapters.history.leave(self.choice.span, self.choice)
             self.choice.adapters.tell()
         except BaseException:
             self.choice.is_open = False
@@ -164,6 +182,7 @@ class Adapters:
 
     Attributes:
         known: the adapters by name, in order, each with its seeds.
+        history: in which blocks forwards were.
         room: for how many different adapters in a batch a compiled model has room; None for no room.
         max_r: the rank that all adapters are filled up to, where there is room.
         traced_layers: the layers of the bank, as keys; and others, which were.
@@ -174,6 +193,7 @@ class Adapters:
 
     def __init__(self) -> None:
         self.known: dict[str, Seeds] = {}
+        self.history = History()
         self.room: int | None = None
         self.max_r: int | None = None
         self.traced_layers: dict[Any, None] = {}
@@ -212,14 +232,29 @@ class Adapters:
         self.traced_blocks = tuple(filter(_is_open, self.traced_blocks))
         if self.is_traced:
             self.traced_layers = {layer: None for layer in self.traced_layers if vars(layer).get("lora_bank") is self}
-            tell(self, self.traced_blocks[-1] if self.traced_blocks else None)
+            inner = self.traced_blocks[-1] if self.traced_blocks else None
+            tell(self, None if inner is None or self._gone(inner) else inner)
+
+    def check_callers(self) -> None:
+        """RuntimeError where a compiled model would compute with a block of another caller's."""
+        others = {*filter(_is_open, self.traced_blocks)}.difference(_entered.get()) if self.is_traced else ()
+        if others and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                "a block of this bank is open in another thread or task, and a compiled model computes with the last "
+                "one that was entered, whoever calls it; with a model that was compiled, let one caller at a time have "
+                "a block open."
+            )
 
     def watch(self) -> None:
         """Called by a compiler that begins to look, while it looks; RuntimeError if no block is open."""
-        if not any(map(_is_open, self.traced_blocks)):
+        inner = next(filter(_is_open, reversed(self.traced_blocks)), None)
+        if inner is None:
             raise self._none_chosen()
+        self._check_known(inner)
         if not self.is_traced:
             self.is_traced = True
+            if inner in _entered.get():
+                self.check_callers()
             self.tell()
 
     # A compiler is to run it, not to follow it. `torch.compiler.assume_constant_result` sets this as well, and imports
@@ -232,22 +267,28 @@ class Adapters:
         return Seeds((torch.initial_seed() + crc32(name.encode())) % 2**63)
 
     def chosen(self, device: torch.device) -> Choice:
-        """The innermost block of the caller's; RuntimeError if there is none."""
+        """The innermost block of the caller's; RuntimeError if there is none, or it is not for what is computed."""
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError(
                 "a module that computes with one adapter's weight at a time (attention, recurrent layers, experts, "
                 "classes with a forward of their own) cannot be compiled with a bank of adapters; without "
                 "`fullgraph=True` the rest of the model is."
             )
-        for choice in reversed(_entered.get()):
-            if choice.adapters is self and choice.is_open:
-                return choice
+        recomputes = torch._C._current_graph_task_id() != -1
+        own = [choice for choice in _entered.get() if choice.adapters is self and choice.is_open]
         # Autograd computes checkpointed forwards again; for accelerators in threads of its own, which have no context.
-        if device.type != "cpu" and torch._C._current_graph_task_id() != -1:
+        if not own and recomputes and device.type != "cpu":
             callers: tuple[Choice, ...] = of_caller(_entered)
-            for choice in reversed(callers):
-                if choice.adapters is self and choice.is_open:
-                    return choice
+            own = [choice for choice in callers if choice.adapters is self and choice.is_open]
+        if own:
+            choice = own[-1]
+            if recomputes:
+                self.history.check(own)
+            elif choice.span is not None and choice.span.thread != get_ident():
+                self.history.threads = True
+            if choice.known is not self.known:
+                self._check_known(choice)
+            return choice
         raise self._none_chosen()
 
     def _none_chosen(self) -> RuntimeError:
@@ -256,6 +297,17 @@ class Adapters:
             "`with bank.use(name):`, or `with bank.rows(names):` with one name for each row, where None is the base. "
             "(A backward through checkpointed layers computes them again, and belongs in the block, too.)"
         )
+
+    def _gone(self, choice: Choice) -> list[str]:
+        return [repr(name) for name in (choice.name, *choice.order) if name is not None and name not in self.known]
+
+    def _check_known(self, choice: Choice) -> None:
+        gone = self._gone(choice)
+        if gone:
+            raise RuntimeError(
+                f"the block of a bank that is open has rows of {some(gone, len(gone))}, and the bank no longer has: it "
+                "was taken out after the block was made."
+            )
 
 
 def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:

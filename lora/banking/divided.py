@@ -304,7 +304,7 @@ def with_one(
     drawing: AbstractContextManager[None] = nullcontext()
     if name is not None and module.training:
         drawing = seeded(choice.adapters.known[name].next(), next(module.parameters()).device)
-    with Block(Choice(choice.adapters, name, everyone=choice.everyone)), drawing:
+    with Block(Choice(choice.adapters, name, everyone=choice.everyone), is_seen=False), drawing:
         return method(*args, **kwargs)
 
 

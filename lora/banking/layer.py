@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,9 +29,14 @@ from lora.layers.vocabulary import WithVocabulary
 from lora.layers.weights import is_sharded
 
 # What a layer of a bank keeps beside what every LoRA layer does.
-_STATE = "lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_base_tensors", "lora_slots"
+_STATE = (
+    *("lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_turned", "lora_places", "lora_base_tensors"),
+    "lora_slots",
+)
 # The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
+# Those of embeddings of places in a sequence: `wpe`, `embed_positions`, `relative_attention_bias`.
+_PLACES = re.compile(r"(^|_)(wpe|pos|position|positions|positional|relative)(_|$)")
 
 
 class Banked(LoRALayer):
@@ -44,6 +49,8 @@ class Banked(LoRALayer):
         lora_bank: what the layers of the bank know in common.
         lora_name: the layer's name in the model, for errors.
         lora_routed: whether it is given tokens that a router chose.
+        lora_turned: a module of the model that takes (length, batch, features), in words; None if there is none.
+        lora_places: whether it is an embedding of places in a sequence, which need not be given with rows.
         lora_base_tensors: the names of the parameters that are its base's.
     """
 
@@ -53,6 +60,8 @@ class Banked(LoRALayer):
     lora_bank: Adapters
     lora_name: str
     lora_routed: bool
+    lora_turned: str | None
+    lora_places: bool
     lora_base_tensors: tuple[str, ...]
 
     # ---- forward ---------------------------------------------------------------------------------------------
@@ -96,6 +105,8 @@ class Banked(LoRALayer):
             )
         if self.lora_is_in_place():
             return self._divided(choice, lead, input, *args, **kwargs)
+        if (self.lora_places or self.lora_turned) and choice.per == "row" and not choice.is_of_one:
+            self.lora_check_sizes(choice.count, input.shape[:lead])
         for seat in filter(None, seats.values()):
             for check in self.lora_checks:
                 check(seat, input)
@@ -126,9 +137,29 @@ class Banked(LoRALayer):
         y: Tensor = with_one(self, self.lora_layer_forward, choice, choice.order[0], (input, *args), kwargs)
         return y
 
-    def lora_called(self, name: str) -> None:
-        """Let it know its name in the model."""
-        vars(self).update(lora_name=name or "the model", lora_routed=_EXPERT.search(name) is not None)
+    def lora_called(self, name: str, turned: str | None = None) -> None:
+        """Let it know its name in the model, and that of a module that takes (length, batch, features)."""
+        routed = _EXPERT.search(name) is not None
+        places = isinstance(self, EmbeddingLoRA) and _PLACES.search(name.rpartition(".")[2]) is not None
+        vars(self).update(lora_name=name or "the model", lora_routed=routed, lora_turned=turned, lora_places=places)
+
+    def lora_check_sizes(self, n: int, shape: Sequence[int]) -> None:
+        """RuntimeError if what seems to be n rows, each with an adapter of its own, may be n places in a sequence."""
+        if shape[0] != n or (len(shape) > 1 and shape[1] != n):
+            return
+        if self.lora_places:
+            why = "is an embedding of places by its name, and what is as long as there are rows may be the places"
+        elif self.lora_turned is not None and len(shape) > 1:
+            why = (
+                "the rows of the batch may be in the first dimension of this layer's input, or in the second: both are "
+                f"of size {n}, and {self.lora_turned} takes (length, batch, features)"
+            )
+        else:
+            return
+        raise RuntimeError(
+            f"{self.lora_name}: {why}. Let the length differ from the number of rows, say the adapter of each token in "
+            'the form of this input, with `bank.rows(names, per="token")`, or use `bank.use(name)`.'
+        )
 
     def _divided(self, choice: Choice, lead: int, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The class's own forward, once for each adapter."""

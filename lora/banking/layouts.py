@@ -69,3 +69,10 @@ LAYOUTS: dict[Any, Layout] = {
     **dict.fromkeys((cls.forward for cls in (nn.TransformerDecoderLayer, nn.TransformerDecoder)), _DECODER),
     nn.Transformer.forward: Layout({**_SOURCE, **_TARGET}, (_in_batch,)),
 }
+# Of transformers: these turn their batches to (length, batch, features), and have no attribute that says so.
+_TURNED = {"XLNetModel", "LongformerSelfAttention", "LEDEncoderSelfAttention"}
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether a module is known to compute with (length, batch, features)."""
+    return getattr(module, "batch_first", None) is False or type(module).__name__ in _TURNED

@@ -124,6 +124,8 @@ def _fitted(layer: Any, slots: Slots, where: Tensor, input: Tensor) -> Tensor:
         lead = int(input.dim() == layer.weight.dim())
     shape, count = input.shape[:lead], where.numel()
     known = [where]
+    if (layer.lora_places or layer.lora_turned) and slots.per == "row" and lead:
+        layer.lora_check_sizes(count, shape)
     if slots.per == "token":  # they may be flattened, or packed into one row
         known += [where.view(1, -1), where.flatten()]
     for fitted in known:
