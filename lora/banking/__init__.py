@@ -174,9 +174,10 @@ class AdapterBank(MutableMapping[str, Adapter]):
         known = [*self._adapters.known]
         called: dict[Any, str | None] = {}
         for value in dict.fromkeys(given):
-            numbered = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(known)
+            numbered = isinstance(value, int) and -1 <= value < len(known)
             called[value] = (known[value] if value >= 0 else None) if numbered else value
-        raise_all(what, self._unknown(called.values()))
+        truths = {value for value in given if isinstance(value, bool)}  # which are equal to numbers
+        raise_all(what, self._unknown([*called.values(), *sorted(truths)]))
         order = [*dict.fromkeys(name for name in called.values() if name is not None)]
         places: dict[str | None, int | None] = {name: number for number, name in enumerate(order)}
         owners = [places.get(called[value]) for value in given]

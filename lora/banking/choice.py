@@ -15,6 +15,7 @@ from threading import get_ident
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -312,8 +313,8 @@ class Adapters:
 
 def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
     """The shape of nested lists, and what is in them; ValueError if they are not of one length."""
-    if isinstance(names, Tensor):
-        return tuple(names.shape), names.flatten().tolist()
+    if isinstance(names, (Tensor, np.ndarray)):
+        names = names.tolist()
     if isinstance(names, str) or not isinstance(names, Sequence):
         return (), [names]
     inner = [nested(each) for each in names]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -458,3 +459,16 @@ def test_a_generators_block_holds_where_it_is_consumed_until_it_ends() -> None:
     generator.close()
     with pytest.raises(RuntimeError, match="no adapter is chosen"):
         model(x)
+
+
+def test_names_come_in_arrays_and_truths_are_no_numbers() -> None:
+    base, model, bank = linear()
+    weight = next(base.parameters())
+    x = torch.randn(3, weight.shape[1], dtype=weight.dtype)
+    with bank.rows(["a", "b", "a"]):
+        expected = model(x)
+    for names in (np.array(["a", "b", "a"]), np.array([0, 1, 0]), torch.tensor([0, 1, 0])):
+        with bank.rows(names):
+            assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="there is no adapter True"):
+        bank.rows([1, True, 0])
