@@ -201,7 +201,8 @@ def test_fused_outputs_cannot_be_resized():
 
 MESSAGE = (
     "lm_head: had LoRA, and a Linear without it has taken its place, as when transformers' `resize_token_embeddings` "
-    "makes a new output head; call that first, and then `lora.inject`. (`lora.eject` takes out what is left.)"
+    "makes a new output head; call that first, and then `lora.inject`. (`lora.eject`, or a "
+    "bank's `keep(None)`, takes out what is left.)"
 )
 USES = {
     "save_adapter": lambda model, path: lora.save_adapter(model, path / "b"),
