@@ -44,8 +44,8 @@ def same_sample(theirs: Sequence[float], ours: Sequence[float], slack: float = 0
     of_a, of_b = _precision(a), _precision(b)
     # Rounding moves a value by half of its precision, and again if it went through another dtype.
     tolerance = 0.0 if of_a == of_b else 0.625 * (of_a + of_b)
-    # Half of float16's smallest step, by which it moves what is below its normal numbers.
-    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 0.0
+    # Half of the smallest step of float16, or of bfloat16, by which it moves what is below their normal numbers.
+    smallest = 2**-25 if _holds(torch.float16, a) or _holds(torch.float16, b) else 2**-134 * (of_a != of_b)
     return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + smallest + slack).all())
 
 
