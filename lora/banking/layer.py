@@ -285,16 +285,7 @@ def _with_rows(y: Tensor, rows: Rows, lead: int, changes: Mapping[int, Callable[
     flat = y.reshape(rows.count, *y.shape[lead:])
     views = rows.views(rows.parts, flat, rows.gather(flat))
     made = [changes.get(part.adapter, _same)(view) for part, view in zip(rows.parts, views, strict=True)]
-    gathered = [new for part, new in zip(rows.parts, made, strict=True) if part.gathered]
-    index = rows.scattered(y.device)
-    if index is not None:
-        flat = flat.index_copy(0, index, torch.cat(gathered))
-    pieces, end = [], 0
-    whole = ((part.rows, new) for part, new in zip(rows.parts, made, strict=True) if not part.gathered)
-    for run, new in sorted(whole, key=lambda pair: pair[0].start):
-        pieces += [flat[end : run.start], new]
-        end = run.stop
-    return torch.cat([*pieces, flat[end:]]).view(y.shape) if pieces else flat.view(y.shape)
+    return rows.replaced(rows.parts, flat, made).view(y.shape)
 
 
 def _added(seat: Any, seeds: Seeds, x: Tensor, y: Tensor) -> Tensor:

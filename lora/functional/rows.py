@@ -145,8 +145,26 @@ class Rows:
             )
         return self._blocks[key]
 
+    def replaced(self, parts: Sequence[Part], x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """x (N, …) in a new tensor, with these values in the place of the rows of each part."""
+        gathered, index = self.gather(x), self.scattered(x.device)
+        of_parts = [*zip(parts, values, strict=True)]
+        if gathered is not None and index is not None:
+            gathered = _exchanged(gathered, [(part.rows, value) for part, value in of_parts if part.gathered])
+            x = x.index_copy(0, index, gathered)
+        return _exchanged(x, [(part.rows, value) for part, value in of_parts if not part.gathered])
+
     def __repr__(self) -> str:
         return f"Rows(count={self.count}, parts={self.parts})"
+
+
+def _exchanged(x: Tensor, values: list[tuple[slice, Tensor]]) -> Tensor:
+    """x (N, …) with other values in these rows, in a new tensor, if there are any."""
+    pieces, end = [], 0
+    for rows, value in sorted(values, key=lambda pair: pair[0].start):
+        pieces += [x[end : rows.start], value]
+        end = rows.stop
+    return torch.cat([*pieces, x[end:]]) if pieces else x
 
 
 # ---- the function ----------------------------------------------------------------------------------------------------
@@ -247,21 +265,8 @@ def plain_lora_linear_rows(
         B, left = spread(update.B, update.scaling, x.dtype)
         change = up_slices(h, B, update.slices or ((0, weight.shape[0]),), weight.shape[0])
         changes.append((change * left).to(y.dtype))
-    gathered, index = rows.gather(y_), rows.scattered(x.device)
-    y_ = _plus(y_, [(part.rows, u) for part, u in zip(parts, changes, strict=True) if not part.gathered])
-    if gathered is not None and index is not None:
-        gathered = _plus(gathered, [(part.rows, u) for part, u in zip(parts, changes, strict=True) if part.gathered])
-        y_ = y_.index_copy(0, index, gathered)
-    return y_.view(y.shape)
-
-
-def _plus(y: Tensor, changes: list[tuple[slice, Tensor]]) -> Tensor:
-    """y (N, out_features) with changes to these rows added, in a new tensor."""
-    pieces, end = [], 0
-    for rows, change in sorted(changes, key=lambda pair: pair[0].start):
-        pieces += [y[end : rows.start], y[rows] + change]
-        end = rows.stop
-    return torch.cat([*pieces, y[end:]])
+    sums = [y_k + change for y_k, change in zip(rows.views(parts, y_, rows.gather(y_)), changes, strict=True)]
+    return rows.replaced(parts, y_, sums).view(y.shape)
 
 
 def _fit(x: Tensor, updates: Sequence[Update | None], rows: Rows) -> tuple[Rows, Sequence[Part], Sequence[Update]]:

@@ -119,5 +119,6 @@ class Inputs:
 
 
 def input_of(args: Any, kwargs: Any) -> Tensor:
+    """The input among the arguments that a layer was called with."""
     x: Tensor = args[0] if args else kwargs["input"]
     return x

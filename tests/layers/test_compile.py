@@ -5,9 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from compiled import Compiled
 from conftest import KINDS, LAYERS, WITH_DROPOUT, make, randomised
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import lora
@@ -18,24 +18,6 @@ EACH_KIND_TRAINS_AND_SOME_SERVE += [(kind, "served") for kind in ("MergedLinear"
 # torch's own compiler imports what torch deprecates.
 of_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 with_and_without_dora = pytest.mark.parametrize("use_dora", [False, True])
-
-
-class Compiled:
-    """A model that is compiled in one graph, and how often it was. (`eager` runs what was traced as it is.)"""
-
-    def __init__(self, model, backend="eager", **options):
-        torch._dynamo.reset()
-        counters.clear()
-        self.counter = CompileCounterWithBackend(backend)
-        self.function = torch.compile(model, fullgraph=True, backend=self.counter, **options)
-
-    def __call__(self, *inputs):
-        return self.function(*inputs)
-
-    @property
-    def times(self):
-        assert not counters["graph_break"]
-        return self.counter.frame_count
 
 
 def sized(kind, batch, length, dtype=torch.float32):
