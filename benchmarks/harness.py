@@ -10,7 +10,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,41 +46,40 @@ class Case:
     charted: bool = True
 
 
-def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+def measure(case: Case, seconds: float, device: str = "cpu") -> list[dict[str, Any]]:
     """One row for each variant: medians of time, and of the ratio to the first variant in the same round."""
-    repeats = {name: _repeats(case, name) for name in case.variants}
+    repeats = {name: _repeats(case, name, device) for name in case.variants}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < LEAST_ROUNDS or time.perf_counter() < end:
         rounds += 1
         for name, taken in samples.items():
-            taken.append(_run(case, name, repeats[name]))
+            taken.append(_run(case, name, repeats[name], device))
     limit = next(iter(samples.values()))
     return [_row(case, name, taken, limit) for name, taken in samples.items()]
 
 
-def _run(case: Case, name: str, repeats: int) -> tuple[float, float]:
+def _run(case: Case, name: str, repeats: int, device: str) -> tuple[float, float]:
     """Seconds of wall-clock and of this process' CPU time that one call takes."""
     case.setups.get(name, lambda: None)()
     function = case.variants[name]
-    synchronize()
+    _synchronize(device)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
         function()
-    synchronize()
+    _synchronize(device)
     return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
 
 
-def synchronize() -> None:
+def _synchronize(device: str) -> None:
     """Wait for what an accelerator still computes."""
-    device = torch.get_default_device().type
     if device != "cpu":
-        getattr(torch, device).synchronize()
+        getattr(torch, torch.device(device).type).synchronize()
 
 
-def _repeats(case: Case, name: str) -> int:
-    _run(case, name, 1)  # the first call of all warms up
-    wall, _ = _run(case, name, 1)
+def _repeats(case: Case, name: str, device: str) -> int:
+    _run(case, name, 1, device)  # the first call of all warms up
+    wall, _ = _run(case, name, 1, device)
     return 1 if name in case.setups else max(1, round(LEAST_SAMPLE / wall))
 
 
@@ -108,21 +109,26 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: results/, when run without options)")
     chosen = parser.parse_args(argv or None)
-    torch.set_default_device(chosen.device)
+    # Cases are made on the device, and measured without a default device: under one each call of torch's runs through
+    # Python, which would be measured, too.
+    making = partial(torch.device, chosen.device) if chosen.device != "cpu" else nullcontext
     seconds = chosen.seconds or (0.1 if chosen.quick else 30)
-    topic, about, results = Path(script).stem, machine(), {}
+    with making():
+        about, made = machine(), cases(chosen.quick)
+    topic, results = Path(script).stem, {}
     where = "" if chosen.device == "cpu" else f" --device {chosen.device}"
     about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick}{where} --seconds {seconds:g}"
-    for name, make in cases(chosen.quick).items():
+    for name, make in made.items():
         if chosen.only in name:
-            case = make()
-            results[name] = {"rows": measure(case, seconds), "note": case.note, "charted": case.charted}
+            with making():
+                case = make()
+            rows = measure(case, seconds, chosen.device)
+            results[name] = {"rows": rows, "note": case.note, "charted": case.charted}
             print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
-    partial = chosen.quick or chosen.only or chosen.seconds
-    out = chosen.out or (None if partial else RESULTS)
+    in_part = chosen.quick or chosen.only or chosen.seconds
+    out = chosen.out or (None if in_part else RESULTS)
     if out and results:
         write(out, topic, question, about, results)
-    torch.set_default_device(None)
 
 
 def write(out: Path, topic: str, question: str, about: dict[str, str], results: dict[str, Any]) -> None:

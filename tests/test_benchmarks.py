@@ -56,6 +56,21 @@ def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
     assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_cases_are_made_on_the_device_and_measured_without_a_mode_through_which_calls_run(tmp_path, monkeypatch):
+    harness, seen = importlib.import_module("harness"), []
+    monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
+
+    def make():
+        made_on = torch.get_default_device()
+        return harness.Case({"limit": lambda: seen.append((made_on, torch._C._len_torch_function_stack()))})
+
+    options = "--seconds", "1e-9", "--out", str(tmp_path)
+    for device, made_on in (("cpu", torch.device("cpu")), ("cpu:0", torch.device("cpu:0"))):
+        seen.clear()
+        harness.main("topic.py", "?", lambda quick: {"case": make}, "--device", device, *options)
+        assert {*seen} == {(made_on, 0)}
+
+
 def test_methods_are_trained_and_what_has_run_is_not_run_again(tmp_path, capsys):
     methods = importlib.import_module("methods")
     methods.main("--quick", "--out", str(tmp_path))

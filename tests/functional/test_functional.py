@@ -287,3 +287,28 @@ def test_it_does_no_more_operations_than_the_arithmetic_takes():
         torch.autograd.grad(y, [x, A, B], dy)
     # dx, dB and its scaling, a small Bᵀ laid out for MKL, dh and its scaling, dx += dh A, dA
     assert backward.names == ["mm", "mm", "mul", "clone", "mm", "mul_", "addmm_", "mm"]
+
+
+@pytest.mark.parametrize("slices", [None, QKV])
+@pytest.mark.parametrize(
+    ("rows", "r", "dtype", "turned"),
+    [(64, 8, torch.float32, 1), (63, 8, torch.float32, 0), (64, 16, torch.float32, 0), (64, 8, torch.bfloat16, 0)],
+)
+def test_B_is_laid_out_anew_only_for_many_rows_of_few_columns(rows, r, dtype, turned, slices):
+    x, weight, _, A, B = problem(OUT, slices, rows, features=FEATURES, r=r, dtype=dtype, bias=False)
+    y = lora_linear(x, weight, None, A, B, 0.5, 0.0, slices)
+    with Operations() as backward:
+        torch.autograd.grad(y, [x, A, B], torch.randn_like(y))
+    assert backward.names.count("clone") == turned * len(slices or [()])
+
+
+@pytest.mark.parametrize("slices", [None, QKV])
+@pytest.mark.parametrize(("rows", "r"), [(1, 2), (2, 2), (16, 8), (17, 8), (N, 64)])
+def test_the_gradient_of_B_lies_as_B_does_unless_there_are_many_rows_of_few_columns(rows, r, slices):
+    """Autograd copies a gradient that lies otherwise; and each way computes the same."""
+    x, weight, _, A, B = problem(OUT, slices, rows, features=FEATURES, r=r, bias=False)
+    dy = torch.randn(rows, OUT, dtype=x.dtype)
+    got = torch.autograd.grad(lora_linear(x, weight, None, A, B, 0.5, 0.0, slices), B, dy)[0]
+    expected = torch.autograd.grad(plain_lora_linear(x, weight, None, A, B, 0.5, 0.0, slices), B, dy)[0]
+    torch.testing.assert_close(got, expected)
+    assert got.is_contiguous() == (4 * rows <= r * r or slices is not None)

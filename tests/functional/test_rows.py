@@ -496,15 +496,7 @@ def counted(owners, count):
 
 
 UPDATE = ["mm", "addmm_"]
-BACK = [
-    "mm",
-    "mul",
-    "clone",
-    "mm",
-    "mul_",
-    "addmm_",
-    "mm",
-]  # dB and its scaling, Bᵀ laid out, dh and its scaling, dx, dA
+BACK = ["mm", "mul", "mm", "mul_", "addmm_", "mm"]  # dB and its scaling, dh and its scaling, dx, dA
 
 
 def test_runs_take_the_operations_of_their_adapters_and_absent_ones_none():
