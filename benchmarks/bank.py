@@ -4,7 +4,9 @@ K adapters of r = 16 in every linear layer but the head of a Llama of 6 layers w
 Served (no gradients): the frozen model, one adapter for all rows, lora's bank, PEFT's `adapter_names`, and PEFT's
 `set_adapter` with the rows one after the other. Trained, as forward, backward and AdamW for each adapter: the bank,
 against K runs of one adapter each by lora and by PEFT, and PEFT's `set_adapter` in one model; all rows and adapters of
-all variants are the same. "135M" is the pretrained model of examples/phi3_chat.py, adapted in its four projections.
+all variants are the same. "Frozen" is forward and backward of all rows at once without any adapter, to the gradient of
+the embedded tokens: what no training at once can be below. "135M" is the pretrained model of examples/phi3_chat.py,
+adapted in its four projections.
 
     python benchmarks/bank.py [--quick]
 """
@@ -29,7 +31,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 ADAPTERS = {F32: (4, 8, 32), BF16: (8,)}
 TOKENS = (1, 128, 512)
 TRAINED = [(8, 16), (8, 128)]
-PRETRAINED = [(8, 16), (8, 64)]
+PRETRAINED = [(8, 4), (8, 16), (8, 64)]
 
 
 def cases(quick: bool) -> dict[str, Callable[[], Case]]:
@@ -146,7 +148,8 @@ def without_gradients(run: Callable[[], Tensor]) -> Tensor:
 
 
 def logits(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
-    return model(input_ids=ids, use_cache=False, **options).logits
+    inputs = {} if "inputs_embeds" in options else {"input_ids": ids}
+    return model(**inputs, use_cache=False, **options).logits
 
 
 def train(model: str, k: int, tokens: int, quick: bool) -> Case:
@@ -179,15 +182,23 @@ def train(model: str, k: int, tokens: int, quick: bool) -> Case:
         return losses
 
     variants: dict[str, Callable[[], list[float]]] = {
-        "K runs, lora": lambda: [run.step() for run in runs],
+        "lora, K runs": lambda: [run.step() for run in runs],
         "lora, bank": all_at_once,
-        "K runs, PEFT": lambda: [run.step() for run in theirs],
+        "PEFT, K runs": lambda: [run.step() for run in theirs],
         "PEFT, set_adapter": in_turns,
     }
     first = [torch.tensor(step()) for step in variants.values()]  # with the same adapters, before the first step
     for losses in first[1:]:
         torch.testing.assert_close(losses, first[0], rtol=1e-4, atol=0)
-    return Case(variants)
+    embed = setup.base.get_input_embeddings()
+
+    def frozen() -> list[float]:
+        x = embed(setup.ids).detach().requires_grad_()
+        losses = losses_of(setup.base, setup.ids, inputs_embeds=x)
+        losses.sum().backward()
+        return losses.tolist()
+
+    return Case({**variants, "frozen, all rows": frozen})
 
 
 class Run:
@@ -209,9 +220,9 @@ def step_of(model: nn.Module, row: Tensor, optimizer: torch.optim.Optimizer) -> 
     return loss.item()
 
 
-def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+def losses_of(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
     """The mean loss of each row, (rows)."""
-    scores = logits(model, ids)  # (rows, tokens, words)
+    scores = logits(model, ids, **options)  # (rows, tokens, words)
     each = nn.functional.cross_entropy(scores[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     return each.mean(1)
 

@@ -16,6 +16,8 @@ COUNTERPARTS = {
     ("conv", "loralib"): "lora, as loralib",
     ("conv", "PEFT"): "lora, factored",
     ("decode", "loralib, eval"): "lora, eval with its cache",
+    ("bank", "PEFT, adapter_names"): "lora, bank",
+    ("bank", "PEFT, set_adapter"): "lora, bank",
     ("dora", "PEFT: W₀ + s · B A built"): "lora",
 }
 HEADING = "### Where a peer is ahead"

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lora.banking.choice import Adapters, Choice, Seeds
 from lora.banking.divided import divide, with_one
+from lora.banking.stacks import Stacks
 from lora.banking.traced import traced_forward
 from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
+from lora.functional.stacked import Block
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.in_place import LowRankWeight
@@ -31,7 +33,7 @@ from lora.layers.weights import is_sharded
 # What a layer of a bank keeps beside what every LoRA layer does.
 _STATE = (
     *("lora_seats", "lora_bank", "lora_name", "lora_routed", "lora_turned", "lora_places", "lora_base_tensors"),
-    "lora_slots",
+    *("lora_slots", "lora_stacks"),
 )
 # The names of layers in one expert of several that are modules: `experts.0.w1`, `experts.expert_0.wi`.
 _EXPERT = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
@@ -52,6 +54,7 @@ class Banked(LoRALayer):
         lora_turned: a module of the model that takes (length, batch, features), in words; None if there is none.
         lora_places: whether it is an embedding of places in a sequence, which need not be given with rows.
         lora_base_tensors: the names of the parameters that are its base's.
+        lora_stacks: A and B of several adapters in one tensor each, as a cache.
     """
 
     lora_base_class = LoRALayer
@@ -63,6 +66,7 @@ class Banked(LoRALayer):
     lora_turned: str | None
     lora_places: bool
     lora_base_tensors: tuple[str, ...]
+    lora_stacks: Stacks
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
@@ -107,12 +111,13 @@ class Banked(LoRALayer):
             return self._divided(choice, lead, input, *args, **kwargs)
         if (self.lora_places or self.lora_turned) and choice.per == "row" and not choice.is_of_one:
             self.lora_check_sizes(choice.count, input.shape[:lead])
-        for seat in filter(None, seats.values()):
-            for check in self.lora_checks:
+        for check in self.lora_checks if self.training or torch.is_grad_enabled() else ():
+            for seat in filter(None, seats.values()):
                 check(seat, input)
         if isinstance(self, LinearLoRA) and self.lora_dense:
-            updates = [self._update(choice, name, seats.get(number)) for number, name in enumerate(choice.order)]
-            y = lora_linear_rows(input, self.lora_stored(self.weight), self.bias, updates, rows)
+            updates = [_update(choice, name, seats.get(number)) for number, name in enumerate(choice.order)]
+            stack = Block.stack if self.training else partial(self.lora_stacks.of, choice.key)
+            y = lora_linear_rows(input, self.lora_stored(self.weight), self.bias, updates, rows, stack=stack)
             scaled = {n: seat.lora_magnified for n, seat in seats.items() if seat is not None and seat.use_dora}
             return _with_rows(y, rows, lead, scaled) if scaled else y
         y = self.lora_base_forward(input, *args, **kwargs)
@@ -167,12 +172,6 @@ class Banked(LoRALayer):
         x = input.flatten(0, lead - 1) if by_token else input
         y: Tensor = divide(self, self.lora_layer_forward, choice, self.lora_name, x, *args, **kwargs)
         return y.view(*input.shape[:lead], *y.shape[1:]) if by_token else y
-
-    def _update(self, choice: Choice, name: str, seat: Any) -> Update | None:
-        if seat is None:
-            return None
-        _, _, A, B, scaling, dropout, slices = seat.lora_arguments()
-        return Update(A, B, scaling, dropout, slices, choice.adapters.known[name].next)
 
     def _lead(self, input: Tensor) -> int:
         """How many of the input's first dimensions are rows."""
@@ -229,6 +228,7 @@ class Banked(LoRALayer):
         plain = not isinstance(value, (Tensor, nn.Module))
         for seat in self.lora_seats.values():
             if name == "weight" or name.startswith(PARAMETERS):
+                self.lora_stacks.drop()
                 seat._merged = seat._squares = seat._norms = None
                 seat._subclassed |= isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
             elif plain and name not in _KEPT:
@@ -240,9 +240,12 @@ class Banked(LoRALayer):
         super().train(mode)
         for seat in self.lora_seats.values() if mode else ():
             seat._merged = None
+        if mode:
+            self.lora_stacks.drop()
         return self
 
     def lora_applied(self, fn: Any) -> Any:
+        self.lora_stacks.drop()
         for seat in self.lora_seats.values():
             seat._merged = seat._squares = seat._norms = seat._checked = None
         self.lora_bank.traced_version += 1
@@ -271,6 +274,14 @@ class Banked(LoRALayer):
 _KEPT = frozenset(
     (*_STATE, "r", "lora_place", "lora_injected", "lora_disabled", "_merged", "_squares", "_norms", "_checked")
 ) | {"_subclassed", "_in_place"}
+
+
+def _update(choice: Choice, name: str, seat: Any) -> Update | None:
+    if seat is None:
+        return None
+    A, B = seat.lora_factors()
+    dropout = seat.lora_dropout if seat.training else 0.0
+    return Update(A, B, seat.lora_scaling, dropout, seat.lora_slices(), choice.adapters.known[name].next)
 
 
 def _with_rows(y: Tensor, rows: Rows, lead: int, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:

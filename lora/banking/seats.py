@@ -6,6 +6,7 @@ from typing import Any
 
 from lora.banking.choice import Adapters
 from lora.banking.layer import Banked
+from lora.banking.stacks import Stacks
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import PARTS, Borrowed, Part, enter_part, leave_part, parts_of
@@ -39,7 +40,7 @@ def banked(module: Any, parameter: str | None, adapters: Adapters) -> tuple[Any,
     layer.__class__ = class_for(Banked, class_for(kind, type(layer)))
     vars(layer).update(lora_seats={}, lora_bank=adapters, lora_injected=True)
     layer.lora_called("")
-    vars(layer).update(lora_base_tensors=tuple(layer._parameters))
+    vars(layer).update(lora_base_tensors=tuple(layer._parameters), lora_stacks=Stacks())
     adapters.traced_layers[layer] = None
     if isinstance(layer, Part):
         enter_part(layer)
@@ -75,6 +76,7 @@ def unseat(layer: Any, name: str) -> None:
     for one, _ in [*gone.lora_parameters()]:
         del gone._parameters[one]
     del layer.lora_seats[name]
+    layer.lora_stacks.drop()
     if layer.lora_seats or layer.lora_bank.room is not None:  # a compiled model is to find the same layers
         vars(layer)["r"] = max((seat.r for seat in layer.lora_seats.values()), default=layer.r)
         return

@@ -3,9 +3,10 @@
 from lora.functional.conv import Geometry, lora_conv, plain_lora_conv
 from lora.functional.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 from lora.functional.embedding import Lookup, lora_embedding, plain_lora_embedding
-from lora.functional.linear import Adapted, lora_linear, lora_swiglu, plain_lora_linear, plain_lora_swiglu
+from lora.functional.linear import lora_linear, plain_lora_linear
 from lora.functional.magnitude import magnify, plain_magnify
 from lora.functional.rows import Rows, Update, lora_linear_rows, plain_lora_linear_rows
+from lora.functional.swiglu import Adapted, lora_swiglu, plain_lora_swiglu
 
 __all__ = [
     "Adapted",

@@ -7,7 +7,7 @@ into the base layer's output and input gradient, never into fresh tensors of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ class _LoRALinear(FusedFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
-        y, h = _forward(x, weight, bias, A, B, fused)
+        y, h = linear_forward(x, weight, bias, A, B, fused)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.fused, ctx.shape = fused, x.shape
         # x itself: of a view made here, double backward would know nothing.
@@ -177,7 +177,7 @@ class _LoRALinear(FusedFunction):
     def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
         x, weight, _, A, B, h = ctx.saved_tensors
         needs_x, _, needs_bias, _, _, _ = ctx.needs_input_grad
-        dx, dA, dB = _backward(dy, x, weight, A, B, h, ctx.fused, needs_x)
+        dx, dA, dB = linear_backward(dy, x, weight, A, B, h, ctx.fused, needs_x)
         return dx, None, flat(dy).sum(0) if needs_bias else None, dA, dB
 
     @staticmethod
@@ -194,7 +194,7 @@ class _LoRALinear(FusedFunction):
         return plain_lora_linear(x, weight, bias, A, B, fused.scaling, fused.dropout(x, flat(x)), fused.slices)
 
 
-def _forward(
+def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """y (..., out_features) and h (N, G·r), with nothing else of the size of x or y made on the way."""
@@ -231,7 +231,7 @@ def _folds(x: Tensor, weight: Tensor, A: Tensor, fused: Fused) -> bool:
 def _forward_alone(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused, fold: bool
 ) -> Tensor:
-    """`_forward` where no backward follows, in as few operations as there are products."""
+    """`linear_forward` where no backward follows, in as few operations as there are products."""
     dtype = fused.dtype
     x = cast(x, dtype)
     if fold:
@@ -245,7 +245,7 @@ def _forward_alone(
     return y
 
 
-def _backward(
+def linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, h: Tensor | None, fused: Fused, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, where it is needed; dA, where there is an x; dB, where there is an h."""
@@ -297,10 +297,9 @@ def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
 
 def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
     """dy_g B_g side by side, (N, G·r)."""
-    N, r = dy.shape[0], B.shape[1]
-    # MKL multiplies many rows by few columns up to twice as fast if B lies the other way. For r ≥ 16, for few rows and
-    # in bfloat16 the copy costs more than it saves: at r = 16, 16 rows of 3072, 92 µs with it and 15 without.
-    turned = dy.is_cpu and dy.dtype == torch.float32 and r < 16 and N >= 64
+    # MKL multiplies many rows by few columns up to twice as fast if B lies the other way. Elsewhere the copy costs more
+    # than it saves: at r = 16, 16 rows of 3072, 92 µs with it and 15 without.
+    turned = dy.is_cpu and dy.dtype == torch.float32 and B.shape[1] < 16 and len(dy) >= 64
     parts = zip(_parts_of_y(dy, slices), _parts_of_B(B, slices), strict=True)
     pieces = [torch.mm(dy_g, B_g.T.contiguous().T if turned else B_g) for dy_g, B_g in parts]
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
@@ -308,10 +307,12 @@ def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
 
 def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
     """dy_gᵀ h_g one below the other, (sizes, r)."""
-    N, r = h.shape[0], h.shape[1] // len(slices)
     # MKL computes (hᵀ dy)ᵀ at r = 8 and many rows up to five times faster than dyᵀ h, but autograd copies what lies
-    # the other way: at r = 16, 16 rows of 3072, 86 µs with the copy, and 24 for dyᵀ h. They are equal at about r²/4.
-    turned = dy.is_cpu and r * r < 4 * N
+    # the other way: at r = 16, 16 rows of 3072, 86 µs with the copy, and 24 for dyᵀ h. They are equal at about r²/4
+    # rows; in bfloat16 at 2 r².
+    N, squared = len(h), (h.shape[1] // len(slices)) ** 2
+    most = squared / 4 if dy.dtype.itemsize >= 4 else 2 * squared
+    turned = dy.is_cpu and most < N
     parts = zip(_parts_of_y(dy, slices), _parts_of_h(h, slices), strict=True)
     pieces = [torch.mm(h_g.T, dy_g).T if turned else torch.mm(dy_g.T, h_g) for dy_g, h_g in parts]
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -338,115 +339,3 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
 def flat(x: Tensor) -> Tensor:
     """(..., features) as (N, features)."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-# ---- two linear layers and an activation -----------------------------------------------------------------------------
-
-
-class Adapted(NamedTuple):
-    """A linear layer with LoRA, as the arguments of `lora_linear`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    scaling: float
-    dropout: float = 0.0
-    slices: Slices | None = None
-
-
-def lora_swiglu(x: Tensor, gate_up: Adapted, down: Adapted) -> Tensor:
-    """The MLP of Llama and Phi-3: gate and up in one linear layer, SiLU, and down; LoRA on both layers.
-
-        g, u = gate_up(x)        y = down(silu(g) ⊙ u)
-
-    Keeps x, (g, u) and the two h = drop(·) Aᵀ for its backward; silu(g) ⊙ u and what SiLU would keep are computed
-    again. Where the fused function does not apply, and where a bias trains, this is `plain_lora_swiglu`.
-
-    Args:
-        x: (..., hidden).
-        gate_up: the layer that computes g and u, one after the other: its weight is (2 · intermediate, hidden).
-        down: the layer back to (..., hidden): its weight is (hidden, intermediate).
-
-    Returns:
-        y (..., hidden).
-
-    From "GLU Variants Improve Transformer", arXiv:2002.05202, section 2.
-
-    >>> import torch, lora.functional
-    >>> gate_up = lora.functional.Adapted(torch.ones(8, 2), None, torch.ones(1, 2), torch.zeros(8, 1), 1.0)
-    >>> down = lora.functional.Adapted(torch.ones(2, 4), None, torch.ones(1, 4), torch.zeros(2, 1), 1.0)
-    >>> lora.functional.lora_swiglu(torch.ones(3, 2), gate_up, down).shape
-    torch.Size([3, 2])
-    """
-    fused = [choose(x, *layer) for layer in (gate_up, down)]
-    biases = [layer.bias for layer in (gate_up, down)]
-    if None in fused or any(bias is not None and bias.requires_grad for bias in biases):
-        return plain_lora_swiglu(x, gate_up, down)
-    return _LoRASwiGLU.run(x, gate_up.A, gate_up.B, down.A, down.B, gate_up, down, *fused)
-
-
-def plain_lora_swiglu(x: Tensor, gate_up: Adapted, down: Adapted) -> Tensor:
-    """What `lora_swiglu` computes, from `lora_linear` and operations that autograd knows."""
-    return lora_linear(_activate(lora_linear(x, *gate_up)), *down)
-
-
-def _activate(gu: Tensor) -> Tensor:
-    gate, up = gu.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-class _LoRASwiGLU(FusedFunction):
-    """`plain_lora_swiglu`, fused; A and B of both layers are given apart too, for autograd to see them."""
-
-    inputs = 5
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A1: Tensor,
-        B1: Tensor,
-        A2: Tensor,
-        B2: Tensor,
-        gate_up: Adapted,
-        down: Adapted,
-        *fused: Fused,
-    ) -> Tensor:
-        gu, h1 = _forward(x, *gate_up[:4], fused[0])  # (..., 2 · intermediate)
-        y, h2 = _forward(_activate(gu), *down[:4], fused[1])  # (..., hidden)
-        ctx.fused = fused
-        ctx.save_for_backward(x, A1, B1, A2, B2, gate_up.weight, down.weight, gu, h1, h2)
-        return y
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> Sequence[Tensor | None]:
-        x, A1, B1, A2, B2, weight1, weight2, gu, h1, h2 = ctx.saved_tensors
-        fused1, fused2 = ctx.fused
-        needs_x, needs_A1, needs_B1, needs_A2, needs_B2, *_ = ctx.needs_input_grad
-        h2 = h2 if needs_B2 else None
-        activated = _activate(gu) if needs_A2 else None  # (..., intermediate)
-        da, dA2, dB2 = _backward(dy, activated, weight2, A2, B2, h2, fused2, True)
-        assert da is not None, "it was asked for"
-        dgu = _activate_backward(da, gu)  # (..., 2 · intermediate)
-        h1 = h1 if needs_B1 else None
-        given = x if needs_A1 else None
-        dx, dA1, dB1 = _backward(dgu, given, weight1, A1, B1, h1, fused1, needs_x)
-        return dx, dA1, dB1, dA2, dB2
-
-    @staticmethod
-    def twin(ctx: Any, *inputs: Any) -> Tensor:
-        raise RuntimeError(
-            "lora_swiglu cannot be differentiated twice, or for many output gradients at once; "
-            "compute with `lora.functional.plain_lora_swiglu`."
-        )
-
-
-def _activate_backward(da: Tensor, gu: Tensor) -> Tensor:
-    """(dg, du) side by side, from the gradient of silu(g) ⊙ u."""
-    gate, up = gu.chunk(2, -1)
-    dgu = torch.empty_like(gu)
-    dgate, dup = dgu.chunk(2, -1)
-    torch.mul(da, F.silu(gate), out=dup)
-    torch.ops.aten.silu_backward.grad_input(da * up, gate, grad_input=dgate)
-    return dgu

@@ -28,7 +28,7 @@ from lora.functional.fused import (
     without_autocast,
 )
 from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
-from lora.functional.stacked import Block
+from lora.functional.stacked import Block, Stack
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -192,7 +192,13 @@ class Update(NamedTuple):
 
 
 def lora_linear_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update | None], rows: Rows
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update | None],
+    rows: Rows,
+    *,
+    stack: Stack = Block.stack,
 ) -> Tensor:
     """A linear layer with a low-rank update for each row: several adapters in one batch, each for its own rows.
 
@@ -212,6 +218,8 @@ def lora_linear_rows(
         bias: (out_features), or None.
         updates: for each adapter what it adds; None for one that adds nothing to this layer.
         rows: which adapter each entry of x's first dimension has, or each entry of all but its last.
+        stack: gives A and B of several adapters in one tensor each, where a few rows are computed at once; for callers
+            that keep them. Default: they are stacked anew.
 
     Returns:
         y (..., out_features).
@@ -231,7 +239,7 @@ def lora_linear_rows(
     if not present:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():  # as when text is generated, where every microsecond shows
-        y = _at_once(x, weight, bias, present, rows, parts)
+        y = _at_once(x, weight, bias, present, rows, parts, stack)
         if y is not None:
             return y
     fused = _choose(x, weight, bias, present)
@@ -311,6 +319,7 @@ def _at_once(
     present: Sequence[Update],
     rows: Rows,
     parts: Sequence[Part],
+    stack: Stack,
 ) -> Tensor | None:
     """`lora_linear_rows`, if it is to be computed at once, and can be."""
     As, Bs, scalings, dropouts, slices, _ = zip(*present, strict=True)
@@ -321,7 +330,7 @@ def _at_once(
     if not block.pays(As, Bs, slices):
         return None
     with without_autocast(x.device):
-        A, B = block.stack(As, Bs)
+        A, B = stack(block, As, Bs)
         if not (is_dense(A) and is_dense(B)):  # what is stacked is what each of them is
             return None
         x = cast(x, dtype)

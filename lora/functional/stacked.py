@@ -6,7 +6,7 @@ one with most get copies of one of their own, so that nothing of one adapter mee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -21,6 +21,10 @@ _FEW, _WASTE = 1024, 2
 # Up to how many bytes A and B of an adapter have, on the average, for a CPU to copy them sooner than to call three more
 # operations.
 _COPIED = 2**17
+
+
+# Gives what `Block.stack` does, of A and B of the block's adapters.
+Stack = Callable[["Block", Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 class Block:

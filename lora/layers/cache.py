@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 # A tensor, its address and version as they were, and a sample with the values that it had.
 _Known = tuple[Tensor, int, int | None, "np.ndarray | None", bytes]
 _SAMPLED = 64  # of a row of A, at a rank of up to 64, one value or more
+Value = TypeVar("Value", Tensor, tuple[Tensor, Tensor])
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Cached:
-    """A merged weight, or what else is computed from the base weight, the adapter (in this order) and the scaling.
+    """A merged weight, or what else is computed from base weights, adapters (in this order) and a scaling.
 
     Changes are seen by identity, address and version counter, which torch's own operations count, an optimizer's too.
     Writes through `.data` and by numpy escape the counter. On a CPU, where reading costs no synchronisation, a sample
@@ -25,12 +26,12 @@ class Cached:
     (`lora.merge` leaves layers that compare nothing.)
     """
 
-    tensor: Tensor
+    value: Any
 
-    def __init__(self, sources: Sequence[Tensor], scaling: float) -> None:
+    def __init__(self, sources: Sequence[Tensor], scaling: float, bases: int = 1) -> None:
         self.scaling = scaling
         # Not weakly: torch does not swap tensors that have weak references.
-        self.known = [_known(source, of_adapter=n > 0) for n, source in enumerate(sources)]
+        self.known = [_known(source, of_adapter=n >= bases) for n, source in enumerate(sources)]
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
         """Whether `sources` and `scaling` are still what this was computed from."""
@@ -50,16 +51,22 @@ class Cached:
         return type(None), ()  # a pickled or copied layer computes its own
 
 
-def remembered(holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` computes from `sources` and the scaling, kept in an attribute of the holder until they change."""
+def remembered(
+    holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Value], bases: int = 1
+) -> Value:
+    """What `make` computes from `sources` and the scaling, kept in an attribute of the holder until they change.
+
+    The first of the sources, as many as `bases`, are base weights.
+    """
     kept: Cached | None = getattr(holder, own)
     if kept is None or not kept.is_current(sources, scaling):
         with torch.inference_mode(False):
             # What it is computed from is noted first: what another thread changes meanwhile makes it out of date.
-            kept = Cached(sources, scaling)
-            kept.tensor = make()
+            kept = Cached(sources, scaling, bases)
+            kept.value = make()
         setattr(holder, own, kept)
-    return kept.tensor
+    value: Value = kept.value
+    return value
 
 
 def _known(source: Tensor, of_adapter: bool) -> _Known:

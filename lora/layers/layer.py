@@ -185,7 +185,8 @@ class LoRALayer(StateDicts):
         if not (is_tracing() or torch.is_grad_enabled()):
             kept = self._merged  # asked once: another thread may drop it
             if kept is not None and kept.is_current(self._sources(), self.lora_scaling):
-                return kept.tensor
+                merged: Tensor = kept.value
+                return merged
         return self.lora_merged_weight() if self._serves_merged() else None
 
     def _serves_merged(self) -> bool:
@@ -205,11 +206,16 @@ class LoRALayer(StateDicts):
 
     def lora_sources(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, A and B."""
+        weight = self._parameters.get("weight")
+        return (self.weight if weight is None else weight, *self.lora_factors())
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
         own = self._parameters  # without `nn.Module.__getattr__`, which takes its time, with each token
-        weight, A, B = own.get("weight"), own.get("lora_A"), own.get("lora_B")
-        if weight is None or A is None or B is None:  # a parametrization computes it, say
-            return self.weight, self.lora_A, self.lora_B
-        return weight, A, B
+        A, B = own.get("lora_A"), own.get("lora_B")
+        if A is None or B is None:  # a parametrization computes it, say
+            return self.lora_A, self.lora_B
+        return A, B
 
     def lora_merged_weight(self) -> Tensor:
         """W in the base weight's dtype, remembered until something that it depends on changes."""

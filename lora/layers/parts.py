@@ -56,6 +56,9 @@ class Borrowed(MutableMapping[str, Any]):
     def __contains__(self, own: object) -> bool:  # the inherited one goes by errors, and forwards ask
         return own in self.names and self.names[own] in self.holder._parameters
 
+    def get(self, own: str, default: Any = None) -> Any:  # for the same reason
+        return self.holder._parameters.get(self.names.get(own, ""), default)
+
     def copy(self) -> dict[str, Any]:
         """What a dict's `copy` is."""
         return dict(self)

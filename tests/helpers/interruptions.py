@@ -131,7 +131,7 @@ def interrupted_undo(monkeypatch: Any, at: int) -> Lines:
 # ---- what a model is ---------------------------------------------------------------------------------------------
 
 # Computed anew when they are old; and a count of writes, those that were undone among them.
-_CACHES = ("_merged", "_norms", "_squares", "_checked", "lora_fresh", "traced_layers", "traced_version")
+_CACHES = ("_merged", "_norms", "_squares", "_checked", "lora_fresh", "traced_layers", "traced_version", "lora_stacks")
 _BACK = ("lora_owner", "holder")  # from a part, or a seat, to the module that it is of
 
 
