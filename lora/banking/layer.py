@@ -18,7 +18,6 @@ from lora.banking.stacks import Stacks
 from lora.banking.traced import traced_forward
 from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
-from lora.functional.stacked import Block
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.in_place import LowRankWeight
@@ -116,7 +115,7 @@ class Banked(LoRALayer):
                 check(seat, input)
         if isinstance(self, LinearLoRA) and self.lora_dense:
             updates = [_update(choice, name, seats.get(number)) for number, name in enumerate(choice.order)]
-            stack = Block.stack if self.training else partial(self.lora_stacks.of, choice.key)
+            stack = None if self.training else partial(self.lora_stacks.of, choice.key)
             y = lora_linear_rows(input, self.lora_stored(self.weight), self.bias, updates, rows, stack=stack)
             scaled = {n: seat.lora_magnified for n, seat in seats.items() if seat is not None and seat.use_dora}
             return _with_rows(y, rows, lead, scaled) if scaled else y

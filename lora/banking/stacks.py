@@ -9,6 +9,8 @@ from torch import Tensor
 from lora.functional.stacked import Block
 from lora.layers.cache import Cached, remembered
 
+_SAMPLED = 16  # values of each A and B: to look at more, scattered in memory, takes longer than to multiply them
+
 
 class Stacks:
     """A cache of what `Block.stack` gives, for `eval()` on a CPU: when text is generated, token by token.
@@ -29,7 +31,7 @@ class Stacks:
             self._made = None
             return block.stack(As, Bs)
         sources = [factors[k] for factors in (As, Bs) for k in block.order]
-        return remembered(self, "_made", sources, 0.0, lambda: block.stack(As, Bs), bases=0)
+        return remembered(self, "_made", sources, 0.0, lambda: block.stack(As, Bs), bases=0, sampled=_SAMPLED)
 
     def drop(self) -> None:
         """Forget them."""

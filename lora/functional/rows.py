@@ -198,7 +198,7 @@ def lora_linear_rows(
     updates: Sequence[Update | None],
     rows: Rows,
     *,
-    stack: Stack = Block.stack,
+    stack: Stack | None = None,
 ) -> Tensor:
     """A linear layer with a low-rank update for each row: several adapters in one batch, each for its own rows.
 
@@ -218,8 +218,8 @@ def lora_linear_rows(
         bias: (out_features), or None.
         updates: for each adapter what it adds; None for one that adds nothing to this layer.
         rows: which adapter each entry of x's first dimension has, or each entry of all but its last.
-        stack: gives A and B of several adapters in one tensor each, where a few rows are computed at once; for callers
-            that keep them. Default: they are stacked anew.
+        stack: keeps A and B of several adapters in one tensor each, where a few rows are computed at once, and gives
+            them. Default: they are stacked anew.
 
     Returns:
         y (..., out_features).
@@ -319,7 +319,7 @@ def _at_once(
     present: Sequence[Update],
     rows: Rows,
     parts: Sequence[Part],
-    stack: Stack,
+    stack: Stack | None,
 ) -> Tensor | None:
     """`lora_linear_rows`, if it is to be computed at once, and can be."""
     As, Bs, scalings, dropouts, slices, _ = zip(*present, strict=True)
@@ -327,10 +327,10 @@ def _at_once(
     if dtype is None or not rows.count or any(isinstance(p, Tensor) or p for p in dropouts):
         return None
     block = rows.block(parts)
-    if not block.pays(As, Bs, slices):
+    if not block.pays(As, Bs, slices, kept=stack is not None):
         return None
     with without_autocast(x.device):
-        A, B = stack(block, As, Bs)
+        A, B = (stack or Block.stack)(block, As, Bs)
         if not (is_dense(A) and is_dense(B)):  # what is stacked is what each of them is
             return None
         x = cast(x, dtype)

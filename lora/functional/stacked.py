@@ -19,8 +19,8 @@ from lora.functional.fused import Slices, cast, exact_dtype, spread
 # is shorter.
 _FEW, _WASTE = 1024, 2
 # Up to how many bytes A and B of an adapter have, on the average, for a CPU to copy them sooner than to call three more
-# operations.
-_COPIED = 2**17
+# operations; and for it to keep copies, where what is saved is worth the memory.
+_COPIED, _KEPT = 2**17, 2**18
 
 
 # Gives what `Block.stack` does, of A and B of the block's adapters.
@@ -51,8 +51,12 @@ class Block:
         self.run = slice(start, start + self.filled) if lined_up else None
         self._indices: dict[torch.device, list[Tensor]] = {}
 
-    def pays(self, As: Sequence[Tensor], Bs: Sequence[Tensor], slices: Sequence[Slices | None]) -> bool:
+    def pays(
+        self, As: Sequence[Tensor], Bs: Sequence[Tensor], slices: Sequence[Slices | None], kept: bool = False
+    ) -> bool:
         """Whether to compute the updates at once, for A, B and slices of each adapter, and not one after the other.
+
+        `kept` says that what is stacked is kept, and stacked once for many forwards.
 
         Times over that of the base's product, of r = 8 on a core of an AMD EPYC 9004: one after the other → at once,
         and PEFT's loop:
@@ -73,7 +77,8 @@ class Block:
         if self.filled > _FEW and self.run is None:
             return False
         ranks = [B.shape[1] for B in Bs]
-        if Bs[0].is_cpu and sum(ranks) * (As[0].nbytes + Bs[0].nbytes) > _COPIED * ranks[0] * len(ranks):
+        most = _KEPT if kept else _COPIED
+        if Bs[0].is_cpu and sum(ranks) * (As[0].nbytes + Bs[0].nbytes) > most * ranks[0] * len(ranks):
             return False
         if ranks.count(ranks[0]) == len(ranks):
             return True

@@ -21,17 +21,17 @@ class Cached:
 
     Changes are seen by identity, address and version counter, which torch's own operations count, an optimizer's too.
     Writes through `.data` and by numpy escape the counter. On a CPU, where reading costs no synchronisation, a sample
-    of each tensor is compared for these: 64 values, evenly spread, with the last. A write that changes none of
-    them is not seen. Of an adapter that has no counter, being made in inference mode, all values are compared.
+    of each tensor is compared for these: 64 values by default, evenly spread, with the last. A write that changes none
+    of them is not seen. Of an adapter that has no counter, being made in inference mode, all values are compared.
     (`lora.merge` leaves layers that compare nothing.)
     """
 
     value: Any
 
-    def __init__(self, sources: Sequence[Tensor], scaling: float, bases: int = 1) -> None:
+    def __init__(self, sources: Sequence[Tensor], scaling: float, bases: int = 1, sampled: int = _SAMPLED) -> None:
         self.scaling = scaling
         # Not weakly: torch does not swap tensors that have weak references.
-        self.known = [_known(source, of_adapter=n >= bases) for n, source in enumerate(sources)]
+        self.known = [_known(source, n >= bases, sampled) for n, source in enumerate(sources)]
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
         """Whether `sources` and `scaling` are still what this was computed from."""
@@ -52,38 +52,38 @@ class Cached:
 
 
 def remembered(
-    holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Value], bases: int = 1
+    holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Value], **of_sources: int
 ) -> Value:
     """What `make` computes from `sources` and the scaling, kept in an attribute of the holder until they change.
 
-    The first of the sources, as many as `bases`, are base weights.
+    `of_sources` may have `bases`, how many of the first are base weights, and `sampled`, how many values are compared.
     """
     kept: Cached | None = getattr(holder, own)
     if kept is None or not kept.is_current(sources, scaling):
         with torch.inference_mode(False):
             # What it is computed from is noted first: what another thread changes meanwhile makes it out of date.
-            kept = Cached(sources, scaling, bases)
+            kept = Cached(sources, scaling, **of_sources)
             kept.value = make()
         setattr(holder, own, kept)
     value: Value = kept.value
     return value
 
 
-def _known(source: Tensor, of_adapter: bool) -> _Known:
+def _known(source: Tensor, of_adapter: bool, sampled: int) -> _Known:
     version = None if source.is_inference() else source._version
     readable = source.device.type == "cpu" and source.numel() > 0
-    sample = _sample(source, whole=of_adapter and version is None) if readable else None
+    sample = _sample(source, None if of_adapter and version is None else sampled) if readable else None
     return source, source.data_ptr(), version, sample, b"" if sample is None else sample.tobytes()
 
 
-def _sample(tensor: Tensor, whole: bool) -> np.ndarray:
-    """Some values of a tensor, or all, as an array of integers that shares its memory: NaN is equal to itself there."""
+def _sample(tensor: Tensor, sampled: int | None) -> np.ndarray:
+    """So many values of a tensor, or all, as an array of integers in its memory: there NaN is equal to itself."""
     tensor = tensor.data  # no view that autograd knows, which would keep torch from swapping the tensor
-    if not whole:
+    if sampled is not None:
         # In the order in which they lie in memory, where the tensor has no gaps.
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
         if tensor.is_contiguous():
-            step = -(-tensor.numel() // _SAMPLED)
+            step = -(-tensor.numel() // sampled)
             tensor = tensor.view(-1)[(tensor.numel() - 1) % step :: step]
         else:
             tensor = tensor[-1]
