@@ -59,6 +59,19 @@ def test_what_is_stacked_is_kept_from_the_second_time_on():
     assert_right(model, bank, x)
 
 
+@pytest.mark.parametrize(("r", "stacks"), [(1, [2, 2, 0]), (19, [2, 2, 0]), (20, [0, 0, 0])])
+def test_large_ones_are_not_copied_for_it(r, stacks):
+    """A and B of 1,024 + 640 features have 13 KiB for each rank: up to 256 KiB they are kept."""
+    base = nn.Sequential(nn.Linear(1024, 640, dtype=torch.float64)).eval()
+    model, bank = banked(base, {name: {"r": r} for name in "abc"}, targets=["0"])
+    x = torch.randn(4, 1024, dtype=torch.float64)
+    assert [stacked(model.eval(), bank, x) for _ in range(3)] == stacks
+    y = answer(model, bank, x)
+    for row, name in enumerate(ROWS):
+        with torch.no_grad(), bank.use(name):
+            torch.testing.assert_close(y[row], model(x)[row])
+
+
 def test_rows_that_do_not_come_again_are_not_kept():
     model, bank, x = served()
     other = ["b", "a", None, "c"]
