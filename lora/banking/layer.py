@@ -115,7 +115,7 @@ class Banked(LoRALayer):
                 check(seat, input)
         if isinstance(self, LinearLoRA) and self.lora_dense:
             updates = [_update(choice, name, seats.get(number)) for number, name in enumerate(choice.order)]
-            stack = None if self.training else partial(self.lora_stacks.of, choice.key)
+            stack = None if self.training else self.lora_stacks.keeper(choice.key)
             y = lora_linear_rows(input, self.lora_stored(self.weight), self.bias, updates, rows, stack=stack)
             scaled = {n: seat.lora_magnified for n, seat in seats.items() if seat is not None and seat.use_dora}
             return _with_rows(y, rows, lead, scaled) if scaled else y

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from lora.functional.stacked import Block
+from lora.functional.stacked import Block, Stack
 from lora.layers.cache import Cached, remembered
 
 _SAMPLED = 16  # values of each A and B: to look at more, scattered in memory, takes longer than to multiply them
@@ -24,11 +24,16 @@ class Stacks:
         self._made: Cached | None = None
         self._key: Hashable = None
 
-    def of(self, key: Hashable, block: Block, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """A and B stacked for a block; kept from the second time on that the key, of rows and adapters, is the same."""
+    def keeper(self, key: Hashable) -> Stack | None:
+        """What keeps A and B stacked, if the key, of rows and adapters, is the one of the last time; else None."""
         again, self._key = self._key == key, key
-        if not again or not As[0].is_cpu:  # elsewhere, to compare values would mean to wait
-            self._made = None
+        if again:
+            return self._stacked
+        self._made = None
+        return None
+
+    def _stacked(self, block: Block, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if not As[0].is_cpu:  # to compare values would mean to wait
             return block.stack(As, Bs)
         sources = [factors[k] for factors in (As, Bs) for k in block.order]
         return remembered(self, "_made", sources, 0.0, lambda: block.stack(As, Bs), bases=0, sampled=_SAMPLED)
