@@ -309,9 +309,9 @@ def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
     """dy_gᵀ h_g one below the other, (sizes, r)."""
     # MKL computes (hᵀ dy)ᵀ at r = 8 and many rows up to five times faster than dyᵀ h, but autograd copies what lies
     # the other way: at r = 16, 16 rows of 3072, 86 µs with the copy, and 24 for dyᵀ h. They are equal at about r²/4
-    # rows; in bfloat16 at 2 r².
+    # rows; in bfloat16 at r².
     N, squared = len(h), (h.shape[1] // len(slices)) ** 2
-    most = squared / 4 if dy.dtype.itemsize >= 4 else 2 * squared
+    most = squared / 4 if dy.dtype.itemsize >= 4 else squared
     turned = dy.is_cpu and most < N
     parts = zip(_parts_of_y(dy, slices), _parts_of_h(h, slices), strict=True)
     pieces = [torch.mm(h_g.T, dy_g).T if turned else torch.mm(dy_g.T, h_g) for dy_g, h_g in parts]
