@@ -147,9 +147,8 @@ def without_gradients(run: Callable[[], Tensor]) -> Tensor:
     return run()
 
 
-def logits(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
-    inputs = {} if "inputs_embeds" in options else {"input_ids": ids}
-    return model(**inputs, use_cache=False, **options).logits
+def logits(model: nn.Module, ids: Tensor | None = None, **options: object) -> Tensor:
+    return model(input_ids=ids, use_cache=False, **options).logits
 
 
 def train(model: str, k: int, tokens: int, quick: bool) -> Case:
@@ -161,7 +160,7 @@ def train(model: str, k: int, tokens: int, quick: bool) -> Case:
 
     def all_at_once() -> list[float]:
         with bank.rows(names):
-            losses = losses_of(banked, setup.ids)
+            losses = losses_of(logits(banked, setup.ids), setup.ids)
             losses.sum().backward()
         for optimizer in own.values():
             optimizer.step()
@@ -194,7 +193,7 @@ def train(model: str, k: int, tokens: int, quick: bool) -> Case:
 
     def frozen() -> list[float]:
         x = embed(setup.ids).detach().requires_grad_()
-        losses = losses_of(setup.base, setup.ids, inputs_embeds=x)
+        losses = losses_of(logits(setup.base, inputs_embeds=x), setup.ids)
         losses.sum().backward()
         return losses.tolist()
 
@@ -213,16 +212,15 @@ class Run:
 
 
 def step_of(model: nn.Module, row: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    loss = losses_of(model, row).sum()
+    loss = losses_of(logits(model, row), row).sum()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
 
 
-def losses_of(model: nn.Module, ids: Tensor, **options: object) -> Tensor:
-    """The mean loss of each row, (rows)."""
-    scores = logits(model, ids, **options)  # (rows, tokens, words)
+def losses_of(scores: Tensor, ids: Tensor) -> Tensor:
+    """The mean loss of each row (rows), from its scores (rows, tokens, words)."""
     each = nn.functional.cross_entropy(scores[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     return each.mean(1)
 

@@ -50,23 +50,24 @@ def hidden(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def predictions(model: nn.Module, held_out: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """Log-probabilities (tokens, words) at the positions that have a label, and the labels."""
+    """Logits (tokens, words) at the positions that have a label, and the labels."""
     found = []
     for batch in held_out:
         labels = batch.labels[:, 1:]
         labelled = labels != IGNORED
         logits = model.lm_head(hidden(model, batch)[:, :-1][labelled])
-        found.append((logits.log_softmax(-1), labels[labelled]))
+        found.append((logits, labels[labelled]))
     return found
 
 
 def compared(now: list[tuple[Tensor, Tensor]], unmerged: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """KL(unmerged ‖ now) and the loss of `now`, per token."""
-    tokens = sum(len(labels) for _, labels in now)
-    kl = sum(
-        float(F.kl_div(q, p, log_target=True, reduction="sum")) for (q, _), (p, _) in zip(now, unmerged, strict=True)
-    )
-    loss = sum(float(F.nll_loss(q, labels, reduction="sum")) for q, labels in now)
+    tokens, kl, loss = sum(len(labels) for _, labels in now), 0.0, 0.0
+    for (logits, labels), (logits_0, _) in zip(now, unmerged, strict=True):
+        # In float64: a divergence of 1e-8 is less than float32's rounding of its terms.
+        q, p = (F.log_softmax(each, -1, dtype=torch.float64) for each in (logits, logits_0))
+        kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        loss += float(F.nll_loss(q, labels, reduction="sum"))
     return {"KL": kl / tokens, "held-out loss": loss / tokens}
 
 

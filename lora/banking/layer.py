@@ -276,6 +276,7 @@ _KEPT = frozenset(
 
 
 def _update(choice: Choice, name: str, seat: Any) -> Update | None:
+    """What the adapter of this name adds, by its seat; None where the layer has none of it."""
     if seat is None:
         return None
     A, B = seat.lora_factors()

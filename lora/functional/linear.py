@@ -6,6 +6,7 @@ into the base layer's output and input gradient, never into fresh tensors of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from lora.functional.fused import (
 
 _FOLDED = (torch.float32, torch.float64)
 _LEAST_FOLDED = 2**16  # numbers of a weight
+# Up to which rank, and from how many rows on, a CPU multiplies dy by B faster if B lies the other way, its copy
+# included: float16 always, up to ten times; bfloat16 never. (float32, r = 16, 16 rows of 3072: 92 µs, without it 15.)
+_TURNED = {torch.float16: (math.inf, 1), torch.float32: (15, 64), torch.float64: (math.inf, 128)}
 
 
 def lora_linear(
@@ -297,9 +301,8 @@ def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
 
 def _to_rank(dy: Tensor, B: Tensor, slices: Slices) -> Tensor:
     """dy_g B_g side by side, (N, G·r)."""
-    # MKL multiplies many rows by few columns up to twice as fast if B lies the other way. Elsewhere the copy costs more
-    # than it saves: at r = 16, 16 rows of 3072, 92 µs with it and 15 without.
-    turned = dy.is_cpu and dy.dtype == torch.float32 and B.shape[1] < 16 and len(dy) >= 64
+    rank, rows = _TURNED.get(dy.dtype, (0, 0))
+    turned = dy.is_cpu and B.shape[1] <= rank and len(dy) >= rows
     parts = zip(_parts_of_y(dy, slices), _parts_of_B(B, slices), strict=True)
     pieces = [torch.mm(dy_g, B_g.T.contiguous().T if turned else B_g) for dy_g, B_g in parts]
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
@@ -309,7 +312,7 @@ def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
     """dy_gᵀ h_g one below the other, (sizes, r)."""
     # MKL computes (hᵀ dy)ᵀ at r = 8 and many rows up to five times faster than dyᵀ h, but autograd copies what lies
     # the other way: at r = 16, 16 rows of 3072, 86 µs with the copy, and 24 for dyᵀ h. They are equal at about r²/4
-    # rows; in bfloat16 at r².
+    # rows; in bfloat16 and float16 at r².
     N, squared = len(h), (h.shape[1] // len(slices)) ** 2
     most = squared / 4 if dy.dtype.itemsize >= 4 else squared
     turned = dy.is_cpu and most < N

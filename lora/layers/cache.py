@@ -52,17 +52,23 @@ class Cached:
 
 
 def remembered(
-    holder: Any, own: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Value], **of_sources: int
+    holder: Any,
+    own: str,
+    sources: Sequence[Tensor],
+    scaling: float,
+    make: Callable[[], Value],
+    bases: int = 1,
+    sampled: int = _SAMPLED,
 ) -> Value:
     """What `make` computes from `sources` and the scaling, kept in an attribute of the holder until they change.
 
-    `of_sources` may have `bases`, how many of the first are base weights, and `sampled`, how many values are compared.
+    The first of the sources, as many as `bases`, are base weights; of each source `sampled` values are compared.
     """
     kept: Cached | None = getattr(holder, own)
     if kept is None or not kept.is_current(sources, scaling):
         with torch.inference_mode(False):
             # What it is computed from is noted first: what another thread changes meanwhile makes it out of date.
-            kept = Cached(sources, scaling, **of_sources)
+            kept = Cached(sources, scaling, bases, sampled)
             kept.value = make()
         setattr(holder, own, kept)
     value: Value = kept.value

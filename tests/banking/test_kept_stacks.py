@@ -23,13 +23,13 @@ def base():
     return nn.Sequential(nn.Linear(16, 12, dtype=torch.float64)).eval()
 
 
-def served(configs=CONFIGS, forwards=3, rows=ROWS):
+def served(configs=CONFIGS, forwards=3):
     """A bank that has answered for these rows, and keeps what it needs for it."""
     model, bank = banked(base(), configs, targets=["0"])
     model.eval()
-    x = torch.randn(len(rows), 16, dtype=torch.float64)
+    x = torch.randn(len(ROWS), 16, dtype=torch.float64)
     for _ in range(forwards):
-        answer(model, bank, x, rows)
+        answer(model, bank, x)
     return model, bank, x
 
 

@@ -292,7 +292,11 @@ def test_it_does_no_more_operations_than_the_arithmetic_takes():
 @pytest.mark.parametrize("slices", [None, QKV])
 @pytest.mark.parametrize(
     ("rows", "r", "dtype", "turned"),
-    [(64, 8, torch.float32, 1), (63, 8, torch.float32, 0), (64, 16, torch.float32, 0), (64, 8, torch.bfloat16, 0)],
+    [
+        *((rows, r, torch.float32, turned) for rows, r, turned in [(64, 15, 1), (63, 15, 0), (64, 16, 0)]),
+        *((rows, 64, torch.float64, turned) for rows, turned in [(128, 1), (127, 0)]),
+        *((rows, 8, dtype, dtype == torch.float16) for rows in (1, 64) for dtype in (torch.bfloat16, torch.float16)),
+    ],
 )
 def test_B_is_laid_out_anew_only_for_many_rows_of_few_columns(rows, r, dtype, turned, slices):
     x, weight, _, A, B = problem(OUT, slices, rows, features=FEATURES, r=r, dtype=dtype, bias=False)
