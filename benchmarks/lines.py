@@ -84,7 +84,7 @@ def draw(path: Path, found: Losses) -> None:
         above.plot(range(1, len(losses) + 1), losses, linewidth=width, label=name)
     above.set_ylabel("loss of the batch")
     above.legend(frameon=False)
-    for number, (name, differences) in enumerate(apart(found).items(), 1):
+    for number, differences in enumerate(apart(found).values(), 1):
         floored = [max(difference, 2**-24) for difference in differences]  # float32 knows no smaller one but 0
         below.plot(range(1, len(floored) + 1), floored, linewidth=0.8, color=f"C{number}")
     below.set_yscale("log")
