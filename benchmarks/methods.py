@@ -1,181 +1,195 @@
-"""Which method learns most in the same number of steps, and in how much memory? (methods_time.py: in how much time.)
+"""What to choose: which learning rate, rank, layers and method learn most from the same examples?
 
-SmolLM2-135M-Instruct in Phi-3's class learns to chat, as in examples/phi3_chat.py: the same rows in the same order for
-every method, AdamW with a cosine schedule, no dropout, float32. Measured is the loss per token of conversations that
-are held out. Each method, seed and learning rate has a process of its own; a seed sets the order of the data and how
-the adapter starts, never which conversations are held out. What has been run and is in the results is not run again.
+SmolLM2-135M-Instruct in Phi-3's class learns to add and to subtract numbers of two digits, as reasoning-gym sets such
+problems ("71 - 26 =", " 45"): AdamW with a cosine schedule, no dropout, float32, the same number of steps for all.
+Each choice is compared at its best learning rate: from a first guess the search goes on in half decades for as long as
+a neighbour of the best rate has not been tried, and "best" is by the loss on problems that neither train nor test.
+Then other seeds run at that rate; a seed sets how the adapter starts and which problems train, never which test.
 
-    python benchmarks/methods.py [--steps 40] [--seeds 0 1] [--methods LoRA DoRA] [--lrs 0.5 1 2] [--quick]
+Measured is the exact match on held-out problems (greedy decoding gives the answer and ends), their loss per token, and
+what has been forgotten: by how much the loss on prose has risen, which nothing here trains.
 
-`--lrs` tries these multiples of each method's learning rate, and the table has the one with the lowest loss.
+    pip install -e ".[methods]"
+    python benchmarks/methods.py [--steps 120] [--seeds 0 1 2] [--only "r = 16" DoRA] [--quick]
+
+What has been run and is in the results is not run again. methods_time.py has the time of a step, and its memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import multiprocessing
 import os
 import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import chatting
+import problems
 import torch
-from machine import machine, peak_mib
-from methods_table import write
+import torch.nn.functional as F
+from machine import machine
+from methods_table import BEFORE, FULL, Run, write
 from torch import nn
 
 import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
-import phi3_chat
-from phi3 import chats, loop, quantizing, starting
+from phi3 import loop, pretrained, quantizing
 
 RESULTS = Path(__file__).parent / "results"
-EVALUATIONS = 4  # after the start
-
-
-@dataclass(frozen=True)
-class Method:
-    """What of the example's settings makes it this method, and its learning rate."""
-
-    lr: float
-    training: Mapping[str, Any] = field(default_factory=dict)
-    peft: Mapping[str, Any] = field(default_factory=dict)
-    run: Mapping[str, Any] = field(default_factory=dict)
-    adapts: bool = True
-
-
-# LoRA has r = 16 and a scaling of 2; so have all others, but for what is said here.
-METHODS = {
-    "LoRA": Method(1e-3),
-    "rsLoRA, r=64": Method(5e-4, peft={"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, too
-    "DoRA": Method(1e-3, peft={"use_dora": True}),
-    "LoRA+": Method(4e-4, training={"lr_ratio": 16.0}),
-    "PiSSA": Method(2e-4, peft={"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
-    "EVA": Method(1e-3, peft={"init_lora_weights": "eva"}),
-    "LoRA-FA": Method(2e-3, peft={"freeze_A": True}),
-    "QLoRA, nf4": Method(1e-3, run={"quantize": "nf4"}),
-    "QLoRA, nf4, LoftQ": Method(1e-3, peft={"init_lora_weights": "loftq"}, run={"quantize": "nf4"}),
-    "full fine-tuning": Method(1e-4, adapts=False),
+ROWS = 8  # problems in a step
+MAX_GRAD_NORM = 1.0
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "learning_rate": 1.0}
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+TARGETS = {
+    "attention": ["qkv_proj", "o_proj"],
+    "MLP": ["gate_up_proj", "down_proj"],
+    "all": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan(chatting.Course):
-    """One run; everything that its losses depend on."""
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen but for the learning rate, and the rate with which the search for that begins."""
 
-    method: str
-
-
-def plans(chosen: argparse.Namespace) -> list[Plan]:
-    """Every method once with the first seed, then with the next."""
-    order = product(chosen.seeds, chosen.methods, chosen.lrs)
-    return [plan_of(name, seed, factor, chosen.steps, chosen.rows) for seed, name, factor in order]
+    rate: float
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the adapter, where it differs from PLAIN
+    lr_ratio: float = 1.0
+    quantize: str | None = None
+    adapts: bool = True
 
 
-def plan_of(name: str, seed: int, factor: float, steps: int, rows: int) -> Plan:
-    """The plan of one method, whose learning rate is multiplied by `factor`."""
-    method = METHODS[name]
-    changed = {"training": dict(method.training), "peft": dict(method.peft), "run": dict(method.run)}
-    return Plan(seed, method.lr * factor, steps, rows, changed, method=name)
+PLAIN = {"r": 16, "lora_alpha": 32.0, "target_modules": TARGETS["all"]}
+# lora_alpha is the same at all ranks: so, it is said, is the best learning rate.
+LORA = {
+    f"LoRA, r = {r}, {where}": Choice(1e-3, {"r": r, "target_modules": TARGETS[where]})
+    for r in (16, 1, 256)
+    for where in ("all", "MLP", "attention")
+}
+METHODS = {
+    "rsLoRA, r = 64": Choice(3e-4, {"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, as PLAIN's
+    "DoRA": Choice(1e-3, {"use_dora": True}),
+    "LoRA+": Choice(3e-4, lr_ratio=16.0),
+    "PiSSA": Choice(3e-4, {"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
+    "EVA": Choice(1e-3, {"init_lora_weights": "eva"}),
+    "LoRA-FA": Choice(3e-3, {"freeze_A": True}),
+    "QLoRA, nf4": Choice(1e-3, quantize="nf4"),
+    "QLoRA, nf4, LoftQ": Choice(1e-3, {"init_lora_weights": "loftq"}, quantize="nf4"),
+}
+CHOICES = {BEFORE: Choice(0.0, adapts=False), FULL: Choice(1e-4, adapts=False), **LORA, **METHODS}
 
 
-def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
-    """Train by one method; a toy on a few lines if there is a folder with them."""
-    start = time.perf_counter()
-    model, optimizer, data, training = set_up(plan, toy)
-    setup = time.perf_counter() - start
-    reset_peak()
-    return {"setup seconds": setup, **train(model, optimizer, data, training), **sizes(model), "peak MiB": peak_mib()}
+@dataclass(frozen=True)
+class Plan:
+    """One run; everything that its result depends on."""
+
+    choice: str
+    rate: float
+    seed: int
+    steps: int
 
 
-def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer, chats.Chats, dict[str, Any]]:
-    """Model, optimizer, data and settings of a plan, before the first step."""
-    model, data, training, peft, general = chatting.load(plan, toy)
-    originals = quantizing.quantize(model, general["quantize"], peft)
-    if METHODS[plan.method].adapts:
-        phi3_chat.inject(model, peft)
-        starting.start(model, peft, data, originals)
-        optimizer = loop.make_optimizer(model, training)
-    else:
-        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)
-    return model, optimizer, data, training
+def run(plan: Plan, quick: bool = False) -> dict[str, Any]:
+    """Train a copy of the pretrained model as planned, and ask it."""
+    world = problems.toy() if quick else problems.world()
+    lesson = world.lesson(plan.seed, plan.steps * ROWS)
+    batches = [problems.batch_of(lesson[first : first + ROWS]) for first in range(0, len(lesson), ROWS)]
+    torch.manual_seed(plan.seed)
+    model = copy.deepcopy(world.model)
+    optimizer = set_up(model, CHOICES[plan.choice], plan.rate, batches)
+    for step, batch in enumerate(batches):
+        train_step(model, optimizer, batch, loop.learning_rate_at(step, plan.steps, SCHEDULE))
+    test = problems.scores(model, world.test)
+    return {
+        "exact": test.exact,
+        "loss": test.loss,
+        "validation": problems.scores(model, world.validation).loss,
+        "prose": problems.loss_on(model, world.prose),
+        "trained parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: chats.Chats, training: dict[str, Any]
-) -> dict[str, Any]:
-    """Losses held out, by the step after which they were measured."""
-    total = training["max_steps"]
-    between = max(1, total // EVALUATIONS)
-    held_out = {0: loop.held_out_loss(model, data.held_out)}
-    for step in chatting.steps(model, optimizer, data, training):
-        if step % between == 0 or step == total:
-            held_out[step] = loop.held_out_loss(model, data.held_out)
-    return {"held out": held_out}
+def set_up(model: nn.Module, choice: Choice, rate: float, batches: Sequence[Any] = ()) -> torch.optim.Optimizer:
+    """Let what is chosen of a model train; some starts look at the first batches."""
+    if not choice.adapts:
+        return torch.optim.AdamW(model.requires_grad_(True).parameters(), rate, weight_decay=0.0, fused=True)
+    config = PLAIN | {"splits": pretrained.fused_splits(model.config, PLAIN["target_modules"])} | choice.config
+    config["splits"] = {name: parts for name, parts in config["splits"].items() if name in config["target_modules"]}
+    start = config.get("init_lora_weights", True)
+    originals = quantizing.quantize(model, choice.quantize, {"modules_to_save": None, "init_lora_weights": start})
+    lora.inject(model, lora.LoraConfig(**config | ({"init_lora_weights": True} if start == "loftq" else {})))
+    if start == "eva":
+        lora.calibrate(model, [{"input_ids": ids, "labels": labels} for ids, labels in batches[:4]], ignore_index=None)
+    elif start == "loftq":
+        lora.loftq(model, originals, 5)
+    return torch.optim.AdamW(lora.param_groups(model, rate, choice.lr_ratio), fused=True)
 
 
-def sizes(model: nn.Module) -> dict[str, Any]:
-    """How many parameters train, and how large the file is that holds what they learnt."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    size = sum(parameter.nbytes for parameter in trained)
-    if any(isinstance(module, lora.LoRALayer) for module in model.modules()):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter.safetensors"
-            lora.save_adapter(model, path)
-            size = path.stat().st_size
-    return {"trained parameters": sum(parameter.numel() for parameter in trained), "saved MB": size / 1e6}
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, times: float) -> None:
+    """One step, at so many times each group's learning rate."""
+    logits, words, _ = problems.predictions(model, *batch)
+    F.cross_entropy(logits, words).backward()
+    groups = optimizer.param_groups
+    nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group["params"]], MAX_GRAD_NORM)
+    for group in groups:
+        group["lr"] = times * group.setdefault("peak", group["lr"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def reset_peak() -> None:
-    """Forget the memory that loading the model and preparing took, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+def next_rate(tried: Mapping[float, float], first: float) -> float | None:
+    """The rate to try next, given the losses of those tried: a neighbour of the best, until it has both."""
+    if not tried:
+        return first
+    best = RATES.index(min(tried, key=tried.__getitem__))
+    return next((rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in tried), None)
 
 
-def apart(plan: Plan) -> dict[str, Any]:
-    """The same in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(run, plan).result()
+class Notebook:
+    """All runs so far, in a file if there is one, and the doing of what is not in it."""
 
+    def __init__(self, path: Path | None, do: Callable[[Plan], dict[str, Any]]) -> None:
+        self.path, self.do, self.lock = path, do, Lock()
+        self.runs: list[Run] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path and path.exists() else []
 
-def measure(wanted: Sequence[Plan], out: Path | None, toy: Path | None) -> list[str]:
-    """Run what is not in the results yet; write them after each run. Returns the names of the plans that failed."""
-    path = out / "methods.json" if out else None
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path and path.exists() else []
-    about, failed = machine(), []
-    for number, plan in enumerate(wanted, 1):
-        name = f"{plan.method}, seed {plan.seed}, learning rate {plan.lr:g}"
-        if any(done["plan"] == asdict(plan) for done in runs):
-            print(f"[{number}/{len(wanted)}] {name}: done before", flush=True)
-            continue
-        try:
-            result = run(plan, toy) if toy else apart(plan)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        runs.append(json.loads(json.dumps({"plan": asdict(plan), "result": result})))
-        print(f"[{number}/{len(wanted)}] {name}: {list(result['held out'].values())}", flush=True)
-        if path:
-            save(path, {"machine": about, "runs": runs})
-    ours = [done for done in runs if (done["plan"]["steps"], done["plan"]["rows"]) == (wanted[0].steps, wanted[0].rows)]
-    if ours:
-        seeds = sorted({done["plan"]["seed"] for done in ours})
-        numbers = f"--steps {wanted[0].steps} --rows {wanted[0].rows} --seeds {' '.join(map(str, seeds))}"
-        about["command"] = f"python benchmarks/methods.py {numbers}"
-        write(out, __doc__, about, ours, list(METHODS))
-    return failed
+    def result(self, plan: Plan) -> dict[str, Any]:
+        """The result of a plan: from the file, or new."""
+        for done in self.runs:
+            if done["plan"] == asdict(plan):
+                return done["result"]
+        result = self.do(plan)
+        with self.lock:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+            print(f"{plan.choice}, rate {plan.rate:g}, seed {plan.seed}: {shown}", flush=True)
+            self.runs.append({"plan": asdict(plan), "result": result})
+            if self.path:
+                save(self.path, {"machine": machine(), "runs": self.runs})
+        return result
+
+    def search(self, choice: str, seed: int, steps: int) -> float:
+        """The best rate of a choice."""
+        tried: dict[float, float] = {}
+        while (rate := next_rate(tried, CHOICES[choice].rate)) is not None:
+            loss = self.result(Plan(choice, rate, seed, steps))["validation"]
+            tried[rate] = loss if math.isfinite(loss) else math.inf
+        return min(tried, key=tried.__getitem__)
+
+    def fill(self, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
+        """The search for each choice with the first seed, then its best rate with the others."""
+        self.result(Plan(BEFORE, 0.0, 0, 0))
+        with ThreadPoolExecutor(workers) as threads:
+            best = list(threads.map(lambda choice: self.search(choice, seeds[0], steps), choices))
+            for seed in seeds[1:]:
+                plans = [Plan(choice, rate, seed, steps) for choice, rate in zip(choices, best, strict=True)]
+                list(threads.map(self.result, plans))
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -188,20 +202,33 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def main(*argv: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two steps of a toy: whether it runs, not how well")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 40; 2 when quick)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1.0], metavar="TIMES")
-    parser.add_argument("--rows", type=int, default=4, help="rows of 256 tokens in a step (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a toy: whether it runs, not how well")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 120; 10 when quick)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's runs choose the rate")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORDS", help="choices with any of these in the name"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
     parser.add_argument("--out", type=Path, help="folder for methods.json, .md and .png (default: results)")
     chosen = parser.parse_args(argv or None)
-    chosen.steps = chosen.steps or (2 if chosen.quick else 40)
+    steps = chosen.steps or (10 if chosen.quick else 120)
     out = chosen.out or (None if chosen.quick else RESULTS)
-    with tempfile.TemporaryDirectory() as folder:
-        failed = measure(plans(chosen), out, chatting.toy_folder(Path(folder)) if chosen.quick else None)
-    if failed:
-        sys.exit("failed: " + "; ".join(failed))
+    choices = [name for name in CHOICES if name != BEFORE and any(words in name for words in chosen.only)]
+    with nullcontext() if chosen.quick else workers_of(chosen.workers) as processes:
+        do = (lambda plan: run(plan, True)) if chosen.quick else (lambda plan: processes.submit(run, plan).result())
+        notebook = Notebook(out / "methods.json" if out else None, do)
+        try:
+            notebook.fill(choices, chosen.seeds, steps, 1 if chosen.quick else chosen.workers)
+        finally:  # what an interrupted run has found is written, too
+            about = machine() | {"command": f"python benchmarks/methods.py --steps {steps}, {chosen.workers} at once"}
+            runs = [done for done in notebook.runs if done["plan"]["steps"] in (0, steps)]
+            if runs:
+                write(out, __doc__, about, runs, list(CHOICES))
+
+
+def workers_of(number: int) -> ProcessPoolExecutor:
+    """Processes of one thread each: for a few short rows two of these do more than one of two threads."""
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 if __name__ == "__main__":
