@@ -37,20 +37,26 @@ def run(
     kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     if kept.get("machine", {}).get("command") != command:
         kept = {"machine": machine() | {"command": command}, "losses": {}, "numbers": {}}
-    for name, train in wanted.items():
-        if name not in kept["losses"]:
-            kept["losses"][name], kept["numbers"][name] = train()
-            if path:
-                save(path, kept)
-    found = {name: Training(kept["losses"][name], kept["numbers"][name]) for name in wanted}
-    rows = compared(found)
-    print("\n".join(rows))
-    if path:
-        draw(path.with_suffix(".png"), {name: training.losses for name, training in found.items()})
-        about = "\n".join(f"- {key}: {value}" for key, value in kept["machine"].items())
-        parts = [f"# {path.stem}", question.strip(), f"![]({path.stem}.png)", "\n".join(rows), "## Measured on", about]
-        path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    try:
+        for name, train in wanted.items():
+            if name not in kept["losses"]:
+                kept["losses"][name], kept["numbers"][name] = train()
+                if path:
+                    save(path, kept)
+    finally:
+        found = {name: Training(losses, kept["numbers"][name]) for name, losses in kept["losses"].items()}
+        if path and found:
+            write(path, question, kept["machine"], found)
+    print("\n".join(compared(found)))
     return found
+
+
+def write(path: Path, question: str, about: Mapping[str, str], found: Mapping[str, Training]) -> None:
+    """What has been run so far as <name>.md, and drawn as <name>.png."""
+    draw(path.with_suffix(".png"), {name: training.losses for name, training in found.items()})
+    measured = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    parts = [f"# {path.stem}", question.strip(), f"![]({path.stem}.png)", "\n".join(compared(found))]
+    path.with_suffix(".md").write_text("\n\n".join([*parts, "## Measured on", measured]) + "\n", encoding="utf-8")
 
 
 def save(path: Path, content: object) -> None:

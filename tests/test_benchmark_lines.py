@@ -28,6 +28,7 @@ def test_what_has_run_by_the_same_command_is_not_run_again(lines, tmp_path):
     wanted = {"one": lambda: train("one", 2.0, 1.0), "two": interrupted}
     with pytest.raises(KeyboardInterrupt):
         lines.run(path, "?", "the command", wanted)
+    assert "| one | 0 | – | 2.00000 | 1.00000 |\n" in (tmp_path / "topic.md").read_text(encoding="utf-8")
     wanted["two"] = lambda: train("two", 2.0, 1.5, held_out=3.0)
     found = lines.run(path, "?", "the command", wanted)
     assert ran == ["one", "two"]
