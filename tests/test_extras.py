@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 # The extra with which README.md, or the folder's own, has the folder's code run; None is no extra.
 FOLDERS = {"lora": None, "examples": "examples", "benchmarks": "methods", "tests": "test"}
 MET = {"bitsandbytes", "torchao"}  # imported by lora when it meets their weights: then they are there
+IMPORTED_AS = {"scikit-learn": "sklearn"}  # by another name than the package's
 
 
 def brought_by(extra: str | None) -> set[str]:
@@ -27,7 +28,7 @@ def brought_by(extra: str | None) -> set[str]:
     found = set()
     for requirement in LISTS["dependencies"] + (LISTS[extra] if extra else []):
         name, extras = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
-        found |= {name} if name != "lora" else set().union(*map(brought_by, extras.split(",")))
+        found |= {IMPORTED_AS.get(name, name)} if name != "lora" else set().union(*map(brought_by, extras.split(",")))
     return found
 
 
