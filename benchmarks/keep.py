@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import methods
+import chatting
 import torch
 import torch.nn.functional as F
 from machine import machine
@@ -35,10 +35,13 @@ import lora
 from lora.errors import table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
+import phi3_chat
+from phi3 import loop
 from phi3.packing import IGNORED, Batch
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = 3  # of 256 tokens in a step, as in the example
+LR = 1e-3
 SCALES = (1.0, 0.1)
 
 
@@ -73,13 +76,14 @@ def compared(now: list[tuple[Tensor, Tensor]], unmerged: list[tuple[Tensor, Tens
 
 def trained(steps: int, path: Path | None, toy: Path | None) -> tuple[nn.Module, Any]:
     """The model with its adapter in float32, in `eval()`, and the data."""
-    plan = methods.plan_of("LoRA", 0, 1.0, steps, ROWS)
-    plan.settings["training"]["bf16"] = True
-    model, optimizer, data, training = methods.set_up(plan, toy)
+    course = chatting.Course(0, LR, steps, ROWS, {"training": {"bf16": True}})
+    model, data, training, settings, _ = chatting.load(course, toy)
+    phi3_chat.inject(model, settings)
     if path and path.exists():
         lora.load_adapter(model, path)
     else:
-        methods.train(model, optimizer, data, training)
+        for _ in chatting.steps(model, loop.make_optimizer(model, training), data, training):
+            pass
         if path:
             lora.save_adapter(model, path)
     return model.requires_grad_(False).eval(), data
@@ -165,7 +169,7 @@ def main(*argv: str) -> None:
     steps, about = chosen.steps or (2 if chosen.quick else 40), machine()
     about["command"] = f"python benchmarks/keep.py --steps {steps} --tokens {' '.join(map(str, chosen.tokens))}"
     with tempfile.TemporaryDirectory() as folder:
-        model, data = trained(steps, chosen.adapter, methods.toy_folder(Path(folder)) if chosen.quick else None)
+        model, data = trained(steps, chosen.adapter, chatting.toy_folder(Path(folder)) if chosen.quick else None)
         rows = measure(model, data, chosen.tokens)
     write(chosen.out or (None if chosen.quick else RESULTS), about, rows)
 

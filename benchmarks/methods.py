@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import random
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import chatting
 import torch
 from machine import machine, peak_mib
 from methods_table import write
@@ -38,10 +38,9 @@ import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 import phi3_chat
-from phi3 import chat_data, chats, loop, quantizing, settings, starting, tiny
+from phi3 import chats, loop, quantizing, starting
 
 RESULTS = Path(__file__).parent / "results"
-Settings = dict[str, Any]
 EVALUATIONS = 4  # after the start
 
 
@@ -71,16 +70,11 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(chatting.Course):
     """One run; everything that its losses depend on."""
 
     method: str
-    seed: int
-    lr: float
-    steps: int
-    rows: int
-    settings: Mapping[str, Mapping[str, Any]]
 
 
 def plans(chosen: argparse.Namespace) -> list[Plan]:
@@ -93,7 +87,7 @@ def plan_of(name: str, seed: int, factor: float, steps: int, rows: int) -> Plan:
     """The plan of one method, whose learning rate is multiplied by `factor`."""
     method = METHODS[name]
     changed = {"training": dict(method.training), "peft": dict(method.peft), "run": dict(method.run)}
-    return Plan(name, seed, method.lr * factor, steps, rows, changed)
+    return Plan(seed, method.lr * factor, steps, rows, changed, method=name)
 
 
 def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
@@ -107,7 +101,7 @@ def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
 
 def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer, chats.Chats, dict[str, Any]]:
     """Model, optimizer, data and settings of a plan, before the first step."""
-    model, data, training, peft, general = load(plan, toy)
+    model, data, training, peft, general = chatting.load(plan, toy)
     originals = quantizing.quantize(model, general["quantize"], peft)
     if METHODS[plan.method].adapts:
         phi3_chat.inject(model, peft)
@@ -118,26 +112,6 @@ def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.
     return model, optimizer, data, training
 
 
-def load(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, chats.Chats, Settings, Settings, Settings]:
-    """The pretrained model and the data of a plan, and its three dictionaries of settings."""
-    training = phi3_chat.training_config | {"max_steps": plan.steps, "seed": 0, "learning_rate": plan.lr}
-    training |= {"per_device_train_batch_size": plan.rows} | plan.settings["training"]
-    peft = phi3_chat.peft_config | {"lora_dropout": 0.0} | plan.settings["peft"]
-    general = phi3_chat.run_config | {"eval_conversations": 16, "sample_replies": 0} | plan.settings["run"]
-    if toy:
-        training |= {"max_seq_length": 128}
-        general |= {"model": str(toy), "data": str(toy / "chats.jsonl"), "eval_conversations": 4}
-    for part in (training, peft, general):
-        settings.check(part)
-    conversations = chat_data.read(general["data"], general["data_split"], phi3_chat.cache_of(general))
-    model, tokenizer = phi3_chat.load_model(general, training)
-    data = chats.prepare(conversations, tokenizer, general, training, model.device)
-    data = data._replace(order=data.order._replace(seed=plan.seed))
-    random.seed(plan.seed)
-    torch.manual_seed(plan.seed)
-    return model, data, training, peft, general
-
-
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: chats.Chats, training: dict[str, Any]
 ) -> dict[str, Any]:
@@ -145,13 +119,9 @@ def train(
     total = training["max_steps"]
     between = max(1, total // EVALUATIONS)
     held_out = {0: loop.held_out_loss(model, data.held_out)}
-    model.train()
-    for step in range(total):
-        batches = [batch.to(model.device) for batch in data.order.step(step)]
-        lr = loop.learning_rate_at(step, total, training)
-        loop.train_step(model, optimizer, batches, lr, training["max_grad_norm"])
-        if (step + 1) % between == 0 or step + 1 == total:
-            held_out[step + 1] = loop.held_out_loss(model, data.held_out)
+    for step in chatting.steps(model, optimizer, data, training):
+        if step % between == 0 or step == total:
+            held_out[step] = loop.held_out_loss(model, data.held_out)
     return {"held out": held_out}
 
 
@@ -177,16 +147,6 @@ def apart(plan: Plan) -> dict[str, Any]:
     """The same in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run, plan).result()
-
-
-def toy_folder(folder: Path) -> Path:
-    """A model that learns in seconds, and a few lines for it to learn."""
-    tiny.save(folder)
-    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
-        for n in range(24):
-            said = [("user", f"What is {n} plus 1?"), ("assistant", f"It is {n + 1}.")]
-            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}) + "\n")
-    return folder
 
 
 def measure(wanted: Sequence[Plan], out: Path | None, toy: Path | None) -> list[str]:
@@ -239,7 +199,7 @@ def main(*argv: str) -> None:
     chosen.steps = chosen.steps or (2 if chosen.quick else 40)
     out = chosen.out or (None if chosen.quick else RESULTS)
     with tempfile.TemporaryDirectory() as folder:
-        failed = measure(plans(chosen), out, toy_folder(Path(folder)) if chosen.quick else None)
+        failed = measure(plans(chosen), out, chatting.toy_folder(Path(folder)) if chosen.quick else None)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

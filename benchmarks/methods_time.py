@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from chatting import toy_folder
 from harness import Case, main
-from methods import METHODS, Plan, plan_of, set_up, toy_folder
+from methods import METHODS, Plan, plan_of, set_up
 from phi3 import loop
 
 ROWS = 2
