@@ -138,16 +138,21 @@ def test_large_adapters_are_measured_at_three_sizes(capsys):
 @pytest.mark.slow
 def test_a_merge_for_its_inputs_is_measured_against_one_to_nearest(tmp_path):
     keep = importlib.import_module("keep")
-    adapter = tmp_path / "adapter.safetensors"
-    keep.main("--quick", "--tokens", "200", "--adapter", str(adapter), "--out", str(tmp_path))
-    rows = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
-    for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
-        assert unmerged["KL"] == 0
-        assert 0 < nearest["KL"] < without["KL"]
-        assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+    options = ("--quick", "--tokens", "200", "--adapters", str(tmp_path), "--out", str(tmp_path))
+    keep.main("--bases", "bfloat16", *options)
+    keep.main("--bases", "nf4", *options)
+    found = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))
+    assert list(found) == ["bfloat16", "nf4"]
+    for base, its in found.items():
+        rows = its["rows"]
+        assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
+        for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
+            assert unmerged["KL"] == 0
+            assert without["KL"] > 0
+            assert 0 < kept["KL"] < (nearest["KL"] if base == "nf4" else without["KL"])
+            assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+        assert (tmp_path / f"{base}.safetensors").exists()
     assert (tmp_path / "keep.md").read_text(encoding="utf-8").startswith("# keep\n")
-    assert adapter.exists()
 
 
 def test_no_layer_waits_and_forwards_launch_no_more_than_others_do(tmp_path):
