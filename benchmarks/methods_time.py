@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from harness import Case, main
 from machine import peak_mib
-from methods import CHOICES, FULL, METHODS, set_up, train_step
+from methods import CHOICES, FULL, METHODS, rate_of, set_up, train_step
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 from phi3 import fetch, pretrained, tiny
@@ -46,7 +46,7 @@ def step_of(name: str, quick: bool) -> Callable[[], object]:
     else:
         model = pretrained.load(pretrained.SMOLLM2, fetch.default_cache_dir(), dtype=torch.float32)[0]
     ids = torch.randint(model.config.vocab_size, (ROWS, LENGTH))
-    optimizer = set_up(model, CHOICES[name], CHOICES[name].rate, [(ids, ids)])
+    optimizer = set_up(model, CHOICES[name], rate_of(CHOICES[name].rate), [(ids, ids)])
     return partial(train_step, model, optimizer, (ids, ids), times=0.0)  # which changes nothing from step to step
 
 

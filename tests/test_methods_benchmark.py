@@ -26,22 +26,20 @@ def runs_in(folder):
 
 
 def test_a_search_ends_where_both_neighbours_are_worse():
-    methods = importlib.import_module("methods")
-
-    def search(loss_at, first):
-        tried = {}
-        while (rate := methods.next_rate(tried, first)) is not None:
-            tried[rate] = loss_at(rate)
-        return min(tried, key=tried.get), [*tried]
+    kept = importlib.import_module("kept")
 
     def valley(bottom):
-        return lambda rate: abs(math.log(rate / bottom))
+        return lambda rate: abs(rate - bottom) / 2
 
-    assert search(valley(1e-3), 1e-3) == (1e-3, [1e-3, 3e-4, 3e-3])
-    assert search(valley(3e-2), 1e-3)[0] == 3e-2
-    assert search(valley(1e-5), 1e-3)[0] == 1e-5
-    assert search(valley(1.0), 1e-2) == (1e-1, [1e-2, 3e-3, 3e-2, 1e-1])  # the last rate that there is
-    assert search(lambda rate: math.inf if rate > 1e-4 else valley(1e-4)(rate), 1e-3)[0] == 1e-4
+    assert [*kept.search(valley(-6), -6)] == [-6, -7, -5]
+    assert kept.search(valley(-3), -6) == {-3: 0, -4: 0.5, -2: 0.5, -5: 1, -6: 1.5, -7: 2}
+    assert next(iter(kept.search(lambda rate: math.nan if rate > -8 else valley(-8)(rate), -6))) == -8
+    assert len(kept.search(lambda rate: rate, -6, most=4)) == 4
+
+
+def test_rates_are_half_decades():
+    methods = importlib.import_module("methods")
+    assert [methods.rate_of(number) for number in (-8, -7, -6, -5, -1, 0)] == [1e-4, 3e-4, 1e-3, 3e-3, 0.3, 1.0]
 
 
 def test_exact_is_what_greedy_decoding_answers():
@@ -103,7 +101,7 @@ def test_what_has_run_is_not_run_again_and_seeds_follow_at_the_best_rate(tmp_pat
     for choice in ("full fine-tuning", "LoRA, r = 16, all"):
         tried = {run["plan"]["rate"]: run["result"]["validation"] for run in first if run["plan"]["choice"] == choice}
         assert {plan["rate"] for plan in new if plan["choice"] == choice} == {min(tried, key=tried.get)}
-    assert capsys.readouterr().out.count(", rate ") == 4
+    assert capsys.readouterr().out.count(", steps 3: ") == 4
     written = (tmp_path / "methods.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in written
     assert written.count("| LoRA, r = 16, all | ") == 2
