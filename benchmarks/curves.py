@@ -3,25 +3,32 @@
 The pretrained model of examples/phi3_chat.py learns to chat: r = 16 in its four projections, no dropout, AdamW with a
 cosine schedule, rows of the same conversations in the same order. All begin with the same A, and B = 0. "lora, bank" is
 the same adapter in a bank, beside another in the same batches that learns ten times as fast. Losses of all steps are
-compared with loralib's: what is equal in the equations can differ by rounding alone, which training carries on.
+compared with loralib's, as |difference| / loss: what is equal in the equations can differ by rounding alone, which
+training carries on.
+
+How far rounding alone carries two runs apart is what "loralib, its loss × 3" shows: loralib once more, whose backward
+begins with three times the loss. Gradients are then three times as large, and so is AdamW's eps: nothing changes in
+the equations, but 3 is no power of 2, and each gradient is rounded elsewhere. A library that is no further from loralib
+than loralib is from itself differs by nothing that can be told from rounding.
 
     python benchmarks/curves.py [--steps 200] [--rows 1] [--length 128] [--dtype float32] [--quick]
+
+What has been run and is in the results is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import methods
+import chatting
+import lines
 import torch
-from machine import machine
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from chatting import Course
 from models import Plan, adapted
 from phi3 import loop
 from phi3.packing import Batch
@@ -47,25 +54,21 @@ class Run(NamedTuple):
     def prepare(self) -> tuple[nn.Module, list[Batch], list[float]]:
         """The frozen model, and the batch and the learning rate of each step."""
         settings = {"training": {"max_seq_length": self.length, "bf16": self.dtype == torch.bfloat16}}
-        plan = methods.Plan("LoRA", 0, LR, self.steps, self.rows, settings | {"peft": {}, "run": {}})
-        model, data, training, *_ = methods.load(plan, self.toy)
+        model, data, training, *_ = chatting.load(Course(0, LR, self.steps, self.rows, settings), self.toy)
         rates = [loop.learning_rate_at(step, self.steps, training) for step in range(self.steps)]
         return model.requires_grad_(False), [data.order.step(step)[0] for step in range(self.steps)], rates
 
 
-def curves(run: Run) -> dict[str, list[float]]:
-    """The losses of all steps, by library."""
-    found = {}
-    for library in LIBRARIES:
-        model, batches, rates = run.prepare()
-        adapted(model, Plan("phi3", run.toy is not None, run.dtype, library, run.dtype, 0.0))
-        optimizer = optimizer_of(trainable(model))
-        found[library] = [step(model, batch, rate, [optimizer])[0] for batch, rate in zip(batches, rates, strict=True)]
-    found["lora, bank"] = in_bank(run)
-    return found
+def alone(run: Run, library: str, times: float = 1.0) -> lines.Training:
+    """The losses of all steps by one library; `times` multiplies them for the backward pass."""
+    model, batches, rates = run.prepare()
+    adapted(model, Plan("phi3", run.toy is not None, run.dtype, library, run.dtype, 0.0))
+    optimizer = optimizer_of(trainable(model), times)
+    steps = zip(batches, rates, strict=True)
+    return lines.Training([step(model, batch, rate, [optimizer], times)[0] for batch, rate in steps])
 
 
-def in_bank(run: Run) -> list[float]:
+def in_bank(run: Run) -> lines.Training:
     """The same adapter, beside another."""
     model, batches, rates = run.prepare()
     adapted(model, Plan("phi3", run.toy is not None, run.dtype, "lora", run.dtype, 0.0))
@@ -79,13 +82,15 @@ def in_bank(run: Run) -> list[float]:
         twice = Batch(*(torch.cat([part, part]) for part in batch[:3]), 2 * batch.size)
         with bank.rows(["one"] * len(batch.labels) + ["other"] * len(batch.labels)):
             losses.append(step(model, twice, rate, optimizers)[0])
-    return losses
+    return lines.Training(losses)
 
 
-def step(model: nn.Module, batch: Batch, rate: float, optimizers: Sequence[torch.optim.Optimizer]) -> list[float]:
+def step(
+    model: nn.Module, batch: Batch, rate: float, optimizers: Sequence[torch.optim.Optimizer], times: float = 1.0
+) -> list[float]:
     """The mean loss of the labelled tokens of each optimizer's rows, before its step; each is ten times as fast."""
     losses = torch.stack([part.sum() / part.count_nonzero() for part in losses_of(model, batch).chunk(len(optimizers))])
-    losses.sum().backward()
+    (losses.sum() * times).backward()
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
             group["lr"] = rate * 10**number
@@ -101,37 +106,9 @@ def losses_of(model: nn.Module, batch: Batch) -> Tensor:
     return each
 
 
-def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-
-
-def furthest(found: dict[str, list[float]]) -> dict[str, tuple[float, int]]:
-    """For each library its largest difference from the first one's loss, relative to that, and in which step."""
-    first, *others = found
-    pairs = {name: list(zip(found[first], found[name], strict=True)) for name in others}
-    apart = {name: [abs(a - b) / a for a, b in losses] for name, losses in pairs.items()}
-    return {name: (max(each), each.index(max(each)) + 1) for name, each in apart.items()}
-
-
-def write(out: Path, found: dict[str, list[float]], about: dict[str, str], name: str) -> None:
-    """The curves as <name>.json and .png, and the differences as <name>.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"machine": about, "losses": found}, indent=1) + "\n")
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for (library, losses), width in zip(found.items(), (6, 4, 2, 1), strict=True):  # one line, if they are the same
-        axes.plot(range(1, len(losses) + 1), losses, linewidth=width, label=library)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss of the batch")
-    axes.legend(frameon=False)
-    figure.savefig(out / f"{name}.png", dpi=120)
-    rows = [f"| {library} | {at:.1e} | {number} |" for library, (at, number) in furthest(found).items()]
-    table = ["| against loralib | largest relative difference of a loss | in step |", "|---|---|---|", *rows]
-    assert __doc__ is not None
-    parts = [f"# {name}", __doc__.strip(), f"![]({name}.png)", "\n".join(table)]
-    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
-    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+def optimizer_of(parameters: list[nn.Parameter], times: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW; its `eps` grows with the gradients, so that they may have any unit."""
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, eps=1e-8 * times, fused=True)
 
 
 def main(*arguments: str) -> None:
@@ -143,22 +120,16 @@ def main(*arguments: str) -> None:
     parser.add_argument("--quick", action="store_true", help="a toy model, and a few lines for it to learn")
     parser.add_argument("--out", type=Path, help="folder for the results (default: results/, if not quick)")
     chosen = parser.parse_args(arguments or None)
-    with tempfile.TemporaryDirectory() as folder:
-        toy = methods.toy_folder(Path(folder)) if chosen.quick else None
-        found = curves(Run(chosen.steps, chosen.rows, chosen.length, getattr(torch, chosen.dtype), toy))
-    options = [
-        f"--steps {chosen.steps}",
-        f"--rows {chosen.rows}",
-        f"--length {chosen.length}",
-        f"--dtype {chosen.dtype}",
-    ]
-    about = machine() | {"command": " ".join(["python benchmarks/curves.py", *options])}
-    for library, (at, number) in furthest(found).items():
-        course = f"{found[library][0]:.4f} to {found[library][-1]:.4f}"
-        print(f"{library}: at most {at:.1e} from loralib, in step {number}; {course}")
+    command = "python benchmarks/curves.py"
+    command += f" --steps {chosen.steps} --rows {chosen.rows} --length {chosen.length} --dtype {chosen.dtype}"
     out = chosen.out or (None if chosen.quick else RESULTS)
-    if out is not None:
-        write(out, found, about, f"curves_{chosen.dtype}")
+    path = out and out / f"curves_{chosen.dtype}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        toy = chatting.toy_folder(Path(folder)) if chosen.quick else None
+        run = Run(chosen.steps, chosen.rows, chosen.length, getattr(torch, chosen.dtype), toy)
+        trainings = {library: partial(alone, run, library) for library in LIBRARIES}
+        trainings |= {"lora, bank": partial(in_bank, run), "loralib, its loss × 3": partial(alone, run, "loralib", 3.0)}
+        lines.run(path, __doc__ or "", command, trainings)
 
 
 if __name__ == "__main__":

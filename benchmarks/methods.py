@@ -19,24 +19,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import problems
 import torch
 import torch.nn.functional as F
-from machine import machine
-from methods_table import BEFORE, FULL, Run, write
+from kept import Runs, search
+from methods_table import BEFORE, FULL, write
 from torch import nn
 
 import lora
@@ -48,7 +45,6 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = 8  # problems in a step
 MAX_GRAD_NORM = 1.0
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "learning_rate": 1.0}
-RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TARGETS = {
     "attention": ["qkv_proj", "o_proj"],
     "MLP": ["gate_up_proj", "down_proj"],
@@ -58,9 +54,9 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen but for the learning rate, and the rate with which the search for that begins."""
+    """What is chosen but for the learning rate, and the number of the rate with which the search for that begins."""
 
-    rate: float
+    rate: int  # as rate_of has it: -6 is 1e-3
     config: Mapping[str, Any] = field(default_factory=dict)  # of the adapter, where it differs from PLAIN
     lr_ratio: float = 1.0
     quantize: str | None = None
@@ -70,21 +66,26 @@ class Choice:
 PLAIN = {"r": 16, "lora_alpha": 32.0, "target_modules": TARGETS["all"]}
 # lora_alpha is the same at all ranks: so, it is said, is the best learning rate.
 LORA = {
-    f"LoRA, r = {r}, {where}": Choice(1e-3, {"r": r, "target_modules": TARGETS[where]})
+    f"LoRA, r = {r}, {where}": Choice(-6, {"r": r, "target_modules": TARGETS[where]})
     for r in (16, 1, 256)
     for where in ("all", "MLP", "attention")
 }
 METHODS = {
-    "rsLoRA, r = 64": Choice(3e-4, {"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, as PLAIN's
-    "DoRA": Choice(1e-3, {"use_dora": True}),
-    "LoRA+": Choice(3e-4, lr_ratio=16.0),
-    "PiSSA": Choice(3e-4, {"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
-    "EVA": Choice(1e-3, {"init_lora_weights": "eva"}),
-    "LoRA-FA": Choice(3e-3, {"freeze_A": True}),
-    "QLoRA, nf4": Choice(1e-3, quantize="nf4"),
-    "QLoRA, nf4, LoftQ": Choice(1e-3, {"init_lora_weights": "loftq"}, quantize="nf4"),
+    "rsLoRA, r = 64": Choice(-7, {"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, as PLAIN's
+    "DoRA": Choice(-6, {"use_dora": True}),
+    "LoRA+": Choice(-7, lr_ratio=16.0),
+    "PiSSA": Choice(-7, {"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
+    "EVA": Choice(-6, {"init_lora_weights": "eva"}),
+    "LoRA-FA": Choice(-5, {"freeze_A": True}),
+    "QLoRA, nf4": Choice(-6, quantize="nf4"),
+    "QLoRA, nf4, LoftQ": Choice(-6, {"init_lora_weights": "loftq"}, quantize="nf4"),
 }
-CHOICES = {BEFORE: Choice(0.0, adapts=False), FULL: Choice(1e-4, adapts=False), **LORA, **METHODS}
+CHOICES = {BEFORE: Choice(0, adapts=False), FULL: Choice(-8, adapts=False), **LORA, **METHODS}
+
+
+def rate_of(number: int) -> float:
+    """The learning rate of a number, two for each power of ten: -6 is 1e-3, -5 is 3e-3, -4 is 1e-2."""
+    return float(f"{(1, 3)[number % 2]}e{number // 2}")
 
 
 @dataclass(frozen=True)
@@ -145,59 +146,21 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, t
     optimizer.zero_grad(set_to_none=True)
 
 
-def next_rate(tried: Mapping[float, float], first: float) -> float | None:
-    """The rate to try next, given the losses of those tried: a neighbour of the best, until it has both."""
-    if not tried:
-        return first
-    best = RATES.index(min(tried, key=tried.__getitem__))
-    return next((rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in tried), None)
+def fill(runs: Runs, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
+    """The search for each choice's best rate with the first seed, then that rate with the others."""
+    runs.result(Plan(BEFORE, 0.0, 0, 0))
 
+    def best(choice: str) -> float:
+        def loss_at(rate: int) -> float:
+            return runs.result(Plan(choice, rate_of(rate), seeds[0], steps))["validation"]
 
-class Notebook:
-    """All runs so far, in a file if there is one, and the doing of what is not in it."""
+        return rate_of(next(iter(search(loss_at, CHOICES[choice].rate))))
 
-    def __init__(self, path: Path | None, do: Callable[[Plan], dict[str, Any]]) -> None:
-        self.path, self.do, self.lock = path, do, Lock()
-        self.runs: list[Run] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path and path.exists() else []
-
-    def result(self, plan: Plan) -> dict[str, Any]:
-        """The result of a plan: from the file, or new."""
-        for done in self.runs:
-            if done["plan"] == asdict(plan):
-                return done["result"]
-        result = self.do(plan)
-        with self.lock:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-            print(f"{plan.choice}, rate {plan.rate:g}, seed {plan.seed}: {shown}", flush=True)
-            self.runs.append({"plan": asdict(plan), "result": result})
-            if self.path:
-                save(self.path, {"machine": machine(), "runs": self.runs})
-        return result
-
-    def search(self, choice: str, seed: int, steps: int) -> float:
-        """The best rate of a choice."""
-        tried: dict[float, float] = {}
-        while (rate := next_rate(tried, CHOICES[choice].rate)) is not None:
-            loss = self.result(Plan(choice, rate, seed, steps))["validation"]
-            tried[rate] = loss if math.isfinite(loss) else math.inf
-        return min(tried, key=tried.__getitem__)
-
-    def fill(self, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
-        """The search for each choice with the first seed, then its best rate with the others."""
-        self.result(Plan(BEFORE, 0.0, 0, 0))
-        with ThreadPoolExecutor(workers) as threads:
-            best = list(threads.map(lambda choice: self.search(choice, seeds[0], steps), choices))
-            for seed in seeds[1:]:
-                plans = [Plan(choice, rate, seed, steps) for choice, rate in zip(choices, best, strict=True)]
-                list(threads.map(self.result, plans))
-
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside `path` and rename it: a kill leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with ThreadPoolExecutor(workers) as threads:
+        rates = list(threads.map(best, choices))
+        for seed in seeds[1:]:
+            plans = [Plan(choice, rate, seed, steps) for choice, rate in zip(choices, rates, strict=True)]
+            list(threads.map(runs.result, plans))
 
 
 def main(*argv: str) -> None:
@@ -216,14 +179,14 @@ def main(*argv: str) -> None:
     choices = [name for name in CHOICES if name != BEFORE and any(words in name for words in chosen.only)]
     with nullcontext() if chosen.quick else workers_of(chosen.workers) as processes:
         do = (lambda plan: run(plan, True)) if chosen.quick else (lambda plan: processes.submit(run, plan).result())
-        notebook = Notebook(out / "methods.json" if out else None, do)
+        runs = Runs(out / "methods.json" if out else None, do)
         try:
-            notebook.fill(choices, chosen.seeds, steps, 1 if chosen.quick else chosen.workers)
+            fill(runs, choices, chosen.seeds, steps, 1 if chosen.quick else chosen.workers)
         finally:  # what an interrupted run has found is written, too
-            about = machine() | {"command": f"python benchmarks/methods.py --steps {steps}, {chosen.workers} at once"}
-            runs = [done for done in notebook.runs if done["plan"]["steps"] in (0, steps)]
-            if runs:
-                write(out, __doc__, about, runs, list(CHOICES))
+            about = {**runs.about, "command": f"python benchmarks/methods.py --steps {steps}, {chosen.workers} at once"}
+            done = [run for run in runs.done if run["plan"]["steps"] in (0, steps)]
+            if done:
+                write(out, __doc__, about, done, list(CHOICES))
 
 
 def workers_of(number: int) -> ProcessPoolExecutor:

@@ -6,14 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from kept import Run, markdown, page
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lora.errors import table
-
-Run = Mapping[str, Any]  # {"plan": …, "result": …}, as in methods.json
 
 BEFORE, FULL = "before training", "full fine-tuning"
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of values
@@ -37,14 +35,9 @@ def write(
         return
     steps = max(run["plan"]["steps"] for run in runs)
     notes = NOTES.format(steps=steps, prose=best[BEFORE][0]["result"]["prose"])
-    parts = ["# methods", (question or "").strip(), "![](methods.png)", markdown(rows), notes]
-    parts += [
-        "## Rates",
-        "The loss on the problems by which rates are chosen, first seed.",
-        markdown(tried_rates(runs, order)),
-    ]
-    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
-    (out / "methods.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    rates = "## Rates\n\nThe loss on the problems by which rates are chosen, with the first seed."
+    parts = [markdown(rows), notes, rates, markdown(tried_rates(runs, order))]
+    (out / "methods.md").write_text(page("methods", question, about, parts), encoding="utf-8")
     draw(out / "methods.png", runs, best)
 
 
@@ -111,14 +104,6 @@ def tried_rates(runs: Sequence[Run], order: Sequence[str]) -> list[dict[str, str
     return [
         {"choice": choice} | {f"{rate:.0e}": found.get(rate, "") for rate in rates} for choice, found in losses.items()
     ]
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    header = list(rows[0])
-    return "\n".join(
-        "| " + " | ".join(line) + " |"
-        for line in (header, ["---"] * len(header), *(list(row.values()) for row in rows))
-    )
 
 
 def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> None:
