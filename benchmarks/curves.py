@@ -59,16 +59,16 @@ class Run(NamedTuple):
         return model.requires_grad_(False), [data.order.step(step)[0] for step in range(self.steps)], rates
 
 
-def alone(run: Run, library: str, times: float = 1.0) -> list[float]:
+def alone(run: Run, library: str, times: float = 1.0) -> lines.Training:
     """The losses of all steps by one library; `times` multiplies them for the backward pass."""
     model, batches, rates = run.prepare()
     adapted(model, Plan("phi3", run.toy is not None, run.dtype, library, run.dtype, 0.0))
     optimizer = optimizer_of(trainable(model), times)
     steps = zip(batches, rates, strict=True)
-    return [step(model, batch, rate, [optimizer], times)[0] for batch, rate in steps]
+    return lines.Training([step(model, batch, rate, [optimizer], times)[0] for batch, rate in steps])
 
 
-def in_bank(run: Run) -> list[float]:
+def in_bank(run: Run) -> lines.Training:
     """The same adapter, beside another."""
     model, batches, rates = run.prepare()
     adapted(model, Plan("phi3", run.toy is not None, run.dtype, "lora", run.dtype, 0.0))
@@ -82,7 +82,7 @@ def in_bank(run: Run) -> list[float]:
         twice = Batch(*(torch.cat([part, part]) for part in batch[:3]), 2 * batch.size)
         with bank.rows(["one"] * len(batch.labels) + ["other"] * len(batch.labels)):
             losses.append(step(model, twice, rate, optimizers)[0])
-    return losses
+    return lines.Training(losses)
 
 
 def step(

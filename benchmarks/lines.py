@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from machine import machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,34 +16,47 @@ from matplotlib.figure import Figure
 Losses = Mapping[str, Sequence[float]]  # of each step, by library; the first is what the others are compared with
 
 
+class Training(NamedTuple):
+    """What one training tells: its loss in each step, and numbers that have a column each."""
+
+    losses: Sequence[float]
+    numbers: Mapping[str, float] = {}
+
+
 def run(
-    path: Path | None, question: str, command: str, wanted: Mapping[str, Callable[[], Sequence[float]]]
-) -> dict[str, Sequence[float]]:
+    path: Path | None, question: str, command: str, wanted: Mapping[str, Callable[[], Training]]
+) -> dict[str, Training]:
     """The losses of each library, kept as each has run; what the file has from the same command is not run again.
 
     Args:
         path: <name>.json, beside which <name>.md and <name>.png are written; nothing is kept if None.
         question: what <name>.md says before its table.
         command: what makes the same losses.
-        wanted: by library, what trains and returns the loss of each step.
+        wanted: by library, what trains.
     """
     kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     if kept.get("machine", {}).get("command") != command:
-        kept = {"machine": machine() | {"command": command}, "losses": {}}
-    for name, train in wanted.items():
-        if name not in kept["losses"]:
-            kept["losses"][name] = train()
-            if path:
-                save(path, kept)
-    found = {name: kept["losses"][name] for name in wanted}
-    rows = compared(found)
-    print("\n".join(rows))
-    if path:
-        draw(path.with_suffix(".png"), found)
-        about = "\n".join(f"- {key}: {value}" for key, value in kept["machine"].items())
-        parts = [f"# {path.stem}", question.strip(), f"![]({path.stem}.png)", "\n".join(rows), "## Measured on", about]
-        path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        kept = {"machine": machine() | {"command": command}, "losses": {}, "numbers": {}}
+    try:
+        for name, train in wanted.items():
+            if name not in kept["losses"]:
+                kept["losses"][name], kept["numbers"][name] = train()
+                if path:
+                    save(path, kept)
+    finally:
+        found = {name: Training(losses, kept["numbers"][name]) for name, losses in kept["losses"].items()}
+        if path and found:
+            write(path, question, kept["machine"], found)
+    print("\n".join(compared(found)))
     return found
+
+
+def write(path: Path, question: str, about: Mapping[str, str], found: Mapping[str, Training]) -> None:
+    """What has been run so far as <name>.md, and drawn as <name>.png."""
+    draw(path.with_suffix(".png"), {name: training.losses for name, training in found.items()})
+    measured = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    parts = [f"# {path.stem}", question.strip(), f"![]({path.stem}.png)", "\n".join(compared(found))]
+    path.with_suffix(".md").write_text("\n\n".join([*parts, "## Measured on", measured]) + "\n", encoding="utf-8")
 
 
 def save(path: Path, content: object) -> None:
@@ -60,18 +74,21 @@ def apart(found: Losses) -> dict[str, list[float]]:
     return {n: [abs(a - b) / a for a, b in zip(first, its, strict=True)] for n, its in zip(names, others, strict=True)}
 
 
-def compared(found: Losses) -> list[str]:
+def compared(found: Mapping[str, Training]) -> list[str]:
     """The lines of a table."""
     first, *_ = found
-    away = {first: [0.0]} | apart(found)
-    lines = [f"| | largest difference from {first}'s loss | in step | first loss | mean of the last tenth |"]
-    lines.append("|---|---|---|---|---|")
-    for name, losses in found.items():
+    away = {first: [0.0]} | apart({name: training.losses for name, training in found.items()})
+    columns = ["", f"largest difference from {first}'s loss", "in step", "first loss", "mean of the last tenth"]
+    named = list(dict.fromkeys(name for training in found.values() for name in training.numbers))
+    columns += named
+    rows = [columns, ["---"] * len(columns)]
+    for name, (losses, numbers) in found.items():
         largest = max(away[name])
-        where = f"{largest:.1e} | {away[name].index(largest) + 1}" if largest else "0 | –"
+        where = [f"{largest:.1e}", str(away[name].index(largest) + 1)] if largest else ["0", "–"]
         last = statistics.mean(losses[-max(1, len(losses) // 10) :])
-        lines.append(f"| {name} | {where} | {losses[0]:.5f} | {last:.5f} |")
-    return lines
+        more = (f"{numbers[column]:.5f}" if column in numbers else "–" for column in named)
+        rows.append([name, *where, f"{losses[0]:.5f}", f"{last:.5f}", *more])
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def draw(path: Path, found: Losses) -> None:

@@ -1,207 +1,197 @@
-"""Which method learns most in the same number of steps, and in how much memory? (methods_time.py: in how much time.)
+"""What to choose: which learning rate, rank, layers and method learn most from the same examples?
 
-SmolLM2-135M-Instruct in Phi-3's class learns to chat, as in examples/phi3_chat.py: the same rows in the same order for
-every method, AdamW with a cosine schedule, no dropout, float32. Measured is the loss per token of conversations that
-are held out. Each method, seed and learning rate has a process of its own; a seed sets the order of the data and how
-the adapter starts, never which conversations are held out. What has been run and is in the results is not run again.
+SmolLM2-135M-Instruct in Phi-3's class learns to add and to subtract numbers of two digits, as reasoning-gym sets such
+problems ("71 - 26 =", " 45"): AdamW with a cosine schedule, no dropout, float32, the same number of steps for all.
+Each choice is compared at its best learning rate: from a first guess the search goes on in half decades for as long as
+a neighbour of the best rate has not been tried, and "best" is by the loss on problems that neither train nor test.
+Then other seeds run at that rate; a seed sets how the adapter starts and which problems train, never which test.
 
-    python benchmarks/methods.py [--steps 40] [--seeds 0 1] [--methods LoRA DoRA] [--lrs 0.5 1 2] [--quick]
+Measured is the exact match on held-out problems (greedy decoding gives the answer and ends), their loss per token, and
+what has been forgotten: by how much the loss on prose has risen, which nothing here trains.
 
-`--lrs` tries these multiples of each method's learning rate, and the table has the one with the lowest loss.
+    pip install -e ".[methods]"
+    python benchmarks/methods.py [--steps 120] [--seeds 0 1 2] [--only "r = 16" DoRA] [--quick]
+
+What has been run and is in the results is not run again. methods_time.py has the time of a step, and its memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import multiprocessing
 import os
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import chatting
+import problems
 import torch
-from machine import machine, peak_mib
-from methods_table import write
+import torch.nn.functional as F
+from kept import Runs, search
+from methods_table import BEFORE, FULL, write
 from torch import nn
 
 import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
-import phi3_chat
-from phi3 import chats, loop, quantizing, starting
+from phi3 import loop, pretrained, quantizing
 
 RESULTS = Path(__file__).parent / "results"
-EVALUATIONS = 4  # after the start
-
-
-@dataclass(frozen=True)
-class Method:
-    """What of the example's settings makes it this method, and its learning rate."""
-
-    lr: float
-    training: Mapping[str, Any] = field(default_factory=dict)
-    peft: Mapping[str, Any] = field(default_factory=dict)
-    run: Mapping[str, Any] = field(default_factory=dict)
-    adapts: bool = True
-
-
-# LoRA has r = 16 and a scaling of 2; so have all others, but for what is said here.
-METHODS = {
-    "LoRA": Method(1e-3),
-    "rsLoRA, r=64": Method(5e-4, peft={"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, too
-    "DoRA": Method(1e-3, peft={"use_dora": True}),
-    "LoRA+": Method(4e-4, training={"lr_ratio": 16.0}),
-    "PiSSA": Method(2e-4, peft={"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
-    "EVA": Method(1e-3, peft={"init_lora_weights": "eva"}),
-    "LoRA-FA": Method(2e-3, peft={"freeze_A": True}),
-    "QLoRA, nf4": Method(1e-3, run={"quantize": "nf4"}),
-    "QLoRA, nf4, LoftQ": Method(1e-3, peft={"init_lora_weights": "loftq"}, run={"quantize": "nf4"}),
-    "full fine-tuning": Method(1e-4, adapts=False),
+ROWS = 8  # problems in a step
+MAX_GRAD_NORM = 1.0
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "learning_rate": 1.0}
+TARGETS = {
+    "attention": ["qkv_proj", "o_proj"],
+    "MLP": ["gate_up_proj", "down_proj"],
+    "all": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan(chatting.Course):
-    """One run; everything that its losses depend on."""
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen but for the learning rate, and the number of the rate with which the search for that begins."""
 
-    method: str
-
-
-def plans(chosen: argparse.Namespace) -> list[Plan]:
-    """Every method once with the first seed, then with the next."""
-    order = product(chosen.seeds, chosen.methods, chosen.lrs)
-    return [plan_of(name, seed, factor, chosen.steps, chosen.rows) for seed, name, factor in order]
+    rate: int  # as rate_of has it: -6 is 1e-3
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the adapter, where it differs from PLAIN
+    lr_ratio: float = 1.0
+    quantize: str | None = None
+    adapts: bool = True
 
 
-def plan_of(name: str, seed: int, factor: float, steps: int, rows: int) -> Plan:
-    """The plan of one method, whose learning rate is multiplied by `factor`."""
-    method = METHODS[name]
-    changed = {"training": dict(method.training), "peft": dict(method.peft), "run": dict(method.run)}
-    return Plan(seed, method.lr * factor, steps, rows, changed, method=name)
+PLAIN = {"r": 16, "lora_alpha": 32.0, "target_modules": TARGETS["all"]}
+# lora_alpha is the same at all ranks: so, it is said, is the best learning rate.
+LORA = {
+    f"LoRA, r = {r}, {where}": Choice(-6, {"r": r, "target_modules": TARGETS[where]})
+    for r in (16, 1, 256)
+    for where in ("all", "MLP", "attention")
+}
+METHODS = {
+    "rsLoRA, r = 64": Choice(-7, {"use_rslora": True, "r": 64, "lora_alpha": 16.0}),  # 16 / √64 = 2, as PLAIN's
+    "DoRA": Choice(-6, {"use_dora": True}),
+    "LoRA+": Choice(-7, lr_ratio=16.0),
+    "PiSSA": Choice(-7, {"init_lora_weights": "pissa", "lora_alpha": 16.0}),  # a scaling of 1, as in its paper
+    "EVA": Choice(-6, {"init_lora_weights": "eva"}),
+    "LoRA-FA": Choice(-5, {"freeze_A": True}),
+    "QLoRA, nf4": Choice(-6, quantize="nf4"),
+    "QLoRA, nf4, LoftQ": Choice(-6, {"init_lora_weights": "loftq"}, quantize="nf4"),
+}
+CHOICES = {BEFORE: Choice(0, adapts=False), FULL: Choice(-8, adapts=False), **LORA, **METHODS}
 
 
-def run(plan: Plan, toy: Path | None = None) -> dict[str, Any]:
-    """Train by one method; a toy on a few lines if there is a folder with them."""
-    start = time.perf_counter()
-    model, optimizer, data, training = set_up(plan, toy)
-    setup = time.perf_counter() - start
-    reset_peak()
-    return {"setup seconds": setup, **train(model, optimizer, data, training), **sizes(model), "peak MiB": peak_mib()}
+def rate_of(number: int) -> float:
+    """The learning rate of a number, two for each power of ten: -6 is 1e-3, -5 is 3e-3, -4 is 1e-2."""
+    return float(f"{(1, 3)[number % 2]}e{number // 2}")
 
 
-def set_up(plan: Plan, toy: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer, chats.Chats, dict[str, Any]]:
-    """Model, optimizer, data and settings of a plan, before the first step."""
-    model, data, training, peft, general = chatting.load(plan, toy)
-    originals = quantizing.quantize(model, general["quantize"], peft)
-    if METHODS[plan.method].adapts:
-        phi3_chat.inject(model, peft)
-        starting.start(model, peft, data, originals)
-        optimizer = loop.make_optimizer(model, training)
-    else:
-        optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), weight_decay=0.0, fused=True)
-    return model, optimizer, data, training
+@dataclass(frozen=True)
+class Plan:
+    """One run; everything that its result depends on."""
+
+    choice: str
+    rate: float
+    seed: int
+    steps: int
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: chats.Chats, training: dict[str, Any]
-) -> dict[str, Any]:
-    """Losses held out, by the step after which they were measured."""
-    total = training["max_steps"]
-    between = max(1, total // EVALUATIONS)
-    held_out = {0: loop.held_out_loss(model, data.held_out)}
-    for step in chatting.steps(model, optimizer, data, training):
-        if step % between == 0 or step == total:
-            held_out[step] = loop.held_out_loss(model, data.held_out)
-    return {"held out": held_out}
+def run(plan: Plan, quick: bool = False) -> dict[str, Any]:
+    """Train a copy of the pretrained model as planned, and ask it."""
+    world = problems.toy() if quick else problems.world()
+    lesson = world.lesson(plan.seed, plan.steps * ROWS)
+    batches = [problems.batch_of(lesson[first : first + ROWS]) for first in range(0, len(lesson), ROWS)]
+    torch.manual_seed(plan.seed)
+    model = copy.deepcopy(world.model)
+    optimizer = set_up(model, CHOICES[plan.choice], plan.rate, batches)
+    for step, batch in enumerate(batches):
+        train_step(model, optimizer, batch, loop.learning_rate_at(step, plan.steps, SCHEDULE))
+    test = problems.scores(model, world.test)
+    return {
+        "exact": test.exact,
+        "loss": test.loss,
+        "validation": problems.scores(model, world.validation).loss,
+        "prose": problems.loss_on(model, world.prose),
+        "trained parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
 
 
-def sizes(model: nn.Module) -> dict[str, Any]:
-    """How many parameters train, and how large the file is that holds what they learnt."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    size = sum(parameter.nbytes for parameter in trained)
-    if any(isinstance(module, lora.LoRALayer) for module in model.modules()):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter.safetensors"
-            lora.save_adapter(model, path)
-            size = path.stat().st_size
-    return {"trained parameters": sum(parameter.numel() for parameter in trained), "saved MB": size / 1e6}
+def set_up(model: nn.Module, choice: Choice, rate: float, batches: Sequence[Any] = ()) -> torch.optim.Optimizer:
+    """Let what is chosen of a model train; some starts look at the first batches."""
+    if not choice.adapts:
+        return torch.optim.AdamW(model.requires_grad_(True).parameters(), rate, weight_decay=0.0, fused=True)
+    config = PLAIN | {"splits": pretrained.fused_splits(model.config, PLAIN["target_modules"])} | choice.config
+    config["splits"] = {name: parts for name, parts in config["splits"].items() if name in config["target_modules"]}
+    start = config.get("init_lora_weights", True)
+    originals = quantizing.quantize(model, choice.quantize, {"modules_to_save": None, "init_lora_weights": start})
+    lora.inject(model, lora.LoraConfig(**config | ({"init_lora_weights": True} if start == "loftq" else {})))
+    if start == "eva":
+        lora.calibrate(model, [{"input_ids": ids, "labels": labels} for ids, labels in batches[:4]], ignore_index=None)
+    elif start == "loftq":
+        lora.loftq(model, originals, 5)
+    return torch.optim.AdamW(lora.param_groups(model, rate, choice.lr_ratio), fused=True)
 
 
-def reset_peak() -> None:
-    """Forget the memory that loading the model and preparing took, where the system can."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, times: float) -> None:
+    """One step, at so many times each group's learning rate."""
+    logits, words, _ = problems.predictions(model, *batch)
+    F.cross_entropy(logits, words).backward()
+    groups = optimizer.param_groups
+    nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group["params"]], MAX_GRAD_NORM)
+    for group in groups:
+        group["lr"] = times * group.setdefault("peak", group["lr"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def apart(plan: Plan) -> dict[str, Any]:
-    """The same in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(run, plan).result()
+def fill(runs: Runs, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
+    """The search for each choice's best rate with the first seed, then that rate with the others."""
+    runs.result(Plan(BEFORE, 0.0, 0, 0))
 
+    def best(choice: str) -> float:
+        def loss_at(rate: int) -> float:
+            return runs.result(Plan(choice, rate_of(rate), seeds[0], steps))["validation"]
 
-def measure(wanted: Sequence[Plan], out: Path | None, toy: Path | None) -> list[str]:
-    """Run what is not in the results yet; write them after each run. Returns the names of the plans that failed."""
-    path = out / "methods.json" if out else None
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path and path.exists() else []
-    about, failed = machine(), []
-    for number, plan in enumerate(wanted, 1):
-        name = f"{plan.method}, seed {plan.seed}, learning rate {plan.lr:g}"
-        if any(done["plan"] == asdict(plan) for done in runs):
-            print(f"[{number}/{len(wanted)}] {name}: done before", flush=True)
-            continue
-        try:
-            result = run(plan, toy) if toy else apart(plan)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-            continue
-        runs.append(json.loads(json.dumps({"plan": asdict(plan), "result": result})))
-        print(f"[{number}/{len(wanted)}] {name}: {list(result['held out'].values())}", flush=True)
-        if path:
-            save(path, {"machine": about, "runs": runs})
-    ours = [done for done in runs if (done["plan"]["steps"], done["plan"]["rows"]) == (wanted[0].steps, wanted[0].rows)]
-    if ours:
-        seeds = sorted({done["plan"]["seed"] for done in ours})
-        numbers = f"--steps {wanted[0].steps} --rows {wanted[0].rows} --seeds {' '.join(map(str, seeds))}"
-        about["command"] = f"python benchmarks/methods.py {numbers}"
-        write(out, __doc__, about, ours, list(METHODS))
-    return failed
+        return rate_of(next(iter(search(loss_at, CHOICES[choice].rate))))
 
-
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside `path` and rename it: a kill leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with ThreadPoolExecutor(workers) as threads:
+        rates = list(threads.map(best, choices))
+        for seed in seeds[1:]:
+            plans = [Plan(choice, rate, seed, steps) for choice, rate in zip(choices, rates, strict=True)]
+            list(threads.map(runs.result, plans))
 
 
 def main(*argv: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two steps of a toy: whether it runs, not how well")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 40; 2 when quick)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1.0], metavar="TIMES")
-    parser.add_argument("--rows", type=int, default=4, help="rows of 256 tokens in a step (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a toy: whether it runs, not how well")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 120; 10 when quick)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one's runs choose the rate")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORDS", help="choices with any of these in the name"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
     parser.add_argument("--out", type=Path, help="folder for methods.json, .md and .png (default: results)")
     chosen = parser.parse_args(argv or None)
-    chosen.steps = chosen.steps or (2 if chosen.quick else 40)
+    steps = chosen.steps or (10 if chosen.quick else 120)
     out = chosen.out or (None if chosen.quick else RESULTS)
-    with tempfile.TemporaryDirectory() as folder:
-        failed = measure(plans(chosen), out, chatting.toy_folder(Path(folder)) if chosen.quick else None)
-    if failed:
-        sys.exit("failed: " + "; ".join(failed))
+    choices = [name for name in CHOICES if name != BEFORE and any(words in name for words in chosen.only)]
+    with nullcontext() if chosen.quick else workers_of(chosen.workers) as processes:
+        do = (lambda plan: run(plan, True)) if chosen.quick else (lambda plan: processes.submit(run, plan).result())
+        runs = Runs(out / "methods.json" if out else None, do)
+        try:
+            fill(runs, choices, chosen.seeds, steps, 1 if chosen.quick else chosen.workers)
+        finally:  # what an interrupted run has found is written, too
+            about = {**runs.about, "command": f"python benchmarks/methods.py --steps {steps}, {chosen.workers} at once"}
+            done = [run for run in runs.done if run["plan"]["steps"] in (0, steps)]
+            if done:
+                write(out, __doc__, about, done, list(CHOICES))
+
+
+def workers_of(number: int) -> ProcessPoolExecutor:
+    """Processes of one thread each: for a few short rows two of these do more than one of two threads."""
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 if __name__ == "__main__":

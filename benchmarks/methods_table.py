@@ -1,115 +1,137 @@
-"""What methods.py found, as a table and as a picture."""
+"""What methods.py found, as tables and as a picture."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from kept import Run, markdown, page
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lora.errors import table
 
-Run = Mapping[str, Any]  # {"plan": …, "result": …}, as in methods.json
-
-REFERENCE = "LoRA"  # whose loss before training is the base model's
+BEFORE, FULL = "before training", "full fine-tuning"
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of values
 NOTES = """
-{steps} steps of {rows} rows. Before training the loss is {start:.4f}. Losses are means over the seeds, in brackets the
-lowest and the highest. Of several learning rates the one with the lowest loss is shown. Peak memory is that of the
-process while it trains. methods_time.md has the time of a step.
+{steps} steps of 8 problems, which take one of each choice's rates. ± is the half of a 95 % interval of the mean over
+the seeds (Student's t). "Rate" is the best of those that the second table has; "× full's" is its ratio to the best
+rate of full fine-tuning. "Prose" is by how much the loss per token of prose has risen from {prose:.3f}: what was
+forgotten.
 """.strip()
 
 
-def write(out: Path | None, question: str, about: Mapping[str, str], runs: Sequence[Run], order: Sequence[str]) -> None:
+def write(
+    out: Path | None, question: str | None, about: Mapping[str, str], runs: Sequence[Run], order: Sequence[str]
+) -> None:
     """Print the table, and put methods.md and methods.png into the folder `out`."""
-    best = chosen(runs, order)
-    tried = {method: {run["plan"]["lr"] for run in runs if run["plan"]["method"] == method} for method in best}
-    rows = [row(method, sorted(tried[method]), kept) for method, kept in best.items()]
+    best = {choice: found for choice in order if (found := best_of(runs, choice))}
+    rows = [row(choice, best) for choice in best]
     header = list(rows[0])
-    cells = [[str(value) for value in line.values()] for line in rows]
-    print(table(header, cells))
+    print(table(header, [list(line.values()) for line in rows]))
     if not out:
         return
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
-    start = statistics.mean(final(run, first=True) for run in best.get(REFERENCE, next(iter(best.values()))))
-    plan = runs[0]["plan"]
-    notes = NOTES.format(steps=plan["steps"], rows=plan["rows"], start=start)
-    parts = ["# methods", question.strip(), "![](methods.png)", "\n".join(lines), notes]
-    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
-    (out / "methods.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    draw(out / "methods.png", best)
+    steps = max(run["plan"]["steps"] for run in runs)
+    notes = NOTES.format(steps=steps, prose=best[BEFORE][0]["result"]["prose"])
+    rates = "## Rates\n\nThe loss on the problems by which rates are chosen, with the first seed."
+    parts = [markdown(rows), notes, rates, markdown(tried_rates(runs, order))]
+    (out / "methods.md").write_text(page("methods", question, about, parts), encoding="utf-8")
+    draw(out / "methods.png", runs, best)
 
 
-def chosen(runs: Sequence[Run], order: Sequence[str]) -> dict[str, list[Run]]:
-    """For each method its runs with the learning rate that did best, of those tried with the most seeds."""
-    best = {}
-    for method in order:
-        by_lr: dict[float, list[Run]] = {}
-        for run in runs:
-            if run["plan"]["method"] == method:
-                by_lr.setdefault(run["plan"]["lr"], []).append(run)
-        if by_lr:
-            best[method] = min(by_lr.values(), key=lambda group: (-len(group), statistics.mean(map(final, group))))
-    return best
-
-
-def final(run: Run, first: bool = False) -> float:
-    """The held-out loss at the end, or before training."""
-    return list(run["result"]["held out"].values())[0 if first else -1]
-
-
-def row(method: str, tried: Sequence[float], runs: Sequence[Run]) -> dict[str, object]:
-    """One line of the table."""
-    losses, results = [final(run) for run in runs], [run["result"] for run in runs]
-    lr = f"{runs[0]['plan']['lr']:.1e}"
+def by_rate(runs: Sequence[Run], choice: str) -> dict[float, list[Run]]:
+    """The runs of one choice, by their learning rates."""
+    ours = [run for run in runs if run["plan"]["choice"] == choice]
     return {
-        "method": method,
-        "learning rate": lr if len(tried) == 1 else f"{lr} (of {', '.join(f'{other:.1e}' for other in tried)})",
-        "held-out loss": spread(losses),
-        "seeds": ", ".join(str(run["plan"]["seed"]) for run in runs),
-        "peak MiB": f"{max(result['peak MiB'] for result in results):.0f}",
-        "trained parameters": f"{results[0]['trained parameters']:,}",
-        "saved MB": f"{results[0]['saved MB']:.2f}",
+        rate: [run for run in ours if run["plan"]["rate"] == rate]
+        for rate in sorted({run["plan"]["rate"] for run in ours})
     }
 
 
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4f}–{max(values):.4f})"
+def best_of(runs: Sequence[Run], choice: str) -> list[Run]:
+    """The runs of a choice at its best rate: that with the lowest loss where rates are chosen, by the first seed."""
+    groups = by_rate(runs, choice).values()
+    return min(groups, key=lambda group: validation(group[0]), default=[])
 
 
-def draw(path: Path, best: Mapping[str, list[Run]]) -> None:
-    """Held-out losses over the steps, and beside them bars of memory."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+def validation(run: Run) -> float:
+    loss = run["result"]["validation"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def values(runs: Sequence[Run], what: str) -> list[float]:
+    return [run["result"][what] for run in runs]
+
+
+def half_interval(found: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean."""
+    return T_95[len(found)] * statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+
+
+def mean(found: Sequence[float], digits: int = 3) -> str:
+    """A mean with its interval, if there are several values."""
+    half = half_interval(found)
+    return f"{statistics.mean(found):.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def row(choice: str, best: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """One line of the table."""
+    runs, [before] = best[choice], values(best[BEFORE], "prose")
+    rate = runs[0]["plan"]["rate"]
+    full = best[FULL][0]["plan"]["rate"] if FULL in best else math.nan
+    return {
+        "choice": choice,
+        "rate": f"{rate:.0e}" if rate else "–",
+        "× full's": f"{rate / full:.2g}" if rate and full == full else "–",
+        "exact match": mean(values(runs, "exact")),
+        "loss": mean(values(runs, "loss")),
+        "prose": mean([prose - before for prose in values(runs, "prose")]),
+        "trained parameters": f"{runs[0]['result']['trained parameters']:,}" if rate else "–",
+        "seeds": str(len(runs)) if rate else "–",
+    }
+
+
+def tried_rates(runs: Sequence[Run], order: Sequence[str]) -> list[dict[str, str]]:
+    """A line for each choice, a column for each rate that any of them tried."""
+    tried = {choice: found for choice in order if choice != BEFORE and (found := by_rate(runs, choice))}
+    rates = sorted({rate for groups in tried.values() for rate in groups})
+    losses = {
+        choice: {rate: f"{validation(group[0]):.3f}" for rate, group in found.items()}
+        for choice, found in tried.items()
+    }
+    return [
+        {"choice": choice} | {f"{rate:.0e}": found.get(rate, "") for rate in rates} for choice, found in losses.items()
+    ]
+
+
+def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> None:
+    """Losses over learning rates; and beside it what was learnt over what was forgotten."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, memory = figure.subplots(1, 2, width_ratios=[3, 1])
-    colours = {method: f"C{number}" for number, method in enumerate(best)}
-    for method, runs in best.items():
-        curves = [list(run["result"]["held out"].values()) for run in runs]
-        steps = [int(step) for step in runs[0]["result"]["held out"]]
-        means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        style = "--" if method.startswith("full") else "-"
-        losses.plot(
-            steps, means, style, marker="o", markersize=3, color=colours[method], label=f"{method} {means[-1]:.3f}"
-        )
-        if len(curves) > 1:
-            low, high = (list(map(pick, zip(*curves, strict=True))) for pick in (min, max))
-            losses.fill_between(steps, low, high, color=colours[method], alpha=0.12, linewidth=0)
-    losses.set(xlabel="step", ylabel="held-out loss per token (nats)")
-    losses.legend(frameon=False, fontsize=8)
-    losses.grid(alpha=0.3)
-    peaks = {method: max(run["result"]["peak MiB"] for run in runs) / 1024 for method, runs in best.items()}
-    _bars(memory, peaks, colours, "peak memory, GiB")
+    rates, forgotten = figure.subplots(1, 2)
+    [before] = values(best[BEFORE], "prose")
+    marks = {"all": "-", "MLP": "--", "attention": ":"}
+    ranks: list[str] = []
+    for number, choice in enumerate(choice for choice in best if choice != BEFORE):
+        rank, _, where = choice.partition(", r = ")[2].partition(", ")
+        if where in marks and rank not in ranks:
+            ranks.append(rank)
+        colour = f"C{ranks.index(rank)}" if where in marks else "black" if choice == FULL else f"C{number % 10}"
+        if where in marks or choice == FULL:
+            found = by_rate(runs, choice)
+            losses = [validation(group[0]) for group in found.values()]
+            rates.plot([*found], losses, marks.get(where, "-"), marker="o", markersize=4, color=colour, label=choice)
+        learnt, risen = values(best[choice], "loss"), [prose - before for prose in values(best[choice], "prose")]
+        spread = {axis: [half_interval(found)] for axis, found in (("xerr", risen), ("yerr", learnt)) if len(found) > 1}
+        point = statistics.mean(risen), statistics.mean(learnt)
+        forgotten.errorbar(*point, **spread, fmt="o" if where in marks else "s", color=colour, elinewidth=0.6)
+        forgotten.annotate(choice, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen (first seed)")
+    rates.set_ylim(top=min(rates.get_ylim()[1], 2.0))
+    rates.legend(frameon=False, fontsize=7)
+    forgotten.set(xlabel="forgotten: rise of the loss on prose", ylabel="learnt: loss on the test's problems")
+    for axes in (rates, forgotten):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def _bars(axes: Any, values: Mapping[str, float], colours: Mapping[str, str], title: str) -> None:
-    bars = axes.barh(list(values), list(values.values()), color=[colours[method] for method in values])
-    axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
