@@ -102,6 +102,16 @@ def test_without_inputs_nothing_changes():
     assert torch.equal(found.scales, coded.scales)
 
 
+def test_a_row_that_would_lose_more_on_its_inputs_stays():
+    """Damped beyond all measure, errors are weighed as if inputs went in all directions alike, which they do not."""
+    torch.manual_seed(0)
+    coded, weight, x = problem(rows=200, blocks=2, size=4, share=0.05)
+    found = change_for_inputs(weight, x.T @ x / len(x), coded, damping=1e3)
+    stay = (found.scales == coded.scales).all(1) & (found.codes == coded.codes).all(1)
+    assert 0 < stay.sum() < 200
+    assert (errors(weight, found, x) <= errors(weight, coded, x)).all()
+
+
 @given(
     rows=st.integers(1, 5),
     blocks=st.integers(1, 4),
