@@ -2,7 +2,8 @@
 
 A step is forward, backward and `AdamW(fused=True)` of the pretrained model of examples/phi3_chat.py (downloaded once),
 with LoRA of r = 16 and float32 in its four projections, on 256 tokens for each rank: in one process, or in two on
-gloo, by DDP or FSDP2. Each engine has processes of its own, with one thread each.
+gloo, by DDP or FSDP2. Each engine has processes of its own, with one thread each. The loss is the model's own, which
+has all logits; or in chunks, as the example's is.
 
     python benchmarks/memory.py [--only WORDS] [--quick]
 
@@ -39,6 +40,7 @@ from typing import Any
 import counts
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from machine import machine, peak_mib
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -46,9 +48,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora
 from lora.errors import table
+from lora.functional import linear_cross_entropy
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
 import memory_plan
+from decoders import decoder_of
 from memory_plan import Training
 from phi3 import fetch, pretrained, tiny
 
@@ -66,12 +70,13 @@ class Case:
     engine: str
     dtype: str
     checkpointing: bool
+    chunks: bool = False
     quick: bool = False
 
     @property
     def name(self) -> str:
         """What `--only` looks at."""
-        return f"{self.engine}, {self.dtype}" + (", checkpointing" if self.checkpointing else "")
+        return f"{self.engine}, {self.dtype}" + ", checkpointing" * self.checkpointing + ", in chunks" * self.chunks
 
     @property
     def training(self) -> Training:
@@ -82,6 +87,8 @@ class Case:
             batch_size=rows,
             seq_len=tokens,
             gradient_checkpointing=self.checkpointing,
+            loss_in_chunks=self.chunks,
+            device="cpu",
             ranks=RANKS[self.engine],
         )
 
@@ -168,7 +175,11 @@ class Steps:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 
     def loss(self) -> torch.Tensor:
-        """A forward pass."""
+        """A forward pass; in chunks as in the example."""
+        if self.case.chunks:
+            hidden = self.model.model(input_ids=self.ids, use_cache=False).last_hidden_state
+            labels = F.pad(self.ids[:, 1:], (0, 1), value=-100)
+            return linear_cross_entropy(hidden, self.model.lm_head.weight, labels)
         loss: torch.Tensor = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         return loss
 
@@ -230,7 +241,7 @@ _TITLES = {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
 def planned(case: Case) -> dict[str, Any]:
     """What the plan says of a case: of FSDP2 only what is there between steps."""
     config = tiny.model(layers=6).config if case.quick else _config()
-    decoder, training = memory_plan.decoder_of(config.to_dict()), case.training
+    decoder, training = decoder_of(config.to_dict()), case.training
     terms = memory_plan.plan(decoder, training, _TITLES[case.engine])
     states = ("base weights", "adapters", "optimizer state", "DDP's buckets")
     found = {"own": sum(terms[name] for name in states), "terms": terms}
@@ -293,7 +304,8 @@ def main(*argv: str) -> None:
     about, results = machine(), {}
     about["command"] = "python benchmarks/memory.py" + " --quick" * chosen.quick
     for engine in RANKS:
-        cases = [Case(engine, *settings, chosen.quick) for settings in product(DTYPES, (False, True))]
+        chunks = (False, True) if engine == "one" else (False,)
+        cases = [Case(engine, *settings, chosen.quick) for settings in product(DTYPES, (False, True), chunks)]
         cases = [case for case in cases if chosen.only in case.name]
         for case, found in zip(cases, measure(cases) if cases else [], strict=True):
             results[case.name] = {"case": asdict(case), "planned": planned(case), "measured": found}

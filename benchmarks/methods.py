@@ -149,8 +149,13 @@ def next_rate(tried: Mapping[float, float], first: float) -> float | None:
     """The rate to try next, given the losses of those tried: a neighbour of the best, until it has both."""
     if not tried:
         return first
-    best = RATES.index(min(tried, key=tried.__getitem__))
+    best = RATES.index(best_rate(tried))
     return next((rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in tried), None)
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the lowest loss; of several, as when all diverge, the lowest rate."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
 
 
 class Notebook:
@@ -180,7 +185,7 @@ class Notebook:
         while (rate := next_rate(tried, CHOICES[choice].rate)) is not None:
             loss = self.result(Plan(choice, rate, seed, steps))["validation"]
             tried[rate] = loss if math.isfinite(loss) else math.inf
-        return min(tried, key=tried.__getitem__)
+        return best_rate(tried)
 
     def fill(self, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
         """The search for each choice with the first seed, then its best rate with the others."""

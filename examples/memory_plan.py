@@ -2,6 +2,8 @@
 
     python examples/memory_plan.py config.json --r 16 --seq-len 4096 --gradient-checkpointing --memory 24
 
+The loss is a model's own, which has all logits; with `--loss-in-chunks` it is that of phi3_chat.py, which never has.
+
 It knows decoders like Llama (`model_type` "llama", "mistral", "phi3" or "qwen2"), and needs nothing but Python.
 Weights, gradients, optimizer states and what autograd keeps for backward are exact; docs/memory.md has the formulas,
 and says how far the peak is from measurements. With `--ranks` it plans DDP, which takes what one process takes, and
@@ -16,7 +18,6 @@ rank holds. FSDP2's weights that are whole for a moment, and what its step keeps
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,109 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-# ---- the model ---------------------------------------------------------------------------------------------------
-
-MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2")
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer, weight (out_features, in_features), or an embedding, weight (vocabulary, features)."""
-
-    name: str
-    rows: int
-    columns: int
-    reads: str  # its input: layers that read the same share one tensor
-    bias: bool = False
-    parts: int = 1  # how many projections are fused in it
-    tied: bool = False  # its weight is another layer's
-
-    @property
-    def in_block(self) -> bool:
-        """Whether every block has one."""
-        return self.reads not in ("ids", "last norm")
-
-    def matches(self, target: str) -> bool:
-        """Whether its name ends with the target, whole components compared, as in `lora.inject`."""
-        return f".{self.name}".endswith(f".{target}")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Blocks of attention and a gated MLP, all alike, between an embedding and a head."""
-
-    model_type: str
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    blocks: int
-    heads: int
-    head_size: int
-    query: int  # features of all queries
-    key_value: int  # features of all keys, and of all values
-    fused: bool  # q, k, v are one layer, and gate, up another
-    layers: tuple[Layer, ...]
-
-
-def read_decoder(path: Path) -> Decoder:
-    """The decoder that transformers would make from a config.json."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be a model's config.json: {error}.") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, a model's config, got a {type(config).__name__}.")
-    return decoder_of(config, str(path))
-
-
-def decoder_of(config: Mapping[str, Any], where: str = "config") -> Decoder:
-    """The decoder of a config, with transformers' defaults for fields that may be missing."""
-    _raise_all(where, _config_problems(config))
-    model_type, fused = config["model_type"], config["model_type"] == "phi3"
-    d, m, blocks, heads, V = (config[name] for name in SIZES)
-    head_size = config.get("head_dim") or d // heads
-    q, kv = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
-    output_bias, mlp_bias = (model_type == "llama" and bool(config.get(f"{x}_bias")) for x in ("attention", "mlp"))
-    query_bias = output_bias or model_type == "qwen2"
-    query = {"qkv": q + 2 * kv} if fused else {"q": q, "k": kv, "v": kv}
-    gated = {"gate_up": 2 * m} if fused else {"gate": m, "up": m}
-    parts = (3, 2) if fused else (1, 1)
-    layers = [Layer("embed_tokens", V, d, "ids")]
-    layers += [Layer(f"self_attn.{x}_proj", n, d, "first norm", query_bias, parts[0]) for x, n in query.items()]
-    layers += [Layer("self_attn.o_proj", d, q, "attention", output_bias)]
-    layers += [Layer(f"mlp.{x}_proj", n, d, "second norm", mlp_bias, parts[1]) for x, n in gated.items()]
-    layers += [Layer("mlp.down_proj", d, m, "product", mlp_bias)]
-    layers += [Layer("lm_head", V, d, "last norm", tied=bool(config.get("tie_word_embeddings")))]
-    return Decoder(model_type, d, m, V, blocks, heads, head_size, q, kv, fused, tuple(layers))
-
-
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if config.get("model_type") not in MODEL_TYPES:
-        known = ", ".join(map(repr, MODEL_TYPES))
-        problems.append(f"`model_type` must be one of {known}, got {config.get('model_type')!r}.")
-    optional = [name for name in ("num_key_value_heads", "head_dim") if config.get(name) is not None]
-    for name in (*SIZES, *optional):
-        value = config.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"`{name}` must be a positive integer, got {value!r}.")
-    if not problems:
-        d, heads = config["hidden_size"], config["num_attention_heads"]
-        keys = config.get("num_key_value_heads") or heads
-        if heads % keys:
-            problems.append(f"`num_attention_heads` (={heads}) must be divisible by `num_key_value_heads` (={keys}).")
-        if not config.get("head_dim") and d % heads:
-            problems.append(
-                f"without `head_dim`, `hidden_size` (={d}) must be divisible by `num_attention_heads` (={heads})."
-            )
-    return problems
-
-
-def _raise_all(heading: str, problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError(f"{heading}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
+from decoders import Decoder, Layer, raise_all, read_decoder
 
 # ---- how it is trained -------------------------------------------------------------------------------------------
 
@@ -149,7 +48,10 @@ OPTIMIZERS: dict[str, Callable[[int, int], int]] = {
     "sgd": lambda n, a: 0,
     "sgd-momentum": lambda n, a: a * n,
 }
+# Logits at a time, where the loss is computed in chunks.
+CHUNKS = {"gpu": 2**25, "cpu": 2**23}
 CHOICES: dict[str, Iterable[str]] = {
+    "device": CHUNKS,
     "base_dtype": BASE_DTYPES,
     "adapter_dtype": ADAPTER_DTYPES,
     "optimizer": OPTIMIZERS,
@@ -176,6 +78,8 @@ class Training:
     seq_len: int = _setting(2048, "tokens of a row")
     gradient_checkpointing: bool = _setting(False, "compute each block again in backward")
     fused_mlp: bool = _setting(False, "the MLP as one function, `lora.functional.lora_swiglu`")
+    loss_in_chunks: bool = _setting(False, "never all logits at once, `lora.functional.linear_cross_entropy`")
+    device: str = _setting("gpu", "that trains: on it depends how large a chunk is")
     ranks: int = _setting(1, "of DDP and FSDP2")
 
     def __post_init__(self) -> None:
@@ -184,7 +88,7 @@ class Training:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 problems.append(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        _raise_all("Training", problems)
+        raise_all("Training", problems)
 
     @property
     def tokens(self) -> int:
@@ -214,7 +118,9 @@ class Training:
         }
         if self.fused_mlp:
             problems += [f"`fused_mlp` is for an MLP that {what}." for what, is_wrong in wrong.items() if is_wrong]
-        _raise_all("plan", problems)
+        if self.loss_in_chunks and any(self.adapts(layer) for layer in decoder.layers if layer.reads == "last norm"):
+            problems.append("`loss_in_chunks` is for a head that is not adapted; leave out either it or lm_head.")
+        raise_all("plan", problems)
 
     def adapts(self, layer: Layer) -> bool:
         """Whether the layer gets an adapter."""
@@ -331,8 +237,31 @@ def _kept_by_adapters(layers: Iterable[Layer], training: Training) -> int:
 
 
 def kept_by_loss(decoder: Decoder, training: Training) -> int:
-    """The logits' log-softmax in float32, and labels of 8 bytes: kept for backward, too, until the loss has had it."""
-    return training.tokens * (4 * decoder.vocabulary + 8)
+    """What is kept for backward, until the loss has had it, and labels of 8 bytes.
+
+    That is the logits' log-softmax in float32; in chunks it is the gradient of the hidden states.
+    """
+    each = training.b * decoder.hidden if training.loss_in_chunks else 4 * decoder.vocabulary
+    return training.tokens * (each + 8)
+
+
+def made_by_loss(decoder: Decoder, training: Training) -> int:
+    """What there is beside that, at most: two gradients of the log-softmax, at its backward.
+
+    In chunks it is the hidden states, an index and a loss for each token, and the logits of one chunk: in float32, and
+    in what is computed with, if that is another dtype.
+    """
+    T, V, b = training.tokens, decoder.vocabulary, training.b
+    if not training.loss_in_chunks:
+        return 8 * T * V
+    each = 4 if b == 4 else 4 + b
+    return T * (b * decoder.hidden + 12) + each * V * rows_at_a_time(T, V, training.device)
+
+
+def rows_at_a_time(tokens: int, vocabulary: int, device: str) -> int:
+    """The tokens of a chunk: all chunks have as many, but for the last."""
+    pieces = -(-tokens * vocabulary // CHUNKS[device])
+    return -(-tokens // pieces)
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -360,8 +289,7 @@ def plan(decoder: Decoder, training: Training, engine: str) -> dict[str, int]:
             del terms["base weights"]
         return terms
     terms["activations"] = kept(decoder, training)
-    # At its backward the loss has two gradients of its log-softmax.
-    terms["logits and loss"] = kept_by_loss(decoder, training) + 8 * training.tokens * decoder.vocabulary
+    terms["logits and loss"] = kept_by_loss(decoder, training) + made_by_loss(decoder, training)
     # With checkpointing a block is computed again; the largest quantised weight is dense for a moment.
     again = kept_by_block(decoder, training) if training.gradient_checkpointing else 0
     dense = max((t.values() * t.size for t in found if t.packed is not None), default=0)

@@ -71,49 +71,6 @@ def test_cases_are_made_on_the_device_and_measured_without_a_mode_through_which_
         assert {*seen} == {(made_on, 0)}
 
 
-def test_methods_are_trained_and_what_has_run_is_not_run_again(tmp_path, capsys):
-    methods = importlib.import_module("methods")
-    methods.main("--quick", "--out", str(tmp_path))
-    runs = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["runs"]
-    assert [run["plan"]["method"] for run in runs] == list(methods.METHODS)
-    for run in runs:
-        first, *_, last = run["result"]["held out"].values()
-        assert last < first, run["plan"]["method"]
-    sizes = {run["plan"]["method"]: run["result"]["trained parameters"] for run in runs}
-    assert sizes["LoRA-FA"] < sizes["LoRA"] == sizes["QLoRA, nf4"] < sizes["DoRA"] < sizes["rsLoRA, r=64"]
-    toy = importlib.import_module("phi3.tiny").model()
-    assert sizes["full fine-tuning"] == sum(parameter.numel() for parameter in toy.parameters())
-    starts = {run["plan"]["method"]: run["result"]["held out"]["0"] for run in runs}
-    quantized = [starts.pop(name) for name in ("QLoRA, nf4", "QLoRA, nf4, LoftQ")]
-    assert list(starts.values()) == pytest.approx([starts["LoRA"]] * len(starts), rel=1e-5)
-    assert all(loss != pytest.approx(starts["LoRA"], rel=1e-5) for loss in quantized)
-    written = (tmp_path / "methods.md").read_text(encoding="utf-8")
-    assert all(f"| {method} | " in written for method in methods.METHODS)
-    assert str(tmp_path) not in written
-    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
-
-    capsys.readouterr()
-    methods.main("--quick", "--out", str(tmp_path), "--methods", "LoRA", "DoRA", "--seeds", "0", "1")
-    assert capsys.readouterr().out.count("done before") == 2
-    again = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["runs"]
-    assert again[: len(runs)] == runs
-    assert [(run["plan"]["method"], run["plan"]["seed"]) for run in again[len(runs) :]] == [("LoRA", 1), ("DoRA", 1)]
-
-
-def test_a_method_is_shown_with_the_learning_rate_that_did_best():
-    methods_table = importlib.import_module("methods_table")
-
-    def run(lr, seed, loss, method="LoRA"):
-        held_out = {"0": 9.0, "2": loss}
-        plan = {"method": method, "lr": lr, "seed": seed}
-        return {"plan": plan, "result": {"held out": held_out}}
-
-    tried = [run(0.1, 0, 3.0), run(0.1, 1, 5.0), run(0.2, 0, 2.0), run(0.2, 1, 4.0), run(0.3, 0, 1.0)]
-    best = methods_table.chosen(tried, ["DoRA", "LoRA"])
-    assert best == {"LoRA": tried[2:4]}  # 0.3 has fewer seeds
-    assert methods_table.spread([1.0, 2.0]) == "1.5000 (1.0000–2.0000)"
-
-
 def test_ratios_are_medians_of_rounds(monkeypatch):
     harness = importlib.import_module("harness")
     monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
@@ -181,16 +138,21 @@ def test_large_adapters_are_measured_at_three_sizes(capsys):
 @pytest.mark.slow
 def test_a_merge_for_its_inputs_is_measured_against_one_to_nearest(tmp_path):
     keep = importlib.import_module("keep")
-    adapter = tmp_path / "adapter.safetensors"
-    keep.main("--quick", "--tokens", "200", "--adapter", str(adapter), "--out", str(tmp_path))
-    rows = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
-    for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
-        assert unmerged["KL"] == 0
-        assert 0 < nearest["KL"] < without["KL"]
-        assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+    options = ("--quick", "--tokens", "200", "--adapters", str(tmp_path), "--out", str(tmp_path))
+    keep.main("--bases", "bfloat16", *options)
+    keep.main("--bases", "nf4", *options)
+    found = json.loads((tmp_path / "keep.json").read_text(encoding="utf-8"))
+    assert list(found) == ["bfloat16", "nf4"]
+    for base, its in found.items():
+        rows = its["rows"]
+        assert [row["model"].split()[0] for row in rows] == ["unmerged", "without", "merged", "merged"] * 2
+        for unmerged, without, nearest, kept in (rows[:4], rows[4:]):
+            assert unmerged["KL"] == 0
+            assert without["KL"] > 0
+            assert 0 < kept["KL"] < (nearest["KL"] if base == "nf4" else without["KL"])
+            assert 0 < kept["lost on its inputs"] < kept["if to nearest"]
+        assert (tmp_path / f"{base}.safetensors").exists()
     assert (tmp_path / "keep.md").read_text(encoding="utf-8").startswith("# keep\n")
-    assert adapter.exists()
 
 
 def test_no_layer_waits_and_forwards_launch_no_more_than_others_do(tmp_path):

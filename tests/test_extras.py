@@ -18,8 +18,9 @@ LISTS = {
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 
 # The extra with which README.md, or the folder's own, has the folder's code run; None is no extra.
-FOLDERS = {"lora": None, "examples": "examples", "benchmarks": "bench", "tests": "test"}
+FOLDERS = {"lora": None, "examples": "examples", "benchmarks": "methods", "tests": "test"}
 MET = {"bitsandbytes", "torchao"}  # imported by lora when it meets their weights: then they are there
+IMPORTED_AS = {"scikit-learn": "sklearn"}  # by another name than the package's
 
 
 def brought_by(extra: str | None) -> set[str]:
@@ -27,7 +28,7 @@ def brought_by(extra: str | None) -> set[str]:
     found = set()
     for requirement in LISTS["dependencies"] + (LISTS[extra] if extra else []):
         name, extras = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
-        found |= {name} if name != "lora" else set().union(*map(brought_by, extras.split(",")))
+        found |= {IMPORTED_AS.get(name, name)} if name != "lora" else set().union(*map(brought_by, extras.split(",")))
     return found
 
 
@@ -52,7 +53,8 @@ def imported_by(source: str) -> Iterator[str]:
 def undeclared(folder: str, extra: str | None) -> list[str]:
     """`file: module` for each import that the extra does not bring."""
     ours = {path.stem for place in ("examples", "benchmarks", "tests") for path in (ROOT / place).rglob("*")} | {"lora"}
-    known = ours | sys.stdlib_module_names | brought_by(extra) | (MET if folder == "lora" else set())
+    brought = {name.replace("-", "_") for name in brought_by(extra)}
+    known = ours | sys.stdlib_module_names | brought | (MET if folder == "lora" else set())
     missing = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         source = path.read_text(encoding="utf-8")

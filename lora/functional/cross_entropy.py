@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.errors import is_number
 from lora.functional.fused import FusedFunction, autocasts, cast, exact_dtype, is_plain, without_autocast
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,10 +30,13 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> Tensor:
     """The cross entropy of a frozen linear layer's outputs, without ever having all of them.
 
         z = hidden Wᵀ + b        loss_n = log Σ_v exp z_nv − z_n,labels[n]
+
+    With `softcap` = c it is that of c · tanh(z / c), as of models whose `final_logit_softcapping` is c (Gemma 2).
 
     The rows go through the layer in chunks. What is kept for backward is the gradient of `hidden`, of its size and
     dtype, and nothing as large as the outputs; the softmax is computed in float32, or float64. Rows with the label
@@ -52,15 +56,19 @@ def linear_cross_entropy(
         ignore_index: the label of rows that do not count. Default: -100.
         reduction: "mean" over the rows that count (NaN if none does), "sum", or "none": one loss for each row, from
             which a mean over each of several sequences can be taken. Default: "mean".
+        softcap: what the size of outputs is bounded by, above 0; or None. Default: None.
 
     Returns:
         The loss () or, with "none", the losses (...), in float32, or float64 for float64.
 
     Raises:
-        ValueError: the shape of labels is not that of hidden without its last dimension, or reduction is another word.
+        ValueError: the shape of labels is not that of hidden without its last dimension, reduction is another word, or
+            softcap is neither None nor a finite number above 0.
         IndexError: a label is out of range, as `torch.nn.functional.cross_entropy` raises it.
         RuntimeError: the dtypes of hidden and weight differ, as `torch.nn.functional.linear` raises it; or the loss is
             differentiated twice, which only the plain function can be.
+
+    From "Gemma 2: Improving Open Language Models at a Practical Size", arXiv:2408.00118, section 2: the soft cap.
 
     >>> import torch, lora.functional
     >>> hidden, head, labels = torch.zeros(2, 3, 4), torch.ones(8, 4), torch.tensor([[1, 2, 3], [4, -100, -100]])
@@ -68,16 +76,18 @@ def linear_cross_entropy(
     tensor(2.0794)
     >>> lora.functional.linear_cross_entropy(hidden, head, labels, reduction="none").sum(1)
     tensor([6.2383, 2.0794])
+    >>> lora.functional.linear_cross_entropy(hidden + 100, head, labels, softcap=30)
+    tensor(2.0794)
     """
-    _check(hidden, labels, reduction)
+    _check(hidden, labels, reduction, softcap)
     dtype = _dtype(hidden, weight, labels, bias)
     if dtype is None:
-        return plain_linear_cross_entropy(hidden, weight, labels, bias, ignore_index, reduction)
+        return plain_linear_cross_entropy(hidden, weight, labels, bias, ignore_index, reduction, softcap)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        losses = _LinearCrossEntropy.run(hidden, weight, labels, bias, ignore_index, dtype)  # (N)
+        losses = _LinearCrossEntropy.run(hidden, weight, labels, bias, ignore_index, softcap, dtype)  # (N)
     else:
         with without_autocast(hidden.device):
-            losses, _ = _forward(hidden, weight, labels, bias, ignore_index, dtype, False)
+            losses, _ = _forward(hidden, weight, labels, bias, ignore_index, softcap, dtype, False)
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
@@ -91,19 +101,24 @@ def plain_linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> Tensor:
     """The equation of `linear_cross_entropy` in operations that autograd knows."""
-    _check(hidden, labels, reduction)
+    _check(hidden, labels, reduction, softcap)
     logits = F.linear(hidden, weight, bias)  # (..., classes)
     rows = cast(logits, exact_dtype(logits.dtype)).reshape(labels.numel(), logits.shape[-1])
+    if softcap is not None:
+        rows = softcap * torch.tanh(rows / softcap)
     loss = F.cross_entropy(rows, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
-def _check(hidden: Tensor, labels: Tensor, reduction: str) -> None:
+def _check(hidden: Tensor, labels: Tensor, reduction: str, softcap: float | None) -> None:
     if reduction not in REDUCTIONS:
         words = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"linear_cross_entropy: reduction must be one of {words}, got {reduction!r}.")
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
+        raise ValueError(f"linear_cross_entropy: softcap must be None or a finite number above 0, got {softcap!r}.")
     if hidden.dim() == 0 or labels.shape != hidden.shape[:-1]:
         raise ValueError(
             "linear_cross_entropy: labels must have the shape of hidden without its last dimension; "
@@ -130,6 +145,8 @@ class _LinearCrossEntropy(FusedFunction):
     Row n's loss depends on no other row, so that a gradient that comes from above only scales it:
 
         p = softmax z        dhidden_n = dloss_n · (p_n − onehot(labels[n])) W
+
+    and with a soft cap c, z = c · tanh(u / c), dhidden_n = dloss_n · ((p_n − onehot(labels[n])) ⊙ (1 − (z_n / c)²)) W.
     """
 
     inputs = 1
@@ -142,9 +159,10 @@ class _LinearCrossEntropy(FusedFunction):
         labels: Tensor,
         bias: Tensor | None,
         ignore_index: int,
+        softcap: float | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        losses, gradient = _forward(hidden, weight, labels, bias, ignore_index, dtype, True)
+        losses, gradient = _forward(hidden, weight, labels, bias, ignore_index, softcap, dtype, True)
         ctx.ignore_index, ctx.shape = ignore_index, hidden.shape
         ctx.save_for_backward(gradient, labels)
         return losses
@@ -174,6 +192,7 @@ def _forward(
     labels: Tensor,
     bias: Tensor | None,
     ignore_index: int,
+    softcap: float | None,
     dtype: torch.dtype,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -187,6 +206,8 @@ def _forward(
     step = _step(N, classes, hidden.device)
     made = rows.new_empty(step, classes)  # the logits of each chunk in turn
     wide = made if dtype == exact else made.new_empty(step, classes, dtype=exact)
+    # Of tanh's slope there is a chunk more, which outlives the outputs that the softmax is computed in the place of.
+    capped = None if softcap is None else torch.empty_like(wide) if needs_gradient else wide
     for start in range(0, N, step):
         chunk = slice(start, min(start + step, N))
         n = chunk.stop - start
@@ -197,12 +218,17 @@ def _forward(
             torch.addmm(bias, rows[chunk], weight.T, out=z)
         if p.dtype != z.dtype:
             p.copy_(z)
+        if softcap is not None and capped is not None:
+            t = torch.tanh(p.div_(softcap), out=capped[:n])  # (n, classes)
+            torch.mul(t, softcap, out=p)
         # In place: it reads all of a row before it writes, and each value where that value was.
         torch.log_softmax(p, 1, out=p)
         losses[chunk] = F.nll_loss(p, labels[chunk], ignore_index=ignore_index, reduction="none")
         if gradient is not None:
             # 1 is taken from p before it is rounded to z's dtype: close to 1, little of it would be left.
             p.exp_().scatter_add_(1, index[chunk], p.new_full((n, 1), -1))
+            if capped is not None:
+                p.addcmul_(p, t.square_(), value=-1)  # tanh' = 1 − t²
             torch.mm(z.copy_(p) if p.dtype != z.dtype else p, weight, out=gradient[chunk])
     return losses, gradient
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora.errors import instance
+from lora.functional.codes import Coded
 from lora.functional.fused import is_plain, is_storage
 from lora.layers.registry import keys_of
 
@@ -41,6 +42,10 @@ class Packing(NamedTuple):
     why_not_train: Callable[[Any], str | None] = lambda module: None
     #: Called when the module gets an adapter (True) and when it loses it (False).
     prepare_training: Callable[[Any, bool], None] = lambda module, adapted: None
+    #: The weight as codes and scales that can be chosen; None where it is no such thing, or nobody knows.
+    read_codes: Callable[[Any], Coded | None] = lambda module: None
+    #: Gives the module a weight of other codes and scales, to the bit.
+    write_codes: Callable[[Any, Coded], None] = lambda module, coded: None
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,18 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
     # What was packed is not packed again: some packings of a dequantised weight are not the packing that it came from.
     elif not _same(read_weight(module), weight):
         _known(module).write_weight(module, weight)
+
+
+def read_codes(module: nn.Module) -> Coded | None:
+    """The module's packed weight as codes and scales; None where it is no such thing, or nobody knows."""
+    packing = packing_of(module)
+    return None if packing is None else packing.read_codes(module)
+
+
+@torch.no_grad()
+def write_codes(module: nn.Module, coded: Coded) -> None:
+    """Give the module, of which `read_codes` knows them, other codes and scales."""
+    _known(module).write_codes(module, coded)
 
 
 def written_with(module: nn.Module) -> list[Tensor]:

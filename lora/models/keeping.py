@@ -1,7 +1,8 @@
-"""Merged weights in low precision that keep the update: rounded for the inputs that their layers are given."""
+"""Merged weights in low precision that keep the update: rounded or coded for the inputs of their layers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems, raise_all
+from lora.functional.codes import Coded, change_for_inputs
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.rounding import lost_in_rows, round_for_inputs
+from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.parts import Part
@@ -27,7 +30,7 @@ _ROOM = 2**30
 
 
 class Kept(NamedTuple):
-    """A merged weight, as its layer stores it, and the shares of the update that it lost.
+    """A merged weight, as its layer stores it or as codes and scales, and the shares of the update that it lost.
 
     Attributes:
         lost: ‖Q − W‖ / ‖W − W₀‖.
@@ -35,7 +38,7 @@ class Kept(NamedTuple):
         nearest_on_inputs: the same, had every number been rounded to nearest.
     """
 
-    weight: Tensor
+    weight: Tensor | Coded
     lost: float
     lost_on_inputs: float
     nearest_on_inputs: float
@@ -51,18 +54,20 @@ def keep_updates(
     step: Step | None,
     what: str,
     undo: undo_on_error,
+    packed: bool = False,
 ) -> dict[LoRALayer, Kept]:
     """The merged weights of those layers for which their inputs matter; the model is as before.
 
     Args:
         what: the heading of errors.
         undo: of all modules of the model: it puts back what an error or an interruption leaves.
+        packed: whether packed weights are to be packed again. Default: False, to be dense.
 
     Raises:
         ValueError: `batches` or `step` are no such things, no batch reached a layer, or its inputs are not finite.
     """
     raise_all(what, batches_problems(batches, step))
-    rounded = [*_rounded(model, layers)]
+    rounded = [*_rounded(model, layers, packed)]
     groups = [*_groups(rounded, max(_ROOM, sum(_bytes(layer.weight) for layer in rounded)))]
     if len(groups) > 1 and iter(batches) is batches:  # once through, it is empty
         batches = list(batches)
@@ -78,17 +83,23 @@ def keep_updates(
                 found = [f"{names[layer][0]}: {problem}" for problem in its.problems()]
                 problems.add(*found)
                 if not found:
-                    kept[layer] = _kept(layer, its.second_moment())
+                    kept[layer] = _kept(layer, its.second_moment(), packed)
     return kept
 
 
-def _rounded(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[LinearLoRA]:
-    """Those whose weight is rounded when it is merged, and of which it is known what it is multiplied by."""
+def _rounded(model: nn.Module, layers: Iterable[LoRALayer], packed: bool) -> Iterator[LinearLoRA]:
+    """Those whose weight is rounded when it is merged, and of which it is known what it is multiplied by, and how."""
     read = read_by_others(model)
     for layer in layers:
         if isinstance(layer, LinearLoRA) and not isinstance(layer, Part) and layer not in read:
-            dtype = layer.lora_base_weight().dtype
-            if not layer.lora_is_in_place() and dtype != exact_dtype(dtype):
+            if layer.lora_is_in_place():
+                continue
+            if packed and weights.packing_of(layer) is not None:
+                loses = weights.read_codes(layer) is not None
+            else:
+                dtype = layer.lora_base_weight().dtype
+                loses = dtype != exact_dtype(dtype)
+            if loses:
                 yield layer
 
 
@@ -132,20 +143,33 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.train(True) if isinstance(module, LoRALayer) else setattr(module, "training", True)
 
 
-def _kept(layer: LinearLoRA, moments: Tensor) -> Kept:
+def _kept(layer: LinearLoRA, moments: Tensor, packed: bool) -> Kept:
     base = layer.lora_base_weight()
     exact = exact_dtype(base.dtype)
+    coded = weights.read_codes(layer) if packed else None
     with without_autocast(base.device):
         moments = moments.to(exact)
         W = layer.lora_stored(layer.lora_merge_into(torch.empty_like(base, dtype=exact)))  # (out, in)
-        Q = round_for_inputs(W, moments, base.dtype)
         update = W - layer.lora_stored(base).to(exact)
-        error, of_nearest = W - Q.to(exact), W - W.to(base.dtype).to(exact)
+        weight: Tensor | Coded
+        if coded is None:
+            Q, nearest = round_for_inputs(W, moments, base.dtype), W.to(base.dtype)
+            weight = torch.empty_like(base)
+            layer.lora_stored(weight).copy_(Q)
+        else:
+            weight = change_for_inputs(W, moments, coded)
+            Q, nearest = weight.dense(), packed_again(layer, layer.lora_compute_merged())
+        error, of_nearest = W - Q.to(exact), W - nearest.to(exact)
         size, on_inputs = update.norm(), lost_in_rows(update, moments).sum()
-        lost, nearest = (_share(lost_in_rows(one, moments).sum(), on_inputs) ** 0.5 for one in (error, of_nearest))
-    weight = torch.empty_like(base)
-    layer.lora_stored(weight).copy_(Q)
-    return Kept(weight, _share(error.norm(), size), lost, nearest)
+        lost, at_nearest = (_share(lost_in_rows(one, moments).sum(), on_inputs) ** 0.5 for one in (error, of_nearest))
+    return Kept(weight, _share(error.norm(), size), lost, at_nearest)
+
+
+def packed_again(layer: LoRALayer, merged: Tensor) -> Tensor:
+    """What would be left of a merged weight, dense, if it were packed as the layer's weight is."""
+    twin = copy.deepcopy(layer)
+    weights.write_weight(twin, merged)
+    return weights.read_weight(twin)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

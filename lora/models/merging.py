@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from lora.errors import Problems, instance, table
+from lora.functional.codes import Coded
 from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
 from lora.layers.layer import LoRALayer
@@ -19,7 +19,7 @@ from lora.layers.parts import tensor_name
 from lora.layers.registry import plain_base
 from lora.layers.undo import undo_on_error
 from lora.models.batches import Step
-from lora.models.keeping import Kept, keep_updates
+from lora.models.keeping import Kept, keep_updates, packed_again
 from lora.models.model import (
     Memory,
     Names,
@@ -39,9 +39,10 @@ from lora.models.training import forget_originals
 class MergedModule:
     """One merged module: its name, the dtype of its weight, and the share of the update that rounding lost.
 
-    If it was packed, also how, and the share of the update that packing the merged weight again would lose. If it was
-    rounded for its inputs x, also the share of the update's effect on them, ‖(W' − W) x‖ / ‖(W − W₀) x‖ over all x that
-    were seen, which it lost, and which it would have lost if every number had been rounded to nearest.
+    If it was packed, also how, and the share of the update that packing the merged weight again would lose; None where
+    it was packed again, and `lost` is what that has lost. If it was rounded or coded for its inputs x, also the share
+    of the update's effect on them, ‖(W' − W) x‖ / ‖(W − W₀) x‖ over all x that were seen, which it lost, and which it
+    would have lost if every number had been rounded, or packed, to nearest.
     """
 
     name: str
@@ -76,8 +77,10 @@ class MergeReport:
             columns += [[_percent(m.lost_on_inputs, 2) for m in self.modules]]
             columns += [[_percent(m.nearest_on_inputs, 2) for m in self.modules]]
         if any(m.packed for m in self.modules):
-            header += ["was packed as", "lost if packed again"]
-            columns += [[m.packed or "-" for m in self.modules], [_percent(m.lost_packed, 0) for m in self.modules]]
+            is_dense = any(m.lost_packed is not None for m in self.modules)
+            header += ["was packed as", "lost if packed again"] if is_dense else ["packed as"]
+            columns += [[m.packed or "-" for m in self.modules]]
+            columns += [[_percent(m.lost_packed, 0) for m in self.modules]] if is_dense else []
         return table(header, [(*row, *cells) for row, *cells in zip(rows, *columns, strict=True)])
 
 
@@ -85,12 +88,15 @@ def _percent(share: float | None, digits: int) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step | None = None) -> MergeReport:
+def merge(
+    model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step | None = None, packed: bool = False
+) -> MergeReport:
     """Write W = g ⊙ (W₀ + s · B A) into the base weights, in place, and leave plain torch layers.
 
     The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
     rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
-    the dtype that their layer computes in; the report says how much packing them again would lose.
+    the dtype that their layer computes in; the report says how much packing them again would lose. With `packed` they
+    are packed again, which to nearest loses about all of an ordinary update: the codes stay what they were.
 
     **With `batches`** weights in bfloat16 and float16 are rounded for the inputs x that their layers are given,
 
@@ -102,6 +108,10 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
     others read are rounded to nearest. Weights in float32 and float64 lose nothing, and need no batches. The model
     runs in `eval()` on inputs like those that it will meet, of as many tokens as the widest layer has in_features or
     more; the shares in the report are of these very inputs, and those of others are larger.
+
+    With `batches` and `packed`, weights in bitsandbytes' 4 bits (rows of whole blocks) get codes, and scales of their
+    blocks, for which that error is small, starting from those that they had: no row loses more than its update. Other
+    packed weights are packed to nearest.
 
     Done whole or not at all: an error or Ctrl-C half-way leaves the model as it was, to the bit. For that, the base
     weights that were written are kept until the end, in copies on the CPU: as much memory as all adapted weights take.
@@ -115,6 +125,7 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
             (anything else), as `lora.calibrate` does. Positions that an `attention_mask` leaves out do not count.
             Default: None, to nearest.
         step: a function of model and batch, called instead of the model. Default: None.
+        packed: whether packed weights stay packed. Default: False, they become dense.
 
     Returns:
         A report that prints as a table: module, dtype, and the share of the update that rounding lost; with `batches`
@@ -124,12 +135,13 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
         ValueError: there is no LoRA layer; a weight is tied to another module's (which the update would change too),
             is sharded, or is neither dense nor packed in a known way; the update has another shape than the weight; a
             merged weight would not be finite; or the instance of a layer has its own `forward`. With `batches`: there
-            are none, none reached a layer, or what it was given is not finite. One error lists everything, and the
-            model is as it was.
+            are none, none reached a layer, or what it was given is not finite. With `packed`: no weight is. One error
+            lists everything, and the model is as it was.
 
     From "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323, section
     3: its order of columns and its feedback of errors, here on the grid of the weight's dtype, and then a few rounds
-    over the columns in which each is rounded again.
+    over the columns in which each is rounded again. "QuantEase: Optimization-based Quantization for Language Models",
+    arXiv:2309.01885, section 3: the codes of packed weights, one after the other.
 
     >>> import torch, lora
     >>> layer = lora.Linear(8, 4, r=2)
@@ -148,6 +160,8 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
     with Problems(what) as problems:
         _check(layers, names, problems)
         problems.add(*own_forward_problems(lora_layers(model, "merge"), names))
+        if packed and not any(map(_is_packed_as_known, layers)):
+            problems.add("`packed` is for packed weights, and no LoRA layer has one.")
         for layer in layers:
             others = memory.tied_to(layer)
             if others:
@@ -156,8 +170,8 @@ def merge(model: nn.Module, batches: Iterable[Any] | None = None, *, step: Step 
                     "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
                 )
     with undo_on_error(model.modules()) as undo, undo:
-        kept = {} if batches is None else keep_updates(model, layers, names, batches, step, what, undo)
-        rows = [_merge(layer, names[layer][0], undo, kept.pop(layer, None)) for layer in layers]
+        kept = {} if batches is None else keep_updates(model, layers, names, batches, step, what, undo, packed)
+        rows = [_merge(layer, names[layer][0], undo, kept.pop(layer, None), packed) for layer in layers]
         for layer in lora_layers(model, "merge", none=True):  # those with r = 0
             layer.lora_remove()
         for module in model.modules():
@@ -210,7 +224,7 @@ def merged_state_dict(
             kept = keep_updates(model, layers, names, batches, step, what, undo)
     state: dict[str, Tensor] = dict(model.state_dict())
     for layer in layers:
-        merged = kept[layer].weight if layer in kept else layer.lora_compute_merged()
+        merged = cast(Tensor, kept[layer].weight) if layer in kept else layer.lora_compute_merged()
         for known in names[layer]:
             name = without_wrappers(known)
             state[tensor_name(layer, name, "weight")] = merged
@@ -220,37 +234,62 @@ def merged_state_dict(
 
 
 @torch.no_grad()
-def _merge(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None) -> MergedModule:
+def _merge(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None, packed: bool) -> MergedModule:
     """Leave a plain layer with W, which is rounded to nearest if it is not `kept`."""
-    lost, on_inputs = (rounding_lost(layer), (None, None)) if kept is None else (kept.lost, kept[2:])
     if _is_packed_as_known(layer):
-        return _merge_packed(layer, name, lost, on_inputs, kept)
+        return (_pack_again if packed else _unpack)(layer, name, undo, kept)
     dtype = layer.weight.dtype
+    lost = rounding_lost(layer) if kept is None else kept.lost
     undo.keep(*weights.written_with(layer))
-    layer.lora_merge() if kept is None else layer.weight.copy_(kept.weight)
+    if kept is None:
+        layer.lora_merge()
+    else:
+        layer.weight.copy_(cast(Tensor, kept.weight))
     layer.lora_remove()
-    return MergedModule(name, str(dtype).removeprefix("torch."), lost, None, None, *on_inputs)
+    return MergedModule(name, _word(dtype), lost, None, None, *_on_inputs(kept))
 
 
-def _merge_packed(layer: LoRALayer, name: str, lost: float, on_inputs: Any, kept: Kept | None) -> MergedModule:
+def _unpack(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None) -> MergedModule:
     """Leave a plain layer with a dense weight, and say what packing that again would lose."""
-    before, merged = layer.lora_base_weight(), layer.lora_compute_merged() if kept is None else kept.weight
-    packed, lost_packed = type(layer.weight).__name__, _packing_lost(layer, before, merged)
+    before, lost = layer.lora_base_weight(), rounding_lost(layer) if kept is None else kept.lost
+    merged = layer.lora_compute_merged() if kept is None else cast(Tensor, kept.weight)
+    packing = type(layer.weight).__name__
+    lost_packed = _lost(packed_again(layer, merged), merged, before)
     layer.lora_remove()
     module: nn.Module = layer
     module.__class__ = plain_base(type(layer))
     module.weight = nn.Parameter(merged, False)
     if isinstance(module._parameters.get("bias"), Tensor):  # some layers cast it to what they compute in
         module.bias.data = module.bias.data.to(merged.dtype)
-    return MergedModule(name, str(merged.dtype).removeprefix("torch."), lost, packed, lost_packed, *on_inputs)
+    return MergedModule(name, _word(merged.dtype), lost, packing, lost_packed, *_on_inputs(kept))
 
 
-def _packing_lost(layer: LoRALayer, before: Tensor, merged: Tensor) -> float:
-    """‖pack(W) − W‖ / ‖W − W₀‖."""
-    twin = copy.deepcopy(layer)
-    weights.write_weight(twin, merged)
+def _pack_again(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None) -> MergedModule:
+    """Leave a plain layer with W packed as W₀ was."""
+    before, merged = layer.lora_base_weight(), layer.lora_compute_merged()
+    undo.keep(*weights.written_with(layer))
+    if kept is None:
+        weights.write_weight(layer, merged)
+    else:
+        weights.write_codes(layer, cast(Coded, kept.weight))
+    lost = _lost(weights.read_weight(layer), merged, before) if kept is None else kept.lost
+    packing = type(layer.weight).__name__
+    layer.lora_remove()
+    return MergedModule(name, _word(merged.dtype), lost, packing, None, *_on_inputs(kept))
+
+
+def _on_inputs(kept: Kept | None) -> tuple[float | None, float | None]:
+    return (None, None) if kept is None else (kept.lost_on_inputs, kept.nearest_on_inputs)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _lost(now: Tensor, merged: Tensor, before: Tensor) -> float:
+    """‖now − W‖ / ‖W − W₀‖."""
     exact = exact_dtype(merged.dtype)
-    update, error = merged.to(exact) - before.to(exact), weights.read_weight(twin).to(exact) - merged.to(exact)
+    update, error = merged.to(exact) - before.to(exact), now.to(exact) - merged.to(exact)
     return float(error.norm() / update.norm()) if update.any() else 0.0
 
 

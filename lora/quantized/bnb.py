@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.functional.codes import Coded
 from lora.layers.weights import Packing
 
 
@@ -80,6 +81,68 @@ def _prepare_4bit(module: Any, adapted: bool) -> None:
         module.support_avx512bf16_for_cpu = False if adapted else has()
 
 
+def _read_codes_4bit(module: Any) -> Coded | None:
+    state, weight = _state_of_4bit(module), module.weight.data
+    if state is None or _is_repacked(module) or len(state.shape) != 2 or state.shape[1] % state.blocksize:
+        return None
+    two = weight.contiguous().view(torch.uint8).view(-1)  # the first of two codes is the high half of a byte
+    values, order = state.code.float().sort()
+    codes = torch.stack((two >> 4, two & 15), 1).view(tuple(state.shape)).long()
+    scales, storable = state.absmax, None
+    if state.nested:
+        nested = _Nested(state)
+        scales, storable = nested.scales(), nested.nearest
+    return Coded(order.argsort()[codes], values, scales.float().view(state.shape[0], -1), state.dtype, storable)
+
+
+def _write_codes_4bit(module: Any, coded: Coded) -> None:
+    old, weight = _state_of_4bit(module), module.weight
+    codes = old.code.float().argsort()[coded.codes].to(torch.uint8).view(-1, 2)
+    state = copy.copy(old)
+    state.absmax = _Nested(old).codes_of(coded.scales) if old.nested else coded.scales.reshape(-1)
+    weight.data = (codes[:, 0] << 4 | codes[:, 1]).view(weight.dtype).view(weight.shape)
+    for owner in (weight, module):
+        if hasattr(owner, "quant_state"):
+            owner.quant_state = state
+
+
+class _Nested:
+    """Constants that are quantised themselves: those that can be stored beside the old ones' own constants."""
+
+    def __init__(self, state: Any) -> None:
+        self.state, inner = state, state.state2
+        self.blocks = state.shape[1] // state.blocksize  # of a row
+        self.values, self.order = inner.code.float().sort()
+        # Of each constant, what its code is multiplied by.
+        count = state.absmax.numel()
+        self.steps = inner.absmax.float().repeat_interleave(inner.blocksize)[:count].view(-1, self.blocks)
+
+    def scales(self) -> Tensor:
+        """Those that there are, by the package itself."""
+        inner = _bitsandbytes().functional.dequantize_blockwise(self.state.absmax, self.state.state2)
+        return inner + self.state.offset  # type: ignore[no-any-return]
+
+    def nearest(self, scales: Tensor, block: int) -> Tensor:
+        """The nearest to these of all rows' blocks of this number."""
+        steps = self.steps[:, block]
+        return self.values[self._places(scales, steps)] * steps + self.state.offset  # type: ignore[no-any-return]
+
+    def codes_of(self, scales: Tensor) -> Tensor:
+        """The codes of scales (rows, blocks) that can be stored."""
+        codes: Tensor = self.order[self._places(scales, self.steps)]
+        return codes.to(torch.uint8).view(-1)
+
+    def _places(self, scales: Tensor, steps: Tensor) -> Tensor:
+        """Where among the values each one's nearest is; of a scale that can be stored, its own."""
+        near = torch.bucketize((scales - self.state.offset) / steps, self.values)
+        found, least = near, torch.full_like(scales, torch.inf)
+        for place in (near - 1, near, near + 1):  # beside it, where a difference in the last bit may have it
+            place = place.clamp(0, len(self.values) - 1)
+            off = (self.values[place] * steps + self.state.offset - scales).abs()
+            found, least = torch.where(off < least, place, found), torch.minimum(off, least)
+        return found
+
+
 def _values_of_int8(module: Any) -> tuple[Tensor, Tensor] | None:
     """The int8 values and their rows' maxima; None where the weight is not quantised, or not yet."""
     # Before the first forward the weight has them, then the layer's state has.
@@ -105,5 +168,5 @@ def _write_int8(module: Any, dense: Tensor) -> None:
         old.copy_(new)
 
 
-FOUR_BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _prepare_4bit)
+FOUR_BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _prepare_4bit, _read_codes_4bit, _write_codes_4bit)
 INT8 = Packing(_read_int8, _write_int8)

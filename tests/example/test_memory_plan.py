@@ -1,16 +1,19 @@
 """examples/memory_plan.py: what transformers' models hold and keep is what its formulas say; its errors; its page."""
 
 import importlib
+import itertools
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import memory_plan
 import pytest
 import torch
 from counting import kept_for_backward
-from memory_plan import ENGINES, Training, decoder_of, kept, kept_by_loss, plan, tensors, total
+from decoders import decoder_of
+from memory_plan import CHUNKS, ENGINES, Training, kept, kept_by_loss, plan, rows_at_a_time, tensors, total
 from phi3 import fused_mlp, quantizing
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
+from lora.functional import cross_entropy, linear_cross_entropy
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -237,6 +241,44 @@ def test_what_a_fused_mlp_keeps_is_counted():
     assert counted == pytest.approx(planned_to_be_kept(config, training), abs=SCALARS)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("model", "base_dtype"), [("llama", "float32"), ("phi3", "bfloat16")])
+def test_what_a_loss_in_chunks_keeps_is_counted(model, base_dtype, checkpointing):
+    config = config_of(model)
+    shape = {"batch_size": 2, "seq_len": 96, "gradient_checkpointing": checkpointing}
+    training = Training(r=4, base_dtype=base_dtype, loss_in_chunks=True, **shape)
+    real = built(config, training, dtype=DTYPES[base_dtype])
+    if checkpointing:
+        real.activation_checkpointing_enable()
+    ids = torch.randint(130, (2, 96))
+
+    def forward():
+        hidden = real.model(input_ids=ids, use_cache=False).last_hidden_state
+        return linear_cross_entropy(hidden, real.lm_head.weight, ids, reduction="sum")
+
+    # The labels are the ids, which are not counted.
+    rest = 8 * 2 * 96 + (2 * training.b * 96 * 16 if checkpointing else 0)
+    counted = kept_for_backward(forward, ids, *real.parameters(), *real.buffers())
+    assert counted == pytest.approx(planned_to_be_kept(config, training) - rest, abs=SCALARS)
+
+
+@pytest.mark.parametrize("device", CHUNKS)
+def test_a_chunk_has_as_many_rows_as_the_function_takes(device):
+    there = torch.device({"gpu": "cuda"}.get(device, device))
+    for tokens, vocabulary in itertools.product((1, 255, 256, 4096, 100_000), (130, 32064, 49152, 10**8)):
+        assert rows_at_a_time(tokens, vocabulary, device) == cross_entropy._step(tokens, vocabulary, there)
+
+
+def test_in_chunks_the_loss_takes_no_more_than_one_of_them():
+    large = LLAMA | {"vocab_size": 200_000}
+    for dtype, each in (("float32", 4), ("bfloat16", 6)):
+        training = Training(base_dtype=dtype, seq_len=4096, loss_in_chunks=True, gradient_checkpointing=True)
+        terms = plan(decoder_of(large), training, "one process")
+        b, rows = training.b, 164  # of 25 chunks
+        assert terms["logits and loss"] == 4096 * (2 * b * 64 + 20) + each * 200_000 * rows
+        assert total(terms) < total(plan(decoder_of(large), replace(training, loss_in_chunks=False), "one process"))
+
+
 @pytest.mark.parametrize("base_dtype", ["nf4", "int8"])
 def test_quantised_weights_take_what_bitsandbytes_takes(base_dtype):
     config = config_of(
@@ -406,6 +448,8 @@ def test_every_setting_has_an_option(run, monkeypatch):
         "seq_len": 7,
         "gradient_checkpointing": True,
         "fused_mlp": True,
+        "loss_in_chunks": True,
+        "device": "cpu",
         "ranks": 4,
     }
     options = []
@@ -486,6 +530,9 @@ def test_settings_that_cannot_be_are_refused_all_at_once(run):
         "`fused_mlp` is for an MLP that has dense weights, not nf4.",
     ):
         assert said in err
+    code, _, err = run("--target-modules", "q_proj", "lm_head", "--loss-in-chunks")
+    assert code == 2
+    assert "`loss_in_chunks` is for a head that is not adapted; leave out either it or lm_head." in err
     code, _, err = run("--target-modules", "qkv_proj", "--fused-mlp", model_type="phi3")
     assert code == 2
     assert err == "error: plan:\n  - `fused_mlp` is for an MLP that is adapted in gate_up_proj and down_proj.\n"
@@ -536,7 +583,8 @@ def test_the_benchmark_measures_and_writes_its_results(tmp_path, monkeypatch):
     memory = importlib.import_module("memory")
     memory.main("--quick", "--only", "one, float32", "--out", str(tmp_path))
     written = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))
-    assert list(written["results"]) == ["one, float32", "one, float32, checkpointing"]
+    names = ["one, float32", "one, float32, checkpointing"]
+    assert list(written["results"]) == [name + chunks for name in names for chunks in ("", ", in chunks")]
     for result in written["results"].values():
         assert result["measured"]["own"] == result["planned"]["own"]
         assert 0.8 < result["measured"]["tensors"] / result["planned"]["total"] < 1.1

@@ -26,22 +26,24 @@ def problem(*lead, features=5, classes=7, dtype=torch.float64, bias=True, ignore
     return hidden, weight, labels, b if bias else None
 
 
-def formula(hidden, weight, labels, bias, ignore_index=-100):
+def formula(hidden, weight, labels, bias, ignore_index=-100, softcap=None):
     """The losses (...) and the gradient of each by its own row (..., features), in numpy's float64."""
     x, W = (tensor.detach().double().numpy() for tensor in (hidden, weight))
     z = x @ W.T + (0 if bias is None else bias.detach().double().numpy())
+    slope = 1.0 if softcap is None else np.cosh(z / softcap) ** -2
+    z = z if softcap is None else softcap * np.tanh(z / softcap)
     z = z - z.max(-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
     counts = labels.numpy() != ignore_index
     onehot = np.eye(W.shape[0])[np.where(counts, labels.numpy(), 0)]
     losses = np.where(counts, -(log_p * onehot).sum(-1), 0.0)
-    gradient = np.where(counts[..., None], (np.exp(log_p) - onehot) @ W, 0.0)
+    gradient = np.where(counts[..., None], ((np.exp(log_p) - onehot) * slope) @ W, 0.0)
     return torch.from_numpy(losses), torch.from_numpy(gradient)
 
 
-def expected(hidden, weight, labels, bias, reduction, ignore_index=-100):
+def expected(hidden, weight, labels, bias, reduction, ignore_index=-100, softcap=None):
     """The loss, what it is differentiated from above by, and the gradient of hidden, by the formula."""
-    losses, gradient = formula(hidden, weight, labels, bias, ignore_index)
+    losses, gradient = formula(hidden, weight, labels, bias, ignore_index, softcap)
     if reduction == "none":
         dy = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64).view(labels.shape)
         return losses, dy, gradient * dy.unsqueeze(-1)
@@ -69,9 +71,10 @@ def loss_and_gradient(function, hidden, weight, labels, bias, dy, **options):
     reduction=st.sampled_from(REDUCTIONS),
     logits=st.integers(1, 60),
     layout=st.sampled_from(["contiguous", "transposed", "strided"]),
+    softcap=st.sampled_from([None, 1, 3.5]),
 )
-def test_it_is_the_formula(lead, classes, bias, ignored, ignore_index, reduction, logits, layout):
-    options = {"ignore_index": min(ignore_index, classes - 1), "reduction": reduction}
+def test_it_is_the_formula(lead, classes, bias, ignored, ignore_index, reduction, logits, layout, softcap):
+    options = {"ignore_index": min(ignore_index, classes - 1), "reduction": reduction, "softcap": softcap}
     hidden, weight, labels, b = problem(
         *lead, classes=classes, bias=bias, ignored=ignored, ignore_index=options["ignore_index"]
     )
@@ -92,10 +95,27 @@ def test_it_is_the_formula(lead, classes, bias, ignored, ignore_index, reduction
         torch.testing.assert_close(got, (loss, gradient), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_its_gradients_are_right(reduction):
+def test_its_gradients_are_right(reduction, softcap):
     hidden, weight, labels, b = problem(2, 3)
-    assert gradcheck(lambda hidden: linear_cross_entropy(hidden, weight, labels, b, reduction=reduction), hidden)
+    options = {"reduction": reduction, "softcap": softcap}
+    assert gradcheck(lambda hidden: linear_cross_entropy(hidden, weight, labels, b, **options), hidden)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_soft_cap_bounds_what_the_softmax_is_given(function):
+    """Against torch's own operations, of logits far beyond the cap: every slope is nearly 0, and yet not 0."""
+    hidden, weight, labels, b = problem(40)
+    hidden = (4 * hidden.detach()).requires_grad_()
+    u = F.linear(hidden, weight, b)
+    assert u.abs().max() > 10
+    loss = F.cross_entropy(2 * torch.tanh(u / 2), labels)
+    dy = torch.tensor(1.0, dtype=torch.float64)
+    theirs = loss, torch.autograd.grad(loss, hidden, dy)[0]
+    ours = loss_and_gradient(function, hidden, weight, labels, b, dy, softcap=2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert loss < F.cross_entropy(u, labels) - 1
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -138,15 +158,17 @@ def test_what_is_certain_still_has_a_gradient():
 # ---- dtypes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_stays_near_float64(dtype, reduction):
+def test_low_precision_stays_near_float64(dtype, reduction, softcap):
     torch.manual_seed(0)
     exact = problem(8, 8, features=16, classes=100)
     hidden, weight, b = (t.detach().to(dtype) for t in (exact[0], exact[1], exact[3]))
     hidden, labels = hidden.requires_grad_(), exact[2]
-    loss, dy, gradient = expected(hidden, weight, labels, b, reduction)
-    got, dhidden = loss_and_gradient(linear_cross_entropy, hidden, weight, labels, b, dy, reduction=reduction)
+    loss, dy, gradient = expected(hidden, weight, labels, b, reduction, softcap=softcap)
+    options = {"reduction": reduction, "softcap": softcap}
+    got, dhidden = loss_and_gradient(linear_cross_entropy, hidden, weight, labels, b, dy, **options)
     assert got.dtype == torch.float32
     assert dhidden.dtype == dtype
     # The logits are rounded to dtype, the softmax and the loss are not.
@@ -223,16 +245,26 @@ def test_what_is_given_wrong_is_said(function):
         function(hidden, weight, labels, reduction="max")
 
 
+@pytest.mark.parametrize("softcap", [0, -1.0, float("inf"), float("nan"), True, "30"])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_what_is_no_soft_cap_is_refused(function, softcap):
+    hidden, weight, labels, _ = problem(2)
+    said = f"^linear_cross_entropy: softcap must be None or a finite number above 0, got {softcap!r}\\.$"
+    with pytest.raises(ValueError, match=said):
+        function(hidden, weight, labels, softcap=softcap)
+
+
 # ---- where the twin is taken ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("trains", ["weight", "bias"])
-def test_a_head_that_trains_gets_its_gradient(trains):
+def test_a_head_that_trains_gets_its_gradient(trains, softcap):
     hidden, weight, labels, b = problem(4)
     (weight if trains == "weight" else b).requires_grad_()
     wanted = [hidden, weight if trains == "weight" else b]
-    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, b), wanted)
-    theirs = torch.autograd.grad(plain_linear_cross_entropy(hidden, weight, labels, b), wanted)
+    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, b, softcap=softcap), wanted)
+    theirs = torch.autograd.grad(plain_linear_cross_entropy(hidden, weight, labels, b, softcap=softcap), wanted)
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -253,12 +285,13 @@ def test_a_frozen_parameter_is_a_frozen_tensor():
     assert kept == hidden.nbytes  # and no logits
 
 
-def test_a_compiler_has_the_plain_one_in_one_graph():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_compiler_has_the_plain_one_in_one_graph(softcap):
     hidden, weight, labels, b = problem(4, dtype=torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    ours = loss_and_gradient(compiled, hidden, weight, labels, b, torch.tensor(1.0))
-    theirs = loss_and_gradient(linear_cross_entropy, hidden, weight, labels, b, torch.tensor(1.0))
+    ours = loss_and_gradient(compiled, hidden, weight, labels, b, torch.tensor(1.0), softcap=softcap)
+    theirs = loss_and_gradient(linear_cross_entropy, hidden, weight, labels, b, torch.tensor(1.0), softcap=softcap)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -278,26 +311,31 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_LOGITS", {"cpu": CHUNK})
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_it_keeps_the_gradient_of_hidden_and_not_a_byte_more(dtype, reduction):
+def test_it_keeps_the_gradient_of_hidden_and_not_a_byte_more(dtype, reduction, softcap):
     hidden, weight, labels, b = problem(2, N // 2, features=FEATURES, classes=CLASSES, dtype=dtype)
-    kept = kept_for_backward(lambda: linear_cross_entropy(hidden, weight, labels, b, reduction=reduction), labels)
+    options = {"reduction": reduction, "softcap": softcap}
+    kept = kept_for_backward(lambda: linear_cross_entropy(hidden, weight, labels, b, **options), labels)
     count = 8 if reduction == "mean" else 0  # of the rows that count
     assert kept == N * FEATURES * dtype.itemsize + count
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradient", [True, False])
-def test_it_never_has_more_logits_than_a_chunk(dtype, gradient, small_chunks):
+def test_it_never_has_more_logits_than_a_chunk(dtype, gradient, softcap, small_chunks):
     hidden, weight, labels, b = problem(N, features=FEATURES, classes=CLASSES, dtype=dtype)
     with Operations() as counted:
-        loss = linear_cross_entropy(hidden.detach().requires_grad_(gradient), weight, labels, b)
+        loss = linear_cross_entropy(hidden.detach().requires_grad_(gradient), weight, labels, b, softcap=softcap)
         if gradient:
             loss.backward()
     as_large = [made for made in counted.made if made >= CHUNK * dtype.itemsize]
-    # One in float32, in which they are computed or rounded; and with another dtype, one in that.
-    assert sorted(as_large) == sorted({CHUNK * 4, CHUNK * dtype.itemsize})
+    # One in float32, in which they are computed or rounded; and with another dtype, one in that. For the gradient of a
+    # soft cap, one in float32 with its slopes.
+    slopes = [CHUNK * 4] if softcap and gradient else []
+    assert sorted(as_large) == sorted([*{CHUNK * 4, CHUNK * dtype.itemsize}, *slopes])
 
 
 def test_it_does_no_more_operations_than_the_arithmetic_takes(small_chunks):

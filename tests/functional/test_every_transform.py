@@ -58,6 +58,7 @@ FUNCTIONS = {
     "embedding, padded": (embedding(Lookup(padding_idx=2)), FACTORS),
     "magnify": (magnify, (some(3, 4), some(4), some(4))),
     "cross entropy": (lambda hidden: linear_cross_entropy(hidden, W, LABELS, bias), (some(3, 4),)),
+    "cross entropy, capped": (lambda hidden: linear_cross_entropy(hidden, W, LABELS, bias, softcap=2.0), (some(3, 4),)),
     "cross entropy, by row": (
         lambda hidden: linear_cross_entropy(hidden, W, LABELS, ignore_index=5, reduction="none"),
         (some(3, 4),),
@@ -70,7 +71,7 @@ REFUSED = {
 }
 # What keeps enough for many output gradients at once, and too little for a second derivative.
 REFUSED_TWICE = dict.fromkeys(
-    ("cross entropy", "cross entropy, by row"),
+    ("cross entropy", "cross entropy, capped", "cross entropy, by row"),
     r"cannot be differentiated twice; compute with `lora\.functional\.plain_linear_cross_entropy`",
 )
 # Frequencies and padding change gradients alone: these are not the derivatives of what is computed.
