@@ -14,6 +14,7 @@ Batch norm computes with the pretrained statistics, in `eval()`: so the network 
 it says of an image does not depend on the others of its batch. The last method computes with the statistics of its
 batches instead, which are few images.
 
+    pip install -e ".[study]"
     python benchmarks/images.py [--seeds 0 1 2] [--methods "LoRA, r=4"] [--per-class 10] [--steps 60] [--quick]
 
 What has been run and is in the results is not run again.

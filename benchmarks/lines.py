@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -75,30 +76,38 @@ def apart(found: Losses) -> dict[str, list[float]]:
 
 
 def compared(found: Mapping[str, Training]) -> list[str]:
-    """The lines of a table."""
+    """The lines of a table; the root of the mean of the squared differences is "rms"."""
     first, *_ = found
     away = {first: [0.0]} | apart({name: training.losses for name, training in found.items()})
-    columns = ["", f"largest difference from {first}'s loss", "in step", "first loss", "mean of the last tenth"]
+    columns = [
+        "",
+        f"largest difference from {first}'s loss",
+        "in step",
+        "rms",
+        "mean loss of the first tenth",
+        "of the last",
+    ]
     named = list(dict.fromkeys(name for training in found.values() for name in training.numbers))
     columns += named
     rows = [columns, ["---"] * len(columns)]
     for name, (losses, numbers) in found.items():
         largest = max(away[name])
-        where = [f"{largest:.1e}", str(away[name].index(largest) + 1)] if largest else ["0", "–"]
-        last = statistics.mean(losses[-max(1, len(losses) // 10) :])
+        rms = math.sqrt(statistics.fmean(difference**2 for difference in away[name]))
+        where = [f"{largest:.1e}", str(away[name].index(largest) + 1), f"{rms:.1e}"] if largest else ["0", "–", "0"]
+        tenth = max(1, len(losses) // 10)
+        course = [f"{statistics.mean(part):.5f}" for part in (losses[:tenth], losses[-tenth:])]
         more = (f"{numbers[column]:.5f}" if column in numbers else "–" for column in named)
-        rows.append([name, *where, f"{losses[0]:.5f}", f"{last:.5f}", *more])
+        rows.append([name, *where, *course, *more])
     return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def draw(path: Path, found: Losses) -> None:
     """The losses, and below them how far they are apart."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, sharex=True)
-    widths = range(2 * len(found), 0, -2)  # one line, if they are the same
-    for (name, losses), width in zip(found.items(), widths, strict=True):
-        above.plot(range(1, len(losses) + 1), losses, linewidth=width, label=name)
+    for number, (name, losses) in enumerate(found.items()):
+        above.plot(range(1, len(losses) + 1), losses, linewidth=5 * 0.6**number, label=name)  # one line, if the same
     above.set_ylabel("loss of the batch")
     above.legend(frameon=False)
     for number, differences in enumerate(apart(found).values(), 1):
@@ -107,4 +116,4 @@ def draw(path: Path, found: Losses) -> None:
     below.set_yscale("log")
     below.set_ylabel(f"relative difference from {next(iter(found))}'s")
     below.set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)

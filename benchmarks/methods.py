@@ -9,7 +9,7 @@ Then other seeds run at that rate; a seed sets how the adapter starts and which 
 Measured is the exact match on held-out problems (greedy decoding gives the answer and ends), their loss per token, and
 what has been forgotten: by how much the loss on prose has risen, which nothing here trains.
 
-    pip install -e ".[methods]"
+    pip install -e ".[study]"
     python benchmarks/methods.py [--steps 120] [--seeds 0 1 2] [--only "r = 16" DoRA] [--quick]
 
 What has been run and is in the results is not run again. methods_time.py has the time of a step, and its memory.

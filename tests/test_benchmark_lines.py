@@ -28,7 +28,7 @@ def test_what_has_run_by_the_same_command_is_not_run_again(lines, tmp_path):
     wanted = {"one": lambda: train("one", 2.0, 1.0), "two": interrupted}
     with pytest.raises(KeyboardInterrupt):
         lines.run(path, "?", "the command", wanted)
-    assert "| one | 0 | – | 2.00000 | 1.00000 |\n" in (tmp_path / "topic.md").read_text(encoding="utf-8")
+    assert "| one | 0 | – | 0 | 2.00000 | 1.00000 |\n" in (tmp_path / "topic.md").read_text(encoding="utf-8")
     wanted["two"] = lambda: train("two", 2.0, 1.5, held_out=3.0)
     found = lines.run(path, "?", "the command", wanted)
     assert ran == ["one", "two"]
@@ -43,5 +43,5 @@ def test_differences_are_relative_to_the_first_library(lines):
     losses = {"one": [4.0] * 20, "two": [4.0] * 18 + [5.0, 3.5]}
     head, _, one, two = lines.compared({name: lines.Training(its) for name, its in losses.items()})
     assert "from one's loss" in head
-    assert one == "| one | 0 | – | 4.00000 | 4.00000 |"
-    assert two == "| two | 2.5e-01 | 19 | 4.00000 | 4.25000 |"
+    assert one == "| one | 0 | – | 0 | 4.00000 | 4.00000 |"
+    assert two == "| two | 2.5e-01 | 19 | 6.2e-02 | 4.00000 | 4.25000 |"

@@ -18,7 +18,7 @@ LISTS = {
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 
 # The extra with which README.md, or the folder's own, has the folder's code run; None is no extra.
-FOLDERS = {"lora": None, "examples": "examples", "benchmarks": "methods", "tests": "test"}
+FOLDERS = {"lora": None, "examples": "examples", "benchmarks": "study", "tests": "test"}
 MET = {"bitsandbytes", "torchao"}  # imported by lora when it meets their weights: then they are there
 IMPORTED_AS = {"scikit-learn": "sklearn"}  # by another name than the package's
 
