@@ -128,7 +128,7 @@ def main(*arguments: str) -> None:
         toy = chatting.toy_folder(Path(folder)) if chosen.quick else None
         run = Run(chosen.steps, chosen.rows, chosen.length, getattr(torch, chosen.dtype), toy)
         trainings = {library: partial(alone, run, library) for library in LIBRARIES}
-        trainings |= {"lora, bank": partial(in_bank, run), "loralib, its loss × 3": partial(alone, run, "loralib", 3.0)}
+        trainings |= {"loralib, its loss × 3": partial(alone, run, "loralib", 3.0), "lora, bank": partial(in_bank, run)}
         lines.run(path, __doc__ or "", command, trainings)
 
 

@@ -24,15 +24,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +39,7 @@ import images_table
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from machine import machine
+from kept import Runs, search
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -275,67 +272,18 @@ def saved(model: efficientnet.EfficientNet, method: Method) -> bytes:
 # ---- all runs ------------------------------------------------------------------------------------------------------
 
 
-class Runs:
-    """What has been run, and the file that holds it."""
-
-    def __init__(self, path: Path | None, about: Mapping[str, str], task: Callable[[], Task]) -> None:
-        self.path, self.about, self.make = path, about, task
-        self.done: list[dict[str, Any]] = []
-        if path and path.exists():
-            self.done = json.loads(path.read_text(encoding="utf-8"))["runs"]
-
-    @cached_property
-    def task(self) -> Task:
-        return self.make()
-
-    def result(self, plan: Plan) -> dict[str, Any]:
-        """Of a plan, which is run if it has not been."""
-        wanted = json.loads(json.dumps(asdict(plan)))
-        result = next((each["result"] for each in self.done if each["plan"] == wanted), None)
-        if result is None:
-            result = run(plan, self.task)
-            self.done.append({"plan": wanted, "result": result})
-            shown = f"{result['validation loss']:.4f}, test accuracy {result['test accuracy']:.4f}"
-            print(f"{plan.method}, 10^{plan.rate / 2:g}, seed {plan.seed}: loss {shown}", flush=True)
-            self.save()
-        return result
-
-    def save(self) -> None:
-        """Write JSON beside the file and rename it: a kill leaves no half of it."""
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            content = {"machine": self.about, "runs": self.done}
-            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
-
-
-def next_rate(losses: Mapping[int, float], start: int) -> int | None:
-    """The learning rate to try next, in half decades; None when both neighbours of the best are worse."""
-    if not losses:
-        return start
-    best = min(losses, key=lambda rate: (losses[rate], rate))  # of those that all diverge, the lowest
-    return next((rate for rate in (best + 1, best - 1) if rate not in losses), None)
-
-
 def searched(name: str, chosen: argparse.Namespace, runs: Runs) -> images_table.Row:
     """The results of a method with all seeds at its best learning rate, and the rates that were tried."""
 
-    def result(rate: int, seed: int) -> dict[str, Any]:
+    def result(rate: int, seed: int) -> Mapping[str, Any]:
         return runs.result(plan_of(name, rate, seed, chosen.per_class, chosen.steps, chosen.rows))
 
-    losses: dict[int, float] = {}  # of the first seed, or the mean of all
-    complete: dict[int, list[dict[str, Any]]] = {}
-    while True:
-        rate = next_rate(losses, METHODS[name].start) if len(losses) < chosen.rates else None
-        if rate is not None:
-            losses[rate] = result(rate, chosen.seeds[0])["validation loss"]
-            continue
-        best = min(losses, key=losses.__getitem__)
-        if best in complete:
-            return images_table.Row(name, best, sorted(losses), complete[best])
-        complete[best] = [result(best, seed) for seed in chosen.seeds]
-        losses[best] = statistics.mean(each["validation loss"] for each in complete[best])
+    def loss_at(rate: int, seed: int) -> float:
+        return result(rate, seed)["validation loss"]
+
+    losses = search(loss_at, METHODS[name].start, chosen.seeds, chosen.rates)
+    best = next(iter(losses))
+    return images_table.Row(name, best, sorted(losses), [result(best, seed) for seed in chosen.seeds])
 
 
 def main(*argv: str) -> None:
@@ -351,14 +299,17 @@ def main(*argv: str) -> None:
     chosen = parser.parse_args(argv or None)
     chosen.steps = chosen.steps or (8 if chosen.quick else 60)
     chosen.rates = chosen.rates or (1 if chosen.quick else 12)
-    out, about = chosen.out or (None if chosen.quick else RESULTS), machine()
+    out = chosen.out or (None if chosen.quick else RESULTS)
+    task = cache(toy if chosen.quick else digits)
+    runs = Runs(out / "images.json" if out else None, lambda plan: run(plan, task()))
     if not chosen.quick:
-        about["versions"] += f", scikit-learn {version('scikit-learn')}"
-    runs = Runs(out / "images.json" if out else None, about, toy if chosen.quick else digits)
+        runs.about["versions"] += f", scikit-learn {version('scikit-learn')}"
     rows = [searched(name, chosen, runs) for name in chosen.methods or METHODS]
     sizes = f"--per-class {chosen.per_class} --steps {chosen.steps} --rows {chosen.rows}"
     command = f"python benchmarks/images.py {sizes} --seeds {' '.join(map(str, chosen.seeds))}"
-    images_table.write(None if chosen.methods else out, (__doc__ or "").strip(), {**about, "command": command}, rows)
+    images_table.write(
+        None if chosen.methods else out, (__doc__ or "").strip(), {**runs.about, "command": command}, rows
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kept import markdown, page
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -64,11 +65,9 @@ def write(out: Path | None, question: str, about: Mapping[str, str], rows: Seque
     print(table(header, cells))
     if not out:
         return
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
     differences = [result.get("merged, largest difference of scores", 0.0) for row in rows for result in row.results]
-    parts = ["# images", question, "![](images.png)", "\n".join(lines), NOTES.format(merged=max(differences))]
-    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
-    (out / "images.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts = [markdown([dict(zip(header, line, strict=True)) for line in cells]), NOTES.format(merged=max(differences))]
+    (out / "images.md").write_text(page("images", question, about, parts), encoding="utf-8")
     draw(out / "images.png", rows)
 
 

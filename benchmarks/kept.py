@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,20 +51,30 @@ def save(path: Path, content: object) -> None:
     os.replace(partial, path)
 
 
-def search(loss_at: Callable[[int], float], first: int, most: int = 12) -> dict[int, float]:
-    """The losses of learning rates, which have numbers, until both neighbours of the best are worse; the best first.
+def search(loss_at: Callable[[int, int], float], first: int, seeds: Sequence[int], most: int = 12) -> dict[int, float]:
+    """The losses of learning rates, which have numbers, by (rate, seed): those that were tried, the best one first.
 
-    A loss that is not finite counts as infinite; of rates that are equally good, as when all diverge, the lowest wins.
-    No more than `most` are tried.
+    A rate is tried with the first seed, and its neighbours, until both of the best one's are worse. The best is then
+    run with all seeds, and counts with its mean; if another is the best then, so is that. No more than `most` rates are
+    tried. A loss that is not finite is worse than any other; of rates that are equally bad, the lowest is the best.
     """
-    losses: dict[int, float] = {}
-    rate: int | None = first
-    while rate is not None and len(losses) < most:
-        loss = loss_at(rate)
-        losses[rate] = loss if math.isfinite(loss) else math.inf
-        best = min(losses, key=lambda each: (losses[each], each))
-        rate = next((each for each in (best - 1, best + 1) if each not in losses), None)
-    return dict(sorted(losses.items(), key=lambda each: (each[1], each[0])))
+    losses: dict[int, float] = {}  # of the first seed, or the mean of all
+    complete: set[int] = set()
+
+    def loss_of(rate: int, some: Sequence[int]) -> float:
+        loss = statistics.mean(loss_at(rate, seed) for seed in some)
+        return loss if math.isfinite(loss) else math.inf
+
+    while True:
+        best = min(losses, key=lambda rate: (losses[rate], rate), default=None)
+        near = [first] if best is None else [rate for rate in (best + 1, best - 1) if rate not in losses]
+        if near and len(losses) < most:
+            losses[near[0]] = loss_of(near[0], seeds[:1])
+        elif best in complete:
+            return {best: losses[best]} | losses
+        else:
+            complete.add(best)
+            losses[best] = loss_of(best, seeds)
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kept import page, save
 from machine import machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -55,17 +55,8 @@ def run(
 def write(path: Path, question: str, about: Mapping[str, str], found: Mapping[str, Training]) -> None:
     """What has been run so far as <name>.md, and drawn as <name>.png."""
     draw(path.with_suffix(".png"), {name: training.losses for name, training in found.items()})
-    measured = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    parts = [f"# {path.stem}", question.strip(), f"![]({path.stem}.png)", "\n".join(compared(found))]
-    path.with_suffix(".md").write_text("\n\n".join([*parts, "## Measured on", measured]) + "\n", encoding="utf-8")
-
-
-def save(path: Path, content: object) -> None:
-    """Write JSON beside `path` and rename it: a kill leaves no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = page(path.stem, question, about, ["\n".join(compared(found))])
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def apart(found: Losses) -> dict[str, list[float]]:

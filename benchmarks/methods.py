@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct in Phi-3's class learns to add and to subtract numbers of two digits, as reasoning-gym sets such
 problems ("71 - 26 =", " 45"): AdamW with a cosine schedule, no dropout, float32, the same number of steps for all.
-Each choice is compared at its best learning rate: from a first guess the search goes on in half decades for as long as
-a neighbour of the best rate has not been tried, and "best" is by the loss on problems that neither train nor test.
-Then other seeds run at that rate; a seed sets how the adapter starts and which problems train, never which test.
+Each choice is compared at its best learning rate, by the loss on problems that neither train nor test: from a first
+guess the search goes on in half decades until both neighbours of the best are worse with the first seed; then the best
+is run with all. A seed sets how the adapter starts and which problems train, never which test.
 
 Measured is the exact match on held-out problems (greedy decoding gives the answer and ends), their loss per token, and
 what has been forgotten: by how much the loss on prose has risen, which nothing here trains.
@@ -147,20 +147,17 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, t
 
 
 def fill(runs: Runs, choices: Sequence[str], seeds: Sequence[int], steps: int, workers: int) -> None:
-    """The search for each choice's best rate with the first seed, then that rate with the others."""
+    """What the search for each choice's best rate needs."""
     runs.result(Plan(BEFORE, 0.0, 0, 0))
 
-    def best(choice: str) -> float:
-        def loss_at(rate: int) -> float:
-            return runs.result(Plan(choice, rate_of(rate), seeds[0], steps))["validation"]
+    def fill_in(choice: str) -> None:
+        def loss_at(rate: int, seed: int) -> float:
+            return runs.result(Plan(choice, rate_of(rate), seed, steps))["validation"]
 
-        return rate_of(next(iter(search(loss_at, CHOICES[choice].rate))))
+        search(loss_at, CHOICES[choice].rate, seeds)
 
     with ThreadPoolExecutor(workers) as threads:
-        rates = list(threads.map(best, choices))
-        for seed in seeds[1:]:
-            plans = [Plan(choice, rate, seed, steps) for choice, rate in zip(choices, rates, strict=True)]
-            list(threads.map(runs.result, plans))
+        list(threads.map(fill_in, choices))  # which raises what was raised
 
 
 def main(*argv: str) -> None:

@@ -35,7 +35,7 @@ def write(
         return
     steps = max(run["plan"]["steps"] for run in runs)
     notes = NOTES.format(steps=steps, prose=best[BEFORE][0]["result"]["prose"])
-    rates = "## Rates\n\nThe loss on the problems by which rates are chosen, with the first seed."
+    rates = "## Rates\n\nThe loss on the problems by which rates are chosen: a mean where there are several seeds."
     parts = [markdown(rows), notes, rates, markdown(tried_rates(runs, order))]
     (out / "methods.md").write_text(page("methods", question, about, parts), encoding="utf-8")
     draw(out / "methods.png", runs, best)
@@ -51,13 +51,13 @@ def by_rate(runs: Sequence[Run], choice: str) -> dict[float, list[Run]]:
 
 
 def best_of(runs: Sequence[Run], choice: str) -> list[Run]:
-    """The runs of a choice at its best rate: that with the lowest loss where rates are chosen, by the first seed."""
+    """The runs of a choice at its best rate: of those with the most seeds, the lowest mean where rates are chosen."""
     groups = by_rate(runs, choice).values()
-    return min(groups, key=lambda group: validation(group[0]), default=[])
+    return min(groups, key=lambda group: (-len(group), validation(group)), default=[])
 
 
-def validation(run: Run) -> float:
-    loss = run["result"]["validation"]
+def validation(runs: Sequence[Run]) -> float:
+    loss = statistics.mean(values(runs, "validation"))
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -98,8 +98,7 @@ def tried_rates(runs: Sequence[Run], order: Sequence[str]) -> list[dict[str, str
     tried = {choice: found for choice in order if choice != BEFORE and (found := by_rate(runs, choice))}
     rates = sorted({rate for groups in tried.values() for rate in groups})
     losses = {
-        choice: {rate: f"{validation(group[0]):.3f}" for rate, group in found.items()}
-        for choice, found in tried.items()
+        choice: {rate: f"{validation(group):.3f}" for rate, group in found.items()} for choice, found in tried.items()
     }
     return [
         {"choice": choice} | {f"{rate:.0e}": found.get(rate, "") for rate in rates} for choice, found in losses.items()
@@ -121,14 +120,14 @@ def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> 
         colour = f"C{ranks.index(rank)}" if where in marks else "black" if choice == FULL else f"C{number % 10}"
         if where in marks or choice == FULL:
             found = by_rate(runs, choice)
-            losses = [validation(group[0]) for group in found.values()]
+            losses = [validation(group) for group in found.values()]
             rates.plot([*found], losses, marks.get(where, "-"), marker="o", markersize=4, color=colour, label=choice)
         learnt, risen = values(best[choice], "loss"), [prose - before for prose in values(best[choice], "prose")]
         spread = {axis: [half_interval(found)] for axis, found in (("xerr", risen), ("yerr", learnt)) if len(found) > 1}
         point = statistics.mean(risen), statistics.mean(learnt)
         forgotten.errorbar(*point, **spread, fmt="o" if where in marks else "s", color=colour, elinewidth=0.6)
         forgotten.annotate(choice, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
-    rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen (first seed)")
+    rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen")
     rates.set_ylim(top=min(rates.get_ylim()[1], 2.0))
     rates.legend(frameon=False, fontsize=7)
     forgotten.set(xlabel="forgotten: rise of the loss on prose", ylabel="learnt: loss on the test's problems")

@@ -133,15 +133,6 @@ def test_images_to_train_on_are_drawn_by_the_seed_and_the_others_are_the_same_fo
         assert task.labels[rows["training"]].bincount().tolist() == [8, 8, 8]
 
 
-@pytest.mark.parametrize("start", [-9, -6, -5, 3])
-def test_the_search_ends_where_both_neighbours_are_worse(images, start):
-    losses = {}
-    while (rate := images.next_rate(losses, start)) is not None:
-        losses[rate] = math.inf if rate > -1 else (rate + 6) ** 2
-    assert {-7, -6, -5} <= losses.keys()
-    assert min(losses, key=losses.get) == -6
-
-
 def test_a_rate_at_which_another_seed_falls_apart_is_not_taken(images):
     ran = []
 

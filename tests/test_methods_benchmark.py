@@ -26,15 +26,29 @@ def runs_in(folder):
 
 
 def test_a_search_ends_where_both_neighbours_are_worse():
-    kept = importlib.import_module("kept")
+    search = importlib.import_module("kept").search
 
     def valley(bottom):
-        return lambda rate: abs(rate - bottom) / 2
+        return lambda rate, seed: abs(rate - bottom) / 2
 
-    assert [*kept.search(valley(-6), -6)] == [-6, -7, -5]
-    assert kept.search(valley(-3), -6) == {-3: 0, -4: 0.5, -2: 0.5, -5: 1, -6: 1.5, -7: 2}
-    assert next(iter(kept.search(lambda rate: math.nan if rate > -8 else valley(-8)(rate), -6))) == -8
-    assert len(kept.search(lambda rate: rate, -6, most=4)) == 4
+    assert search(valley(-6), -6, [0]) == {-6: 0, -5: 0.5, -7: 0.5}
+    assert search(valley(-3), -6, [0, 1]) == {-3: 0, -6: 1.5, -5: 1, -4: 0.5, -2: 0.5}
+    assert search(valley(-9), -6, [0, 1]) == {-9: 0, -6: 1.5, -5: 2, -7: 1, -8: 0.5, -10: 0.5}
+    assert next(iter(search(lambda rate, seed: math.nan if rate > -8 else valley(-8)(rate, seed), -6, [0]))) == -8
+    assert len(search(lambda rate, seed: rate, -6, [0], most=4)) == 4
+
+
+def test_the_best_rate_is_run_with_all_seeds_and_must_be_the_best_with_them():
+    first, ran = {-7: 0.8, -6: 0.0, -5: 0.5, -4: 1.0}, []
+
+    def loss_at(rate, seed):
+        ran.append((rate, seed))
+        return 9.0 if (rate, seed) == (-6, 1) else first[rate] + seed / 10
+
+    losses = importlib.import_module("kept").search(loss_at, -6, [0, 1])
+    assert next(iter(losses)) == -5
+    assert losses == pytest.approx({-6: 4.5, -5: 0.55, -7: 0.8, -4: 1.0})
+    assert [rate for rate, seed in ran if seed == 1] == [-6, -5]
 
 
 def test_rates_are_half_decades():
@@ -96,12 +110,14 @@ def test_what_has_run_is_not_run_again_and_seeds_follow_at_the_best_rate(tmp_pat
     methods.main(*chosen, "--seeds", "0", "1", "2")
     again = runs_in(tmp_path)
     assert again[: len(first)] == first
-    new = [run["plan"] for run in again[len(first) :]]
-    assert [plan["seed"] for plan in new] == [1, 1, 2, 2]
     for choice in ("full fine-tuning", "LoRA, r = 16, all"):
-        tried = {run["plan"]["rate"]: run["result"]["validation"] for run in first if run["plan"]["choice"] == choice}
-        assert {plan["rate"] for plan in new if plan["choice"] == choice} == {min(tried, key=tried.get)}
-    assert capsys.readouterr().out.count(", steps 3: ") == 4
+        plans = [run["plan"] for run in again if run["plan"]["choice"] == choice]
+        seeds = {plan["rate"]: [each["seed"] for each in plans if each["rate"] == plan["rate"]] for plan in plans}
+        assert [0, 1, 2] in seeds.values()
+    assert capsys.readouterr().out.count(", steps 3: ") == len(again) - len(first) > 0
+    methods.main(*chosen, "--seeds", "0", "1", "2")
+    assert capsys.readouterr().out.count(", steps 3: ") == 0
+    assert runs_in(tmp_path) == again
     written = (tmp_path / "methods.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in written
     assert written.count("| LoRA, r = 16, all | ") == 2
@@ -132,13 +148,14 @@ def test_a_mean_has_students_interval():
     assert methods_table.mean([1.5]) == "1.500"
 
 
-def test_the_best_rate_is_that_of_the_lowest_loss_where_rates_are_chosen():
+def test_the_best_rate_is_that_of_the_lowest_mean_of_those_with_the_most_seeds():
     methods_table = importlib.import_module("methods_table")
 
     def run(rate, seed, validation):
         plan = {"choice": "DoRA", "rate": rate, "seed": seed}
-        return {"plan": plan, "result": {"validation": validation, "loss": 0.0 if rate == 0.1 else 1.0}}
+        return {"plan": plan, "result": {"validation": validation}}
 
-    runs = [run(0.1, 0, 3.0), run(0.2, 0, 2.0), run(0.3, 0, math.nan), run(0.2, 1, 4.0)]
-    assert methods_table.best_of(runs, "DoRA") == [runs[1], runs[3]]
+    runs = [run(0.1, 0, 3.0), run(0.1, 1, 5.0), run(0.2, 0, 2.0), run(0.2, 1, 4.0), run(0.3, 0, 1.0)]
+    assert methods_table.best_of(runs, "DoRA") == runs[2:4]  # 0.3 has fewer seeds
+    assert methods_table.best_of([run(0.1, 0, math.nan), run(0.2, 0, 7.0)], "DoRA")[0]["plan"]["rate"] == 0.2
     assert methods_table.best_of(runs, "EVA") == []
