@@ -161,6 +161,7 @@ CHANGES = {
     "merge bfloat16": (lambda: injected(DENSE).bfloat16(), lora.merge),
     "merge transposed": (constructed, lora.merge),
     "merge for inputs": (lambda: injected(DENSE).bfloat16(), lambda model: merged_for_inputs(model)),
+    "merge packed": (lambda: injected(("linear", "packed")), lambda model: lora.merge(model, packed=True)),
     "eject": (lambda: injected(**IN_FULL), lora.eject),
     "eject pissa": (lambda: injected(DENSE, init_lora_weights="pissa", use_dora=True), lora.eject),
     "eject transposed": (constructed, lora.eject),
