@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Coded(NamedTuple):
         scales: (rows, blocks), in float32.
         dtype: what W is rounded to.
         storable: (scales (rows), block) → the nearest that can be stored. Default: None, where all can be.
+        source: how they are stored, for the function that writes them. Default: None.
     """
 
     codes: Tensor
@@ -36,6 +37,7 @@ class Coded(NamedTuple):
     scales: Tensor
     dtype: torch.dtype
     storable: Callable[[Tensor, int], Tensor] | None = None
+    source: Any = None
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -157,19 +157,24 @@ def _kept(layer: LinearLoRA, moments: Tensor, packed: bool) -> Kept:
             weight = torch.empty_like(base)
             layer.lora_stored(weight).copy_(Q)
         else:
-            weight = change_for_inputs(W, moments, coded)
-            Q, nearest = weight.dense(), packed_again(layer, layer.lora_compute_merged())
+            twin = packed_again(layer, layer.lora_compute_merged())
+            nearest = weights.read_weight(twin)
+            # Of an update larger than the steps between codes, the nearest lose less than those that there were.
+            starts = (coded, cast(Coded, weights.read_codes(twin)))
+            start = min(starts, key=lambda one: float(lost_in_rows(W - one.dense().to(exact), moments).sum()))
+            weight = change_for_inputs(W, moments, start)
+            Q = weight.dense()
         error, of_nearest = W - Q.to(exact), W - nearest.to(exact)
         size, on_inputs = update.norm(), lost_in_rows(update, moments).sum()
         lost, at_nearest = (_share(lost_in_rows(one, moments).sum(), on_inputs) ** 0.5 for one in (error, of_nearest))
     return Kept(weight, _share(error.norm(), size), lost, at_nearest)
 
 
-def packed_again(layer: LoRALayer, merged: Tensor) -> Tensor:
-    """What would be left of a merged weight, dense, if it were packed as the layer's weight is."""
+def packed_again(layer: LoRALayer, merged: Tensor) -> LoRALayer:
+    """A twin of the layer with the merged weight, packed to nearest as the layer's weight is."""
     twin = copy.deepcopy(layer)
     weights.write_weight(twin, merged)
-    return weights.read_weight(twin)
+    return twin
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

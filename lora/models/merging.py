@@ -110,8 +110,9 @@ def merge(
     more; the shares in the report are of these very inputs, and those of others are larger.
 
     With `batches` and `packed`, weights in bitsandbytes' 4 bits (rows of whole blocks) get codes, and scales of their
-    blocks, for which that error is small, starting from those that they had: no row loses more than its update. Other
-    packed weights are packed to nearest.
+    blocks, for which that error is small. They start from those that the weight had, or from the nearest, whichever
+    lose less: of no layer is more lost than its update, or than nearest codes lose. Other packed weights are packed to
+    nearest.
 
     Done whole or not at all: an error or Ctrl-C half-way leaves the model as it was, to the bit. For that, the base
     weights that were written are kept until the end, in copies on the CPU: as much memory as all adapted weights take.
@@ -254,7 +255,7 @@ def _unpack(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None)
     before, lost = layer.lora_base_weight(), rounding_lost(layer) if kept is None else kept.lost
     merged = layer.lora_compute_merged() if kept is None else cast(Tensor, kept.weight)
     packing = type(layer.weight).__name__
-    lost_packed = _lost(packed_again(layer, merged), merged, before)
+    lost_packed = _lost(weights.read_weight(packed_again(layer, merged)), merged, before)
     layer.lora_remove()
     module: nn.Module = layer
     module.__class__ = plain_base(type(layer))

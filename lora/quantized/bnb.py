@@ -92,11 +92,12 @@ def _read_codes_4bit(module: Any) -> Coded | None:
     if state.nested:
         nested = _Nested(state)
         scales, storable = nested.scales(), nested.nearest
-    return Coded(order.argsort()[codes], values, scales.float().view(state.shape[0], -1), state.dtype, storable)
+    scales = scales.float().view(state.shape[0], -1)
+    return Coded(order.argsort()[codes], values, scales, state.dtype, storable, source=state)
 
 
 def _write_codes_4bit(module: Any, coded: Coded) -> None:
-    old, weight = _state_of_4bit(module), module.weight
+    old, weight = coded.source, module.weight
     codes = old.code.float().argsort()[coded.codes].to(torch.uint8).view(-1, 2)
     state = copy.copy(old)
     state.absmax = _Nested(old).codes_of(coded.scales) if old.nested else coded.scales.reshape(-1)
@@ -135,6 +136,7 @@ class _Nested:
     def _places(self, scales: Tensor, steps: Tensor) -> Tensor:
         """Where among the values each one's nearest is; of a scale that can be stored, its own."""
         near = torch.bucketize((scales - self.state.offset) / steps, self.values)
+        near = near.clamp(max=len(self.values) - 1)  # also where a scale is too large for numbers, and nothing is near
         found, least = near, torch.full_like(scales, torch.inf)
         for place in (near - 1, near, near + 1):  # beside it, where a difference in the last bit may have it
             place = place.clamp(0, len(self.values) - 1)

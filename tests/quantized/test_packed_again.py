@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from packed import adapted, array, merged
+from packed import R, adapted, array, merged
 from test_quantized_bnb import DTYPES, FOUR_BIT, NAMES, assert_same_bits, bits, dense, dequantised, quantised
 from torch import nn
 
@@ -61,6 +61,32 @@ def test_of_a_small_update_more_is_kept(name, dtype):
     sizes = [{key: part.shape for key, part in bits(one[0]).items() if "__" not in key} for one in (model, nearest)]
     assert sizes[0] == sizes[1]
     assert model[0].quant_state is model[0].weight.quant_state
+
+
+@pytest.mark.parametrize("size", [1, 10])
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_of_a_large_update_less_is_lost_than_by_nearest_codes(name, size):
+    """Though the old codes are far from it, and the old constants' own constants too small."""
+    layer = small(quantised(name), size)
+    before, W = array(dequantised(layer)), merged(dequantised(layer), layer)
+    model, seen = nn.Sequential(layer), batches()
+    nearest = copy.deepcopy(model)
+    (row,) = lora.merge(model, seen, packed=True).modules
+    lora.merge(nearest, packed=True)
+    lost = [share(array(dequantised(one[0])) - W, W - before, seen) for one in (model, nearest)]
+    assert lost[0] < 0.6 * lost[1]
+    assert row.lost_on_inputs == pytest.approx(lost[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4 double"])
+def test_an_update_whose_square_is_no_number_breaks_nothing(name):
+    layer = small(quantised(name))
+    with torch.no_grad():
+        layer.lora_A[:] = 1
+        layer.lora_B[3] = 1e38 / layer.scaling / R
+    model = nn.Sequential(layer)
+    lora.merge(model, batches(), packed=True)
+    assert dequantised(model[0]).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "dtype"), EACH)
