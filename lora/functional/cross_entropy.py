@@ -63,7 +63,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: the shape of labels is not that of hidden without its last dimension, reduction is another word, or
-            softcap is neither None nor a finite number above 0.
+            softcap is neither None nor a number above 0 in the range of float32.
         IndexError: a label is out of range, as `torch.nn.functional.cross_entropy` raises it.
         RuntimeError: the dtypes of hidden and weight differ, as `torch.nn.functional.linear` raises it; or the loss is
             differentiated twice, which only the plain function can be.
@@ -117,8 +117,12 @@ def _check(hidden: Tensor, labels: Tensor, reduction: str, softcap: float | None
     if reduction not in REDUCTIONS:
         words = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"linear_cross_entropy: reduction must be one of {words}, got {reduction!r}.")
-    if softcap is not None and not (is_number(softcap) and softcap > 0):
-        raise ValueError(f"linear_cross_entropy: softcap must be None or a finite number above 0, got {softcap!r}.")
+    single = torch.finfo(torch.float32)
+    if softcap is not None and not (is_number(softcap) and single.tiny <= softcap <= single.max):
+        raise ValueError(
+            "linear_cross_entropy: softcap must be None or a number above 0 that float32 can hold, "
+            f"from {single.tiny:.3g} to {single.max:.3g}; got {softcap!r}."
+        )
     if hidden.dim() == 0 or labels.shape != hidden.shape[:-1]:
         raise ValueError(
             "linear_cross_entropy: labels must have the shape of hidden without its last dimension; "
@@ -206,7 +210,7 @@ def _forward(
     step = _step(N, classes, hidden.device)
     made = rows.new_empty(step, classes)  # the logits of each chunk in turn
     wide = made if dtype == exact else made.new_empty(step, classes, dtype=exact)
-    # Of tanh's slope there is a chunk more, which outlives the outputs that the softmax is computed in the place of.
+    # The softmax overwrites the capped outputs. The slope of tanh is needed after it, so tanh gets a buffer of its own.
     capped = None if softcap is None else torch.empty_like(wide) if needs_gradient else wide
     for start in range(0, N, step):
         chunk = slice(start, min(start + step, N))

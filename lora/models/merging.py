@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lora.errors import Problems, instance, table
+from lora.errors import Problems, instance, short, table
 from lora.functional.codes import Coded
 from lora.functional.fused import exact_dtype, is_plain, is_storage
 from lora.layers import weights
@@ -96,7 +96,8 @@ def merge(
     The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
     rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
     the dtype that their layer computes in; the report says how much packing them again would lose. With `packed` they
-    are packed again, which to nearest loses about all of an ordinary update: the codes stay what they were.
+    are packed again, which to nearest loses about all of an ordinary update: the codes stay what they were. (Where the
+    scales are quantised too, they are rounded anew, and of a small update more than all can be lost.)
 
     **With `batches`** weights in bfloat16 and float16 are rounded for the inputs x that their layers are given,
 
@@ -138,6 +139,7 @@ def merge(
             merged weight would not be finite; or the instance of a layer has its own `forward`. With `batches`: there
             are none, none reached a layer, or what it was given is not finite. With `packed`: no weight is. One error
             lists everything, and the model is as it was.
+        TypeError: `packed` is neither True nor False.
 
     From "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323, section
     3: its order of columns and its feedback of errors, here on the grid of the weight's dtype, and then a few rounds
@@ -154,6 +156,8 @@ def merge(
     >>> type(model[0]), bool((model(torch.ones(8)) - before).abs().max() < 1e-5)
     (<class 'torch.nn.modules.linear.Linear'>, True)
     """
+    if not isinstance(packed, bool):
+        raise TypeError(f"merge: `packed` must be True or False, got {short(packed)}.")
     what = "merge: nothing was changed"
     layers = [layer for layer in lora_layers(model, "merge") if layer.r > 0]
     names = names_of(model)
@@ -166,9 +170,10 @@ def merge(
         for layer in layers:
             others = memory.tied_to(layer)
             if others:
+                untie = "" if _is_packed_as_known(layer) else "use `lora.merged_state_dict`, which unties them, or "
                 problems.add(
                     f"{names[layer][0]}: its weight is tied to that of {others}, which would change too; "
-                    "use `lora.merged_state_dict`, which unties them, or give one a copy of the weight."
+                    f"{untie}give one a copy of the weight."
                 )
     with undo_on_error(model.modules()) as undo, undo:
         kept = {} if batches is None else keep_updates(model, layers, names, batches, step, what, undo, packed)

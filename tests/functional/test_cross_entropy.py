@@ -1,5 +1,7 @@
 """The fused cross entropy over a frozen head is the formula in float64, and never has all logits."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -245,13 +247,26 @@ def test_what_is_given_wrong_is_said(function):
         function(hidden, weight, labels, reduction="max")
 
 
-@pytest.mark.parametrize("softcap", [0, -1.0, float("inf"), float("nan"), True, "30"])
+@pytest.mark.parametrize("softcap", [0, -1.0, float("inf"), float("nan"), True, "30", 1e39, 1e-39])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_what_is_no_soft_cap_is_refused(function, softcap):
     hidden, weight, labels, _ = problem(2)
-    said = f"^linear_cross_entropy: softcap must be None or a finite number above 0, got {softcap!r}\\.$"
-    with pytest.raises(ValueError, match=said):
+    said = (
+        "linear_cross_entropy: softcap must be None or a number above 0 that float32 can hold, "
+        f"from 1.18e-38 to 3.4e+38; got {softcap!r}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         function(hidden, weight, labels, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [3.4e38, 1.2e-38])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_the_widest_and_the_narrowest_soft_cap(function, softcap):
+    hidden, weight, labels, _ = problem(5)
+    losses = function(hidden.float(), weight.float(), labels, softcap=softcap, reduction="none")
+    logits = F.linear(hidden, weight)  # so far below the widest cap that it leaves them as they are
+    expected = F.cross_entropy(logits if softcap > 1 else 0 * logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 # ---- where the twin is taken ---------------------------------------------------------------------------------------

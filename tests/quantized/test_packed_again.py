@@ -165,6 +165,25 @@ def test_where_nothing_is_packed_it_is_refused():
     assert model[0].r == 2
 
 
+def test_packed_is_a_flag_and_no_format():
+    model = nn.Sequential(quantised("nf4", torch.float32))
+    adapted(model[0])
+    with pytest.raises(TypeError, match=r"^merge: `packed` must be True or False, got 'nf4'\.$"):
+        lora.merge(model, packed="nf4")
+    assert model[0].r == R
+
+
+def test_a_packed_weight_that_is_tied_needs_a_copy():
+    """`merged_state_dict`, which unties dense weights, takes no packed ones."""
+    layer = quantised("nf4", torch.float32)
+    model = nn.Sequential(layer, quantised("nf4", torch.float32))
+    model[1].weight = layer.weight
+    adapted(layer)
+    said = r"0: its weight is tied to that of 1, which would change too; give one a copy of the weight\.$"
+    with pytest.raises(ValueError, match=said):
+        lora.merge(model, packed=True)
+
+
 @pytest.mark.parametrize("name", ["nf4", "nf4 double", "int8"])
 def test_what_fails_half_way_leaves_every_bit(name, monkeypatch):
     model = nn.Sequential(small(quantised(name)), small(quantised(name, base=nn.Linear(64, IN))))
