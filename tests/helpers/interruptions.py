@@ -100,9 +100,9 @@ def is_interrupted_in_thread(function: Callable[[], object], at: int, where: str
     return bool(found[0])
 
 
-def lines_of(function: Callable[[], object]) -> list[tuple[Any, int]]:
+def lines_of(function: Callable[[], object], where: str | tuple[str, ...] = HOUSE) -> list[tuple[Any, int]]:
     """All lines of a call that comes to its end."""
-    with Lines() as lines:
+    with Lines(where=where) as lines:
         function()
     return lines.seen
 

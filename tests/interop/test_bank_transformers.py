@@ -189,7 +189,8 @@ def test_a_static_cache_counts_each_step_once() -> None:
     assert cache.get_seq_length() == 6
     for row, name in enumerate(NAMES):
         both = torch.cat([prompt[row : row + 1], prompt[row : row + 1, :1]], 1)
-        assert_close(logits[row, -1], alone(base, bank, name)(both).logits[0, -1], 1e-9)
+        # BLOOM's softmax is in float32, and sums the room of a static cache in another order than a prompt.
+        assert_close(logits[row, -1], alone(base, bank, name)(both).logits[0, -1], 1e-6)
 
 
 @pytest.mark.slow
