@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Slices = Sequence[tuple[int, int]]  # begin and end of the parts of an output that an update goes to, in order
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
@@ -49,7 +50,7 @@ def is_tracing() -> bool:
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )
 
 

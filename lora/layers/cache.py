@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A tensor, its address and version as they were, and a sample with the values that it had.
-_Known = tuple[Tensor, int, int | None, "np.ndarray | None", bytes]
+# A tensor; what reads its address, and the address that it had; the version that it had; what reads a sample of its
+# values, and the values that they were. The two that read are bound once: this is asked with each token.
+_Known = tuple[Tensor, Callable[[], int], int, int | None, Callable[[], bytes] | None, bytes | None]
 _SAMPLED = 64  # of a row of A, at a rank of up to 64, one value or more
 Value = TypeVar("Value", Tensor, tuple[Tensor, Tensor])
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,19 +32,19 @@ class Cached:
     def __init__(self, sources: Sequence[Tensor], scaling: float, bases: int = 1, sampled: int = _SAMPLED) -> None:
         self.scaling = scaling
         # Not weakly: torch does not swap tensors that have weak references.
-        self.known = [_known(source, n >= bases, sampled) for n, source in enumerate(sources)]
+        self.known = tuple(_known(source, n >= bases, sampled) for n, source in enumerate(sources))
 
     def is_current(self, sources: Sequence[Tensor], scaling: float) -> bool:
         """Whether `sources` and `scaling` are still what this was computed from."""
         if scaling != self.scaling or len(sources) != len(self.known):
             return False
-        # With each token that is generated. The address comes first: memory that was given back must not be read.
-        for source, (known, address, version, sample, values) in zip(sources, self.known, strict=True):
-            if source is not known or source.data_ptr() != address:
+        # The address comes first: memory that was given back must not be read.
+        for n, (known, read_address, address, version, read, values) in enumerate(self.known):
+            if sources[n] is not known or read_address() != address:
                 return False
-            if version is not None and source._version != version:
+            if version is not None and known._version != version:
                 return False
-            if sample is not None and sample.tobytes() != values:
+            if read is not None and read() != values:
                 return False
         return True
 
@@ -78,8 +79,10 @@ def remembered(
 def _known(source: Tensor, of_adapter: bool, sampled: int) -> _Known:
     version = None if source.is_inference() else source._version
     readable = source.device.type == "cpu" and source.numel() > 0
-    sample = _sample(source, None if of_adapter and version is None else sampled) if readable else None
-    return source, source.data_ptr(), version, sample, b"" if sample is None else sample.tobytes()
+    if not readable:
+        return source, source.data_ptr, source.data_ptr(), version, None, None
+    read = _sample(source, None if of_adapter and version is None else sampled).tobytes
+    return source, source.data_ptr, source.data_ptr(), version, read, read()
 
 
 def _sample(tensor: Tensor, sampled: int | None) -> np.ndarray:
