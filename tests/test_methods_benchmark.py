@@ -161,3 +161,14 @@ def test_the_best_rate_is_that_of_the_lowest_mean_of_those_with_the_most_seeds()
     assert methods_table.best_of(runs, "DoRA") == runs[2:4]  # 0.3 has fewer seeds
     assert methods_table.best_of([run(0.1, 0, math.nan), run(0.2, 0, 7.0)], "DoRA")[0]["plan"]["rate"] == 0.2
     assert methods_table.best_of(runs, "EVA") == []
+
+
+def test_losses_are_compared_seed_by_seed():
+    methods_table = importlib.import_module("methods_table")
+
+    def runs(*losses):
+        return [{"plan": {"seed": seed}, "result": {"loss": loss}} for seed, loss in enumerate(losses)]
+
+    assert methods_table.beyond(runs(1.5, 3.5, 5.5), runs(1.0, 3.0, 5.0)) == "0.500 ± 0.000"
+    assert methods_table.beyond(list(reversed(runs(1.25, 9.0))), runs(1.0)) == "0.250"
+    assert methods_table.beyond(runs(1.0), []) == "–"
