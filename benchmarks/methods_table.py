@@ -116,31 +116,37 @@ def tried_rates(runs: Sequence[Run], order: Sequence[str]) -> list[dict[str, str
 
 
 def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> None:
-    """Losses over learning rates; and beside it what was learnt over what was forgotten."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    """Losses over learning rates; and beside it, of each choice at its best rate, what it learnt and what it forgot."""
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
-    rates, forgotten = figure.subplots(1, 2)
+    rates, learnt, forgotten = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
     [before] = values(best[BEFORE], "prose")
+    choices = [choice for choice in best if choice != BEFORE]
     marks = {"all": "-", "MLP": "--", "attention": ":"}
     ranks: list[str] = []
-    for number, choice in enumerate(choice for choice in best if choice != BEFORE):
+    for row, choice in enumerate(choices):
         rank, _, where = choice.partition(", r = ")[2].partition(", ")
         if where in marks and rank not in ranks:
             ranks.append(rank)
-        colour = f"C{ranks.index(rank)}" if where in marks else "black" if choice == FULL else f"C{number % 10}"
+        colour = f"C{ranks.index(rank)}" if where in marks else "black"
         if where in marks or choice == FULL:
             found = by_rate(runs, choice)
             losses = [validation(group) for group in found.values()]
             rates.plot([*found], losses, marks.get(where, "-"), marker="o", markersize=4, color=colour, label=choice)
-        learnt, risen = values(best[choice], "loss"), [prose - before for prose in values(best[choice], "prose")]
-        spread = {axis: [half_interval(found)] for axis, found in (("xerr", risen), ("yerr", learnt)) if len(found) > 1}
-        point = statistics.mean(risen), statistics.mean(learnt)
-        forgotten.errorbar(*point, **spread, fmt="o" if where in marks else "s", color=colour, elinewidth=0.6)
-        forgotten.annotate(choice, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        risen = [prose - before for prose in values(best[choice], "prose")]
+        for axes, each in ((learnt, values(best[choice], "loss")), (forgotten, risen)):
+            half = half_interval(each) if len(each) > 1 else None
+            axes.errorbar(statistics.mean(each), row, xerr=half, fmt="o", markersize=4, color=colour, elinewidth=0.8)
     rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen")
     rates.set_ylim(top=min(rates.get_ylim()[1], 2.0))
     rates.legend(frameon=False, fontsize=7)
-    forgotten.set(xlabel="forgotten: rise of the loss on prose", ylabel="learnt: loss on the test's problems")
-    for axes in (rates, forgotten):
+    for axes, label in (
+        (learnt, "learnt: loss on the test's problems"),
+        (forgotten, "forgotten: rise of the loss on prose"),
+    ):
+        axes.set_xlabel(label)
+        axes.set_yticks(range(len(choices)), choices if axes is learnt else [""] * len(choices), fontsize=8)
+        axes.invert_yaxis()
+    for axes in (rates, learnt, forgotten):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
