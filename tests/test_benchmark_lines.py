@@ -4,6 +4,7 @@ import importlib
 import json
 from pathlib import Path
 
+import matplotlib  # noqa: F401 (for the pictures)
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
