@@ -124,7 +124,7 @@ def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> 
     choices = [choice for choice in best if choice != BEFORE]
     marks = {"all": "-", "MLP": "--", "attention": ":"}
     ranks: list[str] = []
-    for row, choice in enumerate(choices):
+    for line, choice in enumerate(choices):
         rank, _, where = choice.partition(", r = ")[2].partition(", ")
         if where in marks and rank not in ranks:
             ranks.append(rank)
@@ -136,7 +136,7 @@ def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> 
         risen = [prose - before for prose in values(best[choice], "prose")]
         for axes, each in ((learnt, values(best[choice], "loss")), (forgotten, risen)):
             half = half_interval(each) if len(each) > 1 else None
-            axes.errorbar(statistics.mean(each), row, xerr=half, fmt="o", markersize=4, color=colour, elinewidth=0.8)
+            axes.errorbar(statistics.mean(each), line, xerr=half, fmt="o", markersize=4, color=colour, elinewidth=0.8)
     rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen")
     rates.set_ylim(top=min(rates.get_ylim()[1], 2.0))
     rates.legend(frameon=False, fontsize=7)
