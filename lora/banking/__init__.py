@@ -19,7 +19,7 @@ from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.layouts import is_turned
-from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
+from lora.banking.seats import banked, computed_problems, keep_alone, renewed, seat, unseat
 from lora.banking.view import View, adapted_in, view_of
 from lora.errors import Problems, raise_all, short, some
 from lora.layers import starts, weights
@@ -203,6 +203,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
     def parameters(self, name: str) -> list[nn.Parameter]:
         """An adapter's own Parameters, for its own optimizer."""
         self._known(name, "parameters")
+        raise_all("parameters: there are none to train", computed_problems(self._layers(), [name]))
         seats = (layer.lora_seats.get(name) for layer in self._layers())
         return [parameter for one in seats if one is not None for _, parameter in one.lora_parameters()]
 
@@ -236,7 +237,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
         if name is not None:
             self._known(name, "keep")
         layers = self._layers()
-        raise_all("keep: nothing was changed", self._in_the_way(layers))
+        raise_all("keep: nothing was changed", self._in_the_way(layers, self))
         with self._undone() as undo, undo, torch.no_grad():
             kept = [keep_alone(layer, name) for layer in layers]
             for module in self._model.modules():
@@ -263,7 +264,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
         if len(self) == 1 and not has_room:
             return self.keep(None)
         last = [] if has_room else [layer for layer in self._layers() if {*layer.lora_seats} == {name}]
-        raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last))
+        raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last, [name]))
         with self._undone() as undo, undo:
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
@@ -324,9 +325,10 @@ class AdapterBank(MutableMapping[str, Adapter]):
     def _undone(self) -> undo_on_error:
         return undo_on_error(self._model.modules(), others=[self._adapters])
 
-    def _in_the_way(self, losing: Sequence[LoRALayer]) -> Iterator[str]:
+    def _in_the_way(self, losing: Sequence[LoRALayer], going: Iterable[str]) -> Iterator[str]:
         """What keeps adapters from being taken out, and some layers from becoming plain ones."""
         names = names_of(self._model)
+        yield from computed_problems(self._layers(), going)
         instead = "what shards it would go on with the adapters; load files of them into a bank of a model of its own"
         yield from sharded_problems(self._layers(), names, instead)
         yield from own_forward_problems(losing, names)

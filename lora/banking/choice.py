@@ -312,9 +312,9 @@ class Adapters:
 
 
 def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
-    """The shape of nested lists, and what is in them; ValueError if they are not of one length."""
+    """The shape of nested lists, and what is in them; ValueError if they are not of one length, or have no values."""
     if isinstance(names, (Tensor, np.ndarray)):
-        names = names.tolist()
+        names = _values(names)
     if isinstance(names, str) or not isinstance(names, Sequence):
         return (), [names]
     inner = [nested(each) for each in names]
@@ -322,3 +322,19 @@ def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
     if len(shapes) > 1:
         raise ValueError(f"the lists must be of one length, got {', '.join(map(str, sorted(shapes)))}.")
     return (len(inner), *next(iter(shapes), ())), [value for _, values in inner for value in values]
+
+
+def _values(numbers: Tensor | np.ndarray) -> Any:
+    """An array's numbers as nested lists."""
+    try:
+        values = numbers.tolist()
+        has_some = not any(isinstance(value, torch.SymInt) for value in np.ravel(values))
+    except RuntimeError:  # of a tensor on the meta device, or of one that a compiler traces
+        has_some = False
+    if not has_some:
+        raise ValueError(
+            f"`names` must have values, and this {type(numbers).__name__} has none: it is "
+            "on the meta device, or is being traced. A traced program keeps the adapters that it was traced with; give "
+            "them as a list."
+        )
+    return values

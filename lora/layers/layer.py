@@ -320,7 +320,7 @@ class LoRALayer(StateDicts):
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
         for name in PARAMETERS:
-            if name in self._parameters:
+            if name in [*self._parameters]:  # as listed: what is computed is found there by its name, but is none
                 yield name, getattr(self, name)
 
     def lora_owns_its_tensors(self) -> bool:

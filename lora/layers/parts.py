@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora.errors import join
 from lora.layers.in_place import LowRankWeight, exchanged_in
@@ -30,6 +31,8 @@ def _beside(parameter: str, own: str) -> str:
 class Borrowed(MutableMapping[str, Any]):
     """A layer's parameters, of which another module is the holder.
 
+    What a parametrization of the holder computes is found by its name, and is in no list: it is no parameter.
+
     Args:
         holder: the module that has them.
         names: what they are called there, by the names that they have in the layer.
@@ -39,7 +42,10 @@ class Borrowed(MutableMapping[str, Any]):
         self.holder, self.names = holder, names
 
     def __getitem__(self, own: str) -> Any:
-        return self.holder._parameters[self.names[own]]
+        name = self.names[own]
+        if name not in self.holder._parameters and is_parametrized(self.holder, name):
+            return getattr(self.holder, name)
+        return self.holder._parameters[name]
 
     def __setitem__(self, own: str, tensor: Any) -> None:
         self.holder._parameters[self.names[own]] = tensor
@@ -54,10 +60,14 @@ class Borrowed(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def __contains__(self, own: object) -> bool:  # the inherited one goes by errors, and forwards ask
-        return own in self.names and self.names[own] in self.holder._parameters
+        name = self.names.get(own, "") if isinstance(own, str) else ""
+        return name in self.holder._parameters or is_parametrized(self.holder, name)
 
     def get(self, own: str, default: Any = None) -> Any:  # for the same reason
-        return self.holder._parameters.get(self.names.get(own, ""), default)
+        tensor = self.holder._parameters.get(self.names.get(own, ""))
+        if tensor is None and own in self:  # None may be the parameter itself
+            tensor = self[own]
+        return default if tensor is None else tensor
 
     def copy(self) -> dict[str, Any]:
         """What a dict's `copy` is."""

@@ -13,6 +13,7 @@ import torch.nn as nn
 from banks import Net, alone, assert_close, banked
 from expert_models import EXPERTS
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -108,6 +109,7 @@ def test_a_layer_that_cannot_know_says_so(names: Any, how: dict[str, Any], shape
     ("names", "how", "said"),
     [
         ([["a"], ["b", "c"]], {"per": "token"}, "the lists must be of one length, got (1,), (2,)."),
+        (torch.empty(2, device="meta"), {}, "`names` must have values, and this Tensor has none: it is on the meta"),
         ([["a"]], {}, "`names` must be a list with an entry for each row, got one of the shape (1, 1)."),
         ([], {}, "`names` must be a list with an entry for each row, got one of the shape (0,)."),
         ("a", {}, "`names` must be a list with an entry for each row, got one of the shape ()."),
@@ -121,6 +123,25 @@ def test_rows_that_cannot_be_are_refused(names: Any, how: dict[str, Any], said: 
     _, _, bank = linear()
     with pytest.raises(ValueError, match=re.escape(said)):
         bank.rows(names, **how)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_trace_takes_names_and_refuses_a_tensor_that_it_traces(mode: str) -> None:
+    base, model, bank = linear()
+    x, names = torch.randn(3, 5, dtype=torch.float64), ["c", None, "a"]
+
+    def forward(rows: Any) -> Any:
+        def run(tensors: dict[str, Tensor], x: Tensor, numbers: Tensor) -> Tensor:
+            with bank.rows(numbers if rows is None else rows):
+                return torch.func.functional_call(model, tensors, (x,))
+
+        return make_fx(run, tracing_mode=mode)(dict(model.named_parameters()), x, torch.tensor([2, -1, 0]))
+
+    traced = forward(names)
+    y = traced(dict(model.named_parameters()), x, torch.tensor([0, 0, 0]))
+    assert_close(y, token_by_token(base, bank, x[:, None], names)[:, 0], 1e-12)
+    with pytest.raises(ValueError, match="`names` must have values, and this FakeTensor has none"):
+        forward(None)
 
 
 def test_flattened_rows_stand_one_after_the_other() -> None:
