@@ -55,24 +55,26 @@ def house() -> dict[str, str]:
     return found
 
 
-def imported(name: str, source: str, names: set[str]) -> Iterator[str]:
-    """The modules of lora that a module imports, anywhere in it."""
+def asked(name: str, source: str, names: set[str]) -> Iterator[str]:
+    """What a module imports, anywhere in it, with all dots: a module, or a name in one."""
     package = ["lora", *name.split(".")] if name in packages(names) else ["lora", *name.split(".")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            asked = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*start, *filter(None, [node.module])])
-            asked = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for one in asked:
-            if one == "lora" or one.startswith("lora."):
-                # `from lora.layers.layer import LoRALayer` asks for a name in a module, or for a module in a package.
-                words = one.split(".")[1:]
-                parts = (".".join(words[:n]) for n in range(len(words), 0, -1))
-                yield next((part for part in parts if part in names), "__init__")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def imported(name: str, source: str, names: set[str]) -> Iterator[str]:
+    """The modules of lora that a module imports."""
+    for one in asked(name, source, names):
+        if one == "lora" or one.startswith("lora."):
+            # `from lora.layers.layer import LoRALayer` asks for a name in a module, or for a module in a package.
+            words = one.split(".")[1:]
+            parts = (".".join(words[:n]) for n in range(len(words), 0, -1))
+            yield next((part for part in parts if part in names), "__init__")
 
 
 def packages(names: set[str]) -> set[str]:
@@ -145,7 +147,25 @@ def too_long(files: dict[str, str]) -> list[str]:
     return [f"{name}: has {n} lines" for name, n in lengths.items() if n > MOST_LINES]
 
 
-RULES = (against_the_order, circles, names_of_functions, homeless, too_long)
+def strangers(files: dict[str, str]) -> list[str]:
+    """Packages that users need not have; what they have of others is imported by a name in a string."""
+    known = {
+        *sys.stdlib_module_names,
+        "lora",
+        "torch",
+        "numpy",
+        "safetensors",
+        "typing_extensions",
+    }  # torch brings that
+    return [
+        f"{name}: imports {one}"
+        for name, source in files.items()
+        for one in sorted(asked(name, source, set(files)))
+        if one.partition(".")[0] not in known
+    ]
+
+
+RULES = (against_the_order, circles, names_of_functions, homeless, too_long, strangers)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -207,6 +227,11 @@ WRONG = {
     ),
     "a file beside the rings": (homeless, {"helpers": ""}, "helpers: is in no ring and no wing"),
     "a folder beside the rings": (homeless, {"tools.strings": ""}, "tools.strings: is in no ring and no wing"),
+    "a package that users need not have": (
+        strangers,
+        {"models.new": "def late():\n    from transformers.utils import logging"},
+        "models.new: imports transformers.utils.logging",
+    ),
     "a file that is too long": (too_long, {"models.new": "\n" * 451}, "models.new: has 451 lines"),
 }
 
