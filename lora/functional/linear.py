@@ -329,14 +329,15 @@ def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, no
         return None if x is None else torch.mm(dh.T, x)
     like = dx if x is None else x
     assert like is not None, "asked for no gradient"
-    dA = torch.zeros(A.shape, dtype=exact_dtype(A.dtype), device=A.device)
+    dA = None
     for rows, chunk in noise.chunks(like):
         if dx is not None:
             update = torch.mm(dh[rows], A)
             dx[rows].add_(noise.gate(update, chunk, out=update))
         if x is not None:
-            dA.add_(torch.mm(dh[rows].T, noise.gate(x[rows], chunk, out=chunk)))
-    return None if x is None else dA
+            part = torch.mm(dh[rows].T, noise.gate(x[rows], chunk, out=chunk))
+            dA = part if dA is None else cast(dA, exact_dtype(A.dtype)).add_(part)
+    return torch.zeros_like(A) if dA is None and x is not None else dA  # if there are no rows
 
 
 def flat(x: Tensor) -> Tensor:

@@ -207,6 +207,15 @@ def test_dropout_follows_manual_seed():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_without_rows_the_gradients_are_zeros(dropout):
+    tensors = problem(7, None, 0)
+    given = [tensor for tensor in tensors if tensor.requires_grad]
+    found = torch.autograd.grad(lora_linear(*tensors, 0.7, dropout).sum(), given)
+    assert [gradient.shape for gradient in found] == [tensor.shape for tensor in given]
+    assert not any(gradient.any() for gradient in found)
+
+
 @pytest.mark.parametrize("p", [1e-3, 0.9999])
 def test_a_probability_that_would_round_to_nothing_or_all_is_torchs_own_dropout(p):
     x, A, B = torch.ones(20000, 8), torch.eye(8), torch.eye(8)
