@@ -16,6 +16,7 @@ from packed import (
     assert_equation,
     assert_merges,
     kept,
+    merged,
 )
 from pairwise import every_two
 from torch import nn
@@ -182,6 +183,25 @@ def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)
     assert_merges(adapted(layer, use_dora=use_dora), W)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merge_that_stays_packed_is_what_the_package_would_quantise(name):
+    layer, base = adapted(quantised(name)), dense()
+    with torch.no_grad():
+        base.weight.copy_(torch.from_numpy(merged(dequantised(layer), layer)))
+        base.bias.copy_(layer.bias)
+    model, x = nn.Sequential(layer), torch.randn(ROWS, IN)
+    twin = copy.deepcopy(model)
+    lora.merge(twin, [x], packed=True)  # by the inputs only what is known by codes of 4 bits is rounded
+    report, cls = lora.merge(model, packed=True), type(layer.weight)
+    assert type(model[0]) is nn.Linear
+    assert report.modules[0].packed == cls.__name__
+    assert_same_bits(model[0].weight, twin[0].weight)
+    W, expected = dequantised(model[0]), dequantised(quantised(name, base=base))
+    apart = (W - expected).abs() > 1e-5 * expected.abs().max()  # W and its scales are rounded twice
+    assert apart.sum() <= 32  # of 16,384: one group at most, whose zero point lay between two
+    torch.testing.assert_close(model(x), nn.functional.linear(x, W, model[0].bias), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
