@@ -48,8 +48,17 @@ WITH_DROPOUT = [name for name in KINDS if name != "Embedding"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of all tests, run each N-th")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` is asked which tests to leave out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_sampled(items)
+    items[:] = items[:: config.getoption("every")]
+
+
+def mark_sampled(items: list[pytest.Item]) -> None:
     """Of a test that is marked `sampled(n)`, n cases are run by default, evenly spread: all others are slow."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:

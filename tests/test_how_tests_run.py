@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import pytest_collection_modifyitems
+from conftest import mark_sampled
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -63,6 +63,7 @@ def failed_of(tmp_path: Path, modules: list[str], *options: str) -> dict[str, se
     return failed
 
 
+@pytest.mark.slow
 def test_a_warning_fails_a_test_if_it_is_blamed_on_our_code(tmp_path):
     failed = failed_of(tmp_path, OURS + THEIRS)
     for test in ("test_something_is_wrong", "test_a_file_is_left_open"):
@@ -87,6 +88,7 @@ def test_a_warning_in_another_rank_fails_the_test(ranks):
         ranks.run(warn)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:of ours")
 def test_a_rank_ignores_what_the_test_ignores(ranks):
     assert ranks.run(warn) == ["went on"] * 2
@@ -111,6 +113,19 @@ class Case:
 def test_of_the_cases_of_a_sampled_test_those_that_are_run_are_evenly_spread():
     cases = [Case(f"test_a.py::test_one[{i}]", 3) for i in range(10)]
     cases += [Case("test_a.py::test_two[x[y]]", 4), Case("test_b.py::test_one[0]"), Case("test_b.py::test_three[9]", 1)]
-    pytest_collection_modifyitems(cases)
+    mark_sampled(cases)
     run = [case.nodeid for case in cases if not case.get_closest_marker("slow")]
     assert run == [f"test_a.py::test_one[{i}]" for i in (0, 4, 7)] + [case.nodeid for case in cases[10:]]
+
+
+def test_of_all_tests_each_n_th_is_run():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--collect-only"]
+    file = "tests/functional/test_functional_magnitude.py"
+    every, few = (
+        re.findall(
+            r"^.*::.*$", subprocess.run([*command, *n, file], cwd=ROOT, capture_output=True, text=True).stdout, re.M
+        )
+        for n in ([], ["--every", "7"])
+    )
+    assert few == every[::7]
+    assert len(few) > 5

@@ -53,6 +53,7 @@ def named(model, cls):
     return {name: module for name, module in model.named_modules() if isinstance(module, cls)}
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row_and_what_has_run_is_not_run_again(images, tmp_path, monkeypatch):
     def runs():
         return json.loads((tmp_path / "images.json").read_text(encoding="utf-8"))["runs"]

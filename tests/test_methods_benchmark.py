@@ -95,6 +95,7 @@ def test_lessons_are_the_seeds_own_and_have_nothing_that_is_held_out():
     assert {*asked}.isdisjoint(map(str, lesson))
 
 
+@pytest.mark.slow
 def test_what_has_run_is_not_run_again_and_seeds_follow_at_the_best_rate(tmp_path, capsys):
     methods = importlib.import_module("methods")
     chosen = "--quick", "--steps", "3", "--out", str(tmp_path), "--only", "r = 16, all", "full"

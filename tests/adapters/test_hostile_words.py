@@ -135,6 +135,7 @@ UNSOUND += [{"base": {**BASE, key: value}} for key in (*BASE, "groups", "sample"
 UNSOUND += [{"r": 10**4000}, {"scaling": float("nan"), "lora_alpha": float("inf")}, {"splits": [float("nan")]}]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("about", UNSOUND, ids=range(len(UNSOUND)))
 def test_a_report_of_something_unsound_is_harmless(about, tmp_path, capsys):
     adapter = lora.Adapter({"c": {**ABOUT, **about}}, {"c.lora_A": torch.ones(2, 4), "c.lora_B": torch.ones(6, 2)})

@@ -67,15 +67,18 @@ UNCLOSED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionW
 
 
 # Of all lines, the first and the last time that each is met; of those that write, every time.
-EVERY = [pytest.param(WRITING, 1, marks=pytest.mark.slow), pytest.param(HOUSE, 1, marks=pytest.mark.slow), (WRITING, 4)]
+LINES = {
+    "some lines that write": (WRITING, 4),
+    "some lines": pytest.param(HOUSE, 8, marks=pytest.mark.slow),
+    "every line that writes": pytest.param(WRITING, 1, marks=pytest.mark.exhaustive),
+    "every line": pytest.param(HOUSE, 1, marks=pytest.mark.exhaustive),
+}
 
 
 @UNCLOSED
-@pytest.mark.parametrize(("where", "step"), EVERY, ids=["lines that write", "lines", "some lines that write"])
+@pytest.mark.parametrize(("where", "step"), LINES.values(), ids=LINES)
 @pytest.mark.parametrize("before", ["old", "nothing"])
 def test_an_interruption_leaves_the_old_adapter_or_the_new_one(place, before, where, step):
-    if place.format == "portable":  # which PEFT's writer writes
-        step *= 4
     place.again(before)
     seen = lines_of(place.save, where)
     found = set()
@@ -253,12 +256,17 @@ def run(script, *arguments):
     return result.stdout.strip()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("how", "step"), [("lines", 1), ("moments", 50)])
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        pytest.param("lines", 8, marks=pytest.mark.slow),
+        pytest.param("lines", 1, marks=pytest.mark.exhaustive),
+        pytest.param("moments", 10, marks=pytest.mark.slow),
+        pytest.param("moments", 100, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_writer_that_is_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path, format, how, step):
-    if (how, format) == ("lines", "portable"):  # which PEFT's writer writes
-        step *= 4
     run(START + KILLER, tmp_path, format, how, step, 0, 0)
 
 
@@ -290,17 +298,23 @@ print("whole")
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole_when_its_writer_is_killed_and_while_two_write(tmp_path):
     said = run(START + KILLER + WRITERS, tmp_path, "peft", "renames+lines", 23, 2, 40)
     assert "('nothing', 'new'), ('nothing', 'nothing'), ('old', 'new'), ('old', 'old')" in said
     assert said.endswith("whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("writers", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("writers", "reads"),
+    [
+        pytest.param(2, 60, marks=pytest.mark.slow),
+        *(pytest.param(writers, 600, marks=pytest.mark.exhaustive) for writers in (1, 2, 4)),
+    ],
+)
 @pytest.mark.parametrize("format", FORMATS)
-def test_many_readers_find_whole_adapters_while_others_write(tmp_path, format, writers):
-    assert run(START + WRITERS, tmp_path, format, "", 0, writers, 300) == "whole"
+def test_many_readers_find_whole_adapters_while_others_write(tmp_path, format, writers, reads):
+    assert run(START + WRITERS, tmp_path, format, "", 0, writers, reads) == "whole"
 
 
 # ---- what killed writers have left ---------------------------------------------------------------------------------

@@ -90,7 +90,11 @@ def state(model, bank, objects=True):
     return whole(model, objects), [(name, id(seeds) if objects else 0) for name, seeds in known.items()]
 
 
-@pytest.mark.parametrize("most", [8, pytest.param(200, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize(
+    "most",
+    [8, pytest.param(30, marks=pytest.mark.slow), pytest.param(10**6, marks=pytest.mark.exhaustive)],
+    ids=["some", "many", "every"],
+)
 @pytest.mark.parametrize("what", CHANGES)
 def test_ctrl_c_at_any_line_leaves_all_or_nothing(what, most):
     model, bank = made(what)

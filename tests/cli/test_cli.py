@@ -184,6 +184,7 @@ def test_inspect_a_file_of_loralib(flat, capsys):
     assert row.split() == ["it", "loralib", "?", "2", "1.5", "?", "?", "?", "14", "float32"]
 
 
+@pytest.mark.slow
 def test_a_name_that_stdout_cannot_print(tmp_path):
     lora.save_adapter(torch.nn.ModuleDict({"größe": lora.Linear(4, 3, r=2)}), tmp_path / "adapter")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -227,6 +228,7 @@ def test_interrupted(path, capsys, monkeypatch):
     assert run(capsys, "inspect", path) == (130, "", "error: interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early(path):
     reading, writing = os.pipe()
     os.close(reading)
@@ -244,6 +246,7 @@ def shell(arguments, **environment):
     return subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("command", "unbuffered"), [("inspect {}", ""), ("inspect {}", "1"), ("--help", "")])
 def test_a_stdout_that_is_full(path, command, unbuffered):
     done = shell(f"{command.format(shlex.quote(str(path)))} >/dev/full", PYTHONUNBUFFERED=unbuffered)
@@ -251,6 +254,7 @@ def test_a_stdout_that_is_full(path, command, unbuffered):
     assert (done.returncode, done.stderr) == (2, said)
 
 
+@pytest.mark.slow
 def test_a_stdout_or_a_stderr_that_is_closed(path, tmp_path):
     out = tmp_path / "out"
     command = f"convert {{}} {out} --format lora"

@@ -226,6 +226,7 @@ def many_layers(path, folder, layers, size, dtype=torch.float32):
     return base_folder(folder, state)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no measure of this in the standard library")
 def test_memory_of_the_process(path, out, tmp_path):
     base = many_layers(path, tmp_path / "base", layers=96, size=1024)  # 96 tensors of 4 MiB

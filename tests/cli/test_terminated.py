@@ -69,6 +69,7 @@ def test_what_is_told_to_end_leaves_nothing(name, code, out):
     assert (out / "model.safetensors").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_what_a_killed_one_has_left_goes_with_the_next_and_what_is_at_work_stays(out):
     killed = started(out)
     killed.kill()
@@ -127,6 +128,7 @@ def test_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "closed", ["2>&1 | head -c 0; exit ${PIPESTATUS[0]}", pytest.param("2>/dev/full", marks=pytest.mark.slow)]
 )

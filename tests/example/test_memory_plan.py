@@ -578,6 +578,7 @@ def test_the_pages_arithmetic_is_what_the_script_says(name):
 # ---- the benchmark -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_writes_its_results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     memory = importlib.import_module("memory")

@@ -110,7 +110,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("way", "more"), WAYS)
 def test_two_processes_are_one(ranks, flags, alone, tmp_path, way, more):
     expected = alone(flags, more, tmp_path / "alone")
@@ -160,6 +160,7 @@ def there_and_back(ranks, flags: list[str], way: str, expected: Path, folder: Pa
     assert_same_course(back, expected)
 
 
+@pytest.mark.slow
 def test_processes_have_dropout_of_their_own(ranks, flags, tmp_path):
     """With the same in both, rows that are the same would give the same gradient, as of one of them."""
     [first, second] = ranks.run(states_after, [*flags, "--lora-dropout", "0.5"])
@@ -265,7 +266,7 @@ def test_outside_torchrun_it_says_how_to_start_it(capsys, monkeypatch):
     assert "start this with torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_real_model_in_two_processes(toy, tmp_path):  # noqa: F811
     small = "--max-steps 2 --eval-steps 2 --eval-conversations 2 --max-seq-length 128 --per-device-train-batch-size 2"
     flags = [*small.split(), "--lora-dropout", "0", "--sample-replies", "0", "--data", str(toy / "chats.jsonl")]
@@ -294,7 +295,7 @@ sys.exit(phi3_distributed.main())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_process_is_started_again_and_goes_on(ranks, flags, tmp_path):
     """Killed in step 4: step 3, which was done after the last checkpoint, is done again, to the same loss."""
     flags, out, straight = [*flags, "--lora-dropout", "0.3"], tmp_path / "out", tmp_path / "straight"

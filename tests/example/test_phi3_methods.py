@@ -65,7 +65,7 @@ def test_a_run_learns_what_a_plain_base_can_load(flags, tmp_path, method):
     assert {m["r"] for m in modules} == {2 * r if written else r}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_two_steps_and_two_resumed_are_four(flags, tmp_path, method):
     flags, out, straight = [*flags, *method.split()], tmp_path / "out", tmp_path / "straight"

@@ -67,6 +67,7 @@ def smollm2():
     return pretrained.load("smollm2", fetch.default_cache_dir(), dtype=torch.float32)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_as_phi3_has_the_llamas_logits(llama, smollm2):
     phi3, tokenizer = smollm2

@@ -88,6 +88,7 @@ def test_leaves_out_what_bitsandbytes_gets_wrong(capsys):
         quantizing.quantize(tiny.model(), "fp4", peft(modules_to_save=["down_proj"]))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_merged_folder_is_dense_and_says_the_same(flags, tmp_path, way):
     for targets in (["qkv_proj"], phi3_chat.peft_config["target_modules"]):  # quantised layers without an adapter, too
@@ -143,6 +144,7 @@ def test_what_does_not_go_together(flags, capsys):
     assert "--quantize (quantize) is 'int3'; it must be one of nf4, fp4, int8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_loftq_starts_nearer_to_the_plain_model(flags, tmp_path, capsys):
     starts = {}
     for way in ("true", "loftq"):

@@ -1,5 +1,6 @@
 """examples/phi3/replies.py: prompts that are answered together are answered as each alone."""
 
+import pytest
 import torch
 from phi3 import fetch, pretrained, replies
 
@@ -8,6 +9,7 @@ def prompt(text):
     return replies.Prompt([{"role": "user", "content": text}], "")
 
 
+@pytest.mark.slow
 def test_replies_together_are_the_replies_one_by_one():
     model, tokenizer = pretrained.load("smollm2", fetch.default_cache_dir(), dtype=torch.float32)
     tokenizer.padding_side = "right"  # as training wants it

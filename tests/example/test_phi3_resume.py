@@ -23,6 +23,7 @@ def losses(folder: Path) -> list[tuple]:
     return [tuple(v for key, v in record.items() if key != "tokens_per_second") for record in metrics(folder)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("more", [[], ["--modules-to-save", "lm_head", "--gradient-checkpointing"], ["--bf16"]])
 def test_three_steps_and_three_resumed_are_six(flags, tmp_path, more):
     flags = [*flags, *more]
@@ -63,6 +64,7 @@ def test_a_finished_run_can_be_made_longer(flags, tmp_path):
     assert phi3_chat.main([*flags, "--resume", "--max-steps", "8"]) == 0  # nothing left to do
 
 
+@pytest.mark.slow
 def test_into_another_directory(flags, tmp_path):
     assert phi3_chat.main(flags) == 0
     before = files(tmp_path / "out")
@@ -105,6 +107,7 @@ def test_another_models_adapter(flags, finished, tmp_path, capsys):
     assert "model weights: " in refused([*flags, "--model", str(other)], finished, capsys)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_swapped(flags, finished, tmp_path, capsys):
     """The state fits the model, the adapter beside it does not: lora's strict loading notices."""
     other, elsewhere = tiny.save(tmp_path / "other", seed=1), tmp_path / "elsewhere"

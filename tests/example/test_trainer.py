@@ -74,6 +74,7 @@ def trained_in(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RUNS)
 def test_training_resumes_bit_for_bit_from_the_adapter_alone_which_a_plain_base_can_load(name, folder):
     whole = trainer_of(adapted(folder, name), folder)

@@ -68,7 +68,7 @@ def every_bit(folder, step):
     return len(bits)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_flipped_bit_of_a_configuration_gives_another_function(folder):
     assert every_bit(folder, 1) > 3000
 

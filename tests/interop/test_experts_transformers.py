@@ -15,6 +15,7 @@ from expert_models import (
     make,
     randomise,
 )
+from pairwise import every_two
 
 import lora
 from lora.layers.in_place_stack import LowRankStack
@@ -257,9 +258,9 @@ def test_nothing_as_large_as_the_experts_is_made(implementation):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of transformers'
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # after a break
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+@every_two(
+    name=["Mixtral", "GPT-OSS"], implementation=["batched_mm", "grouped_mm"], dtype=[torch.float32, torch.bfloat16]
+)
 def test_it_is_compiled(name, implementation, dtype, nothing_dense):
     """Without a break, but where a compiler cannot: "eager" asks what the router chose, and of `torch._grouped_mm`,
     which transformers calls in bfloat16, torch's own does not ask W (torch.overrides has no private functions).

@@ -89,6 +89,7 @@ def test_checkpoints_go_both_ways(recipe, trained, writer, reader):
     assert measured.numbers["held-out loss"] != pytest.approx(before, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_results_are_written_and_not_run_again(recipe, tmp_path, capsys):
     module = importlib.import_module("gpt2_recipe")
     module.main("--quick", "--steps", "4", "--layer", "Linear", "--dtype", "bfloat16", "--out", str(tmp_path))

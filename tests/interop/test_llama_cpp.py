@@ -179,6 +179,7 @@ def test_a_small_model_with_a_head_of_its_own_and_half_a_rope(tmp_path):
     assert adapted.tokens != plain.tokens
 
 
+@pytest.mark.slow
 def test_the_example_shows_both_replies(smollm2, tmp_path, capsys):
     adapter = Path(shutil.copy(smollm2.folder / "adapter.safetensors", tmp_path))
     argv = [str(tmp_path), PROMPTS[2], "--dtype", "f32", "--max-new-tokens", str(TOKENS), "--threads", "1"]

@@ -36,12 +36,14 @@ def test_a_layer_is_the_same_in_onnx(kind):
     assert_same(by_onnxruntime(layer, x)(x), plain_twin(layer)(x.double() if x.is_floating_point() else x))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d factored"])
 def test_a_layer_with_magnitudes_is_the_same_in_onnx(kind):
     layer, x = dora(kind).eval(), input_of(kind)
     assert_same(by_onnxruntime(layer, x)(x), formula(layer, x, leaves(layer)).detach())
 
 
+@pytest.mark.slow
 def test_a_merged_convolution_is_the_same_in_onnx():
     model, x = torch.nn.Sequential(make("Conv2d")).eval(), example("Conv2d")
     expected = plain_twin(model[0])(x.double())
@@ -49,6 +51,7 @@ def test_a_merged_convolution_is_the_same_in_onnx():
     assert_same(by_onnxruntime(model, x)(x), expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", ["unmerged", "merged"])
 def test_a_model_is_the_same_in_onnx_for_any_batch_and_length(how):
     model = small(how, torch.float32)

@@ -10,8 +10,9 @@ pytestmark = [  # torch's own, of what it unpickles and of a module that its com
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["unmerged", "merged"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("unmerged", marks=pytest.mark.slow), pytest.param("merged", marks=pytest.mark.exhaustive)]
+)
 def test_a_compiled_package_is_the_model_for_any_batch_and_length(how, tmp_path):
     model = small(how, torch.float32)
     with torch.no_grad():

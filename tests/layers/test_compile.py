@@ -155,6 +155,7 @@ def test_disabled_it_is_the_base_whatever_the_adapter_holds(use_dora):
     assert compiled.times == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_eager_after_every_change(kind):
     model = model_of(kind, use_dora=True, dtype=torch.float64)
@@ -302,6 +303,7 @@ def block(r=2, **settings):
     return model
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("mode", "use_dora"), [("train", True), ("served", False)])
 def test_a_model_of_many_kinds_compiles_once(use_dora, mode):
     model = block(use_dora=use_dora).train(mode == "train")
@@ -326,6 +328,7 @@ def test_it_has_one_graph_and_no_breaks_to_explain():
         lora.prepare_for_swap(model, 4)
 
 
+@pytest.mark.slow
 @of_inductor
 def test_inductor_trains_and_swaps_in_reduce_overhead_mode():
     """The whole compiler, forward and backward, on a small model. On a GPU the mode makes CUDA graphs; here it runs."""

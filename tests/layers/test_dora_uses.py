@@ -135,6 +135,7 @@ def test_the_norm_takes_three_small_products():
 # ---- compilation, transforms, autocast, checkpoints --------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [*((kind, "train") for kind in KINDS), ("Linear", "eval"), ("MergedLinear", "served"), ("Conv2d", "served")],

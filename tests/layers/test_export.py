@@ -34,6 +34,7 @@ def saved_and_loaded(program):
 # ---- layers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("kind", "mode", "strict"),
     pairwise(itertools.product(KINDS, ["train", "eval", "served", "disabled"], [True, False])),
@@ -62,6 +63,7 @@ def test_dropout_is_exported_as_torchs_own_and_only_in_training(kind, strict):
     assert_same(torch.export.export(layer.eval(), (x,), strict=strict).module()(x), twin(x))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("form", "mode"),
     [*((kind, "train") for kind in [*KINDS, "Embedding with max_norm"]), ("Linear", "frozen"), ("Embedding", "frozen")],
@@ -123,6 +125,7 @@ def small(how, dtype=torch.float64):
 IDS, OTHERS = torch.tensor([[1, 2, 3, 9], [0, 0, 4, 5]]), torch.tensor([[3, 9, 8, 1, 0, 2, 2], [5, 5, 4, 0, 1, 7, 6]])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("how", "strict"), [("unmerged", False), ("merged", True), ("served", False), ("dora", True)])
 def test_a_model_exports_for_any_batch_and_length(how, strict):
     model = small(how)
@@ -139,6 +142,7 @@ def test_a_model_exports_for_any_batch_and_length(how, strict):
     assert_same(saved_and_loaded(program).module()(OTHERS), model(OTHERS))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("how", ["unmerged", "dora"])
 def test_an_exported_model_can_be_decomposed(how):
     model = small(how)

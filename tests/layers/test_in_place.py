@@ -1,6 +1,7 @@
 """Layers whose class has a forward of its own: it runs as it is, and finds W in the place of its weight."""
 
 import copy
+import itertools
 import pickle
 import threading
 
@@ -276,17 +277,19 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(own, use_dora, tmp_path):
     torch.testing.assert_close(first(model(x)), y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("own", [own for own in OWN if own != "by order"])  # dynamo follows no set of parameters
+# Dynamo follows no set of parameters.
+@pytest.mark.parametrize(
+    ("own", "use_dora"), zip([own for own in OWN if own != "by order"], itertools.cycle([True, False]))
+)
 @pytest.mark.slow
-def test_it_is_compiled_without_a_break(own):
-    for settings in ({}, {"use_dora": True}):
-        model, x, _ = adapted(own, torch.float32, **settings)
-        moved(model)
-        torch._dynamo.reset()
-        y = first(torch.compile(model, fullgraph=True, backend="aot_eager")(x))
-        torch.testing.assert_close(y, first(model(x)))
-        for got, wanted in zip(gradients(y, model), gradients(first(model(x)), model), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+def test_it_is_compiled_without_a_break(own, use_dora):
+    model, x, _ = adapted(own, torch.float32, use_dora=use_dora)
+    moved(model)
+    torch._dynamo.reset()
+    y = first(torch.compile(model, fullgraph=True, backend="aot_eager")(x))
+    torch.testing.assert_close(y, first(model(x)))
+    for got, wanted in zip(gradients(y, model), gradients(first(model(x)), model), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("own", [own for own, (_, _, how) in OWN.items() if how == "beside"])

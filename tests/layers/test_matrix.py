@@ -174,6 +174,7 @@ def test_constructed(kind, fields, bias, start):
         same(start)(model.state_dict()[name], tensor)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("kind", "fields", "bias", "start"), COMPILED)
 def test_no_graph_breaks(kind, fields, bias, start):
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention, by its name: all that it projects with is W, whoever calls it or reads its weights."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -231,18 +232,20 @@ def test_checkpointing_changes_nothing(name, use_reentrant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["itself", "other keys", "crossed", "clip", "vit", "encoder layer"])
-def test_it_is_compiled_without_a_break(name):
+@pytest.mark.parametrize(
+    ("name", "use_dora"),
+    zip(["itself", "other keys", "crossed", "clip", "vit", "encoder layer"], itertools.cycle([True, False])),
+)
+def test_it_is_compiled_without_a_break(name, use_dora):
     _, _, _, of = ATTENTIVE[name]
-    for settings in ({}, {"use_dora": True}):
-        model, inputs, _ = adapted(*ATTENTIVE[name], **settings)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda *inputs, model=model: model["x"](*inputs), fullgraph=True, backend="aot_eager")
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        got, expected = of(compiled(*inputs)), of(model["x"](*inputs))
-        assert_close(got, expected)
-        for one, other in zip(*(torch.autograd.grad(y.sin().sum(), parameters) for y in (got, expected)), strict=True):
-            assert_close(one, other)
+    model, inputs, _ = adapted(*ATTENTIVE[name], use_dora=use_dora)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: model["x"](*inputs), fullgraph=True, backend="aot_eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got, expected = of(compiled(*inputs)), of(model["x"](*inputs))
+    assert_close(got, expected)
+    for one, other in zip(*(torch.autograd.grad(y.sin().sum(), parameters) for y in (got, expected)), strict=True):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora", "orthogonal"])

@@ -200,13 +200,9 @@ STARTS = {
     for how in ("pissa", "pissa_niter_2", "olora", "orthogonal", "gaussian", "eva")
 }
 CHANGES |= STARTS
-# These have nearly all their lines in common with the change of the same first word: for them, some lines are enough.
-SHARED = {
-    *STARTS,
-    *("merge DoRA", "merge factored", "merge bfloat16", "merge transposed", "merge packed", "merge parameters"),
-    *("eject pissa", "eject transposed", "eject parameters", "inject parameters", "initialize again"),
-    *("load_adapter with parameters", "load_adapter over parameters"),
-}
+
+# At how many lines a change is interrupted.
+MOST = [12, pytest.param(60, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.exhaustive)]
 
 
 def changed(change, model):
@@ -219,7 +215,7 @@ def spread(points, most):
     return points[:: max(1, -(-len(points) // most))] if most else points
 
 
-@pytest.mark.parametrize("most", [12, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "every"])
+@pytest.mark.parametrize("most", MOST, ids=["some", "many", "every"])
 @pytest.mark.parametrize("what", CHANGES)
 def test_ctrl_c_at_any_line_leaves_all_or_nothing(what, most):
     build, change = CHANGES[what]
@@ -231,8 +227,6 @@ def test_ctrl_c_at_any_line_leaves_all_or_nothing(what, most):
     model = build()
     before = whole(model)
     undone = 0
-    if what in SHARED and not most:
-        most = 150
     for n in spread(ends_of(seen), most):
         is_interrupted(partial(changed, change, model), n)
         if whole(model) == before:
@@ -246,7 +240,7 @@ def test_ctrl_c_at_any_line_leaves_all_or_nothing(what, most):
     assert whole(model, objects=False) == done
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(12, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize("most", [2, pytest.param(12, marks=pytest.mark.exhaustive)], ids=["some", "more"])
 @pytest.mark.parametrize("what", ["merge transposed", "eject transposed", "initialize pissa", "resize", "inject pissa"])
 def test_ctrl_c_in_the_undo_is_undone_too(what, most, monkeypatch):
     build, change = CHANGES[what]

@@ -108,7 +108,7 @@ def each_kind_trains(kind, use_dora):
     assert_trains_like_one_process(layer, batches)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "use_dora"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in DORA)])
 def test_a_layer_of_each_kind_trains_as_in_one_process(ranks, kind, use_dora):
     ranks.run(each_kind_trains, kind, use_dora)

@@ -108,16 +108,19 @@ def test_no_weight_is_kept_for_backward(ranks, kind, how):
     ranks.run(_resident, kind, how, "train", False, 0.0, False)
 
 
+@pytest.mark.slow
 def test_no_weight_is_kept_where_a_layer_drops(ranks):
     for kind, how in ("Linear", "float32"), ("MergedLinear", "autocast"), ("Conv1d", "a bfloat16 base"):
         ranks.run(_resident, kind, how, "train", False, 0.5, False)
 
 
+@pytest.mark.slow
 def test_no_weight_is_kept_where_a_layer_has_magnitudes(ranks):
     for kind, how in ONCE:
         ranks.run(_resident, kind, how, "train", True, 0.0, False)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
 def test_no_merged_weight_is_kept_in_serving(ranks, use_dora):
     for kind, how in ONCE:

@@ -240,6 +240,7 @@ def compiles():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_a_divided_block_compiles_without_a_graph_break(ranks):
     ranks.run(compiles)
 

@@ -50,6 +50,7 @@ def follows_the_plan(tied):
     return len(expected)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_phi3_by_transformers_own_plan_is_that_of_one_process(ranks, tied):
     assert ranks.run(follows_the_plan, tied)[0] == 2 * 4 * 2

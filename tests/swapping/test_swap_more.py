@@ -217,6 +217,7 @@ def compiled_under_tensor_parallelism():
         torch.testing.assert_close(compiled(x), alone(x))
 
 
+@pytest.mark.slow
 def test_a_divided_model_that_is_prepared_compiles(ranks):
     ranks.run(compiled_under_tensor_parallelism)
 
