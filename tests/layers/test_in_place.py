@@ -279,7 +279,8 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(own, use_dora, tmp_path):
 
 # Dynamo follows no set of parameters.
 @pytest.mark.parametrize(
-    ("own", "use_dora"), zip([own for own in OWN if own != "by order"], itertools.cycle([True, False]))
+    ("own", "use_dora"),
+    [*zip([own for own in OWN if own != "by order"], itertools.cycle([True, False]), strict=False)],
 )
 @pytest.mark.slow
 def test_it_is_compiled_without_a_break(own, use_dora):
