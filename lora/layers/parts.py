@@ -65,7 +65,7 @@ class Borrowed(MutableMapping[str, Any]):
 
     def get(self, own: str, default: Any = None) -> Any:  # for the same reason
         tensor = self.holder._parameters.get(self.names.get(own, ""))
-        if tensor is None and own in self:  # None may be the parameter itself
+        if tensor is None and own in self:  # it is computed; or there is none, as of a layer without a bias
             tensor = self[own]
         return default if tensor is None else tensor
 
