@@ -73,6 +73,7 @@ def test_a_short_run_leaves_all_its_files(argv, tmp_path, toy, capsys):
     assert not torch.equal(model(ids).logits, trained(ids).logits)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(argv, tmp_path):
     script = Path(phi3_chat.__file__)
     done = subprocess.run(

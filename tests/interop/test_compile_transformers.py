@@ -25,6 +25,7 @@ def tiny(r, seed):
     return model
 
 
+@pytest.mark.slow
 def test_phi3_is_compiled_once_for_all_adapters_and_lengths():
     torch._dynamo.reset()
     model, others = tiny(2, 1), [tiny(r, r) for r in (3, 4)]

@@ -63,5 +63,6 @@ def trains_and_saves(folder):
     assert theirs.modules == ours.modules
 
 
+@pytest.mark.slow
 def test_fsdp_over_tensor_parallelism_trains_and_saves_as_one_process(four_ranks, tmp_path):
     four_ranks.run(trains_and_saves, str(tmp_path))
