@@ -109,7 +109,6 @@ def _sharded(folder, reshard):
     assert [*map(id, bank.parameters("alice"))] == own
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fully_sharded_ranks_train_as_one_process(ranks, tmp_path, reshard):
     ranks.run(_sharded, tmp_path, reshard)

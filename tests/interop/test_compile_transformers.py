@@ -1,5 +1,6 @@
 """A tiny Phi-3 of transformers under `torch.compile`: one graph, which adapters, sizes and switches do not change."""
 
+import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Phi3Config, Phi3ForCausalLM

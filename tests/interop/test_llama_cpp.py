@@ -147,7 +147,6 @@ def test_a_wrong_alpha_would_be_seen(smollm2, tmp_path):
         assert got.tokens != adapted.tokens or got.logprobs != pytest.approx(adapted.logprobs, abs=10 * TOLERANCE)
 
 
-@pytest.mark.slow
 def test_a_small_model_with_a_head_of_its_own_and_half_a_rope(tmp_path):
     config = Phi3Config(
         vocab_size=49152,
