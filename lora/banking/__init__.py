@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +19,19 @@ from lora.banking.choice import Adapters, Block, Choice, nested
 from lora.banking.divided import let_divide
 from lora.banking.layer import Banked
 from lora.banking.layouts import is_turned
-from lora.banking.seats import banked, computed_problems, keep_alone, renewed, seat, unseat
-from lora.banking.view import View, adapted_in, view_of
+from lora.banking.seats import banked, keep_alone, renewed, seat, unseat
+from lora.banking.view import View, adapted_in, as_it_is, view_of
 from lora.errors import Problems, raise_all, short, some
 from lora.layers import starts, weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import with_parts
+from lora.layers.state import PARAMETERS
 from lora.layers.undo import undo_on_error
 from lora.models.config import LoraConfig
 from lora.models.idle import CheckReport, check
 from lora.models.injection import inject, restore
 from lora.models.model import (
+    check_none_computed,
     check_none_replaced,
     forget_children,
     lora_layers,
@@ -42,7 +44,7 @@ from lora.models.model import (
 )
 from lora.models.readers import let_read
 from lora.models.refusals import own_forward_problems
-from lora.models.training import forget_originals, originals, param_groups, resized_problems
+from lora.models.training import originals, param_groups, resized_problems
 from lora.swapping import make_room  # one wing knows another: room for ranks is the same for one adapter and for many
 
 Source = Adapter | LoraConfig | str | os.PathLike[str]
@@ -172,6 +174,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
             expected = "a list with an entry for each row" if per == "row" else "a list of lists, or one of all tokens"
             raise ValueError(f"{what}: `names` must be {expected}, got one of the shape {shape}.")
         known = [*self._adapters.known]
+        raise_all(what, self._unknown(value for value in given if not isinstance(value, Hashable)))
         called: dict[Any, str | None] = {}
         for value in dict.fromkeys(given):
             numbered = isinstance(value, int) and -1 <= value < len(known)
@@ -201,11 +204,10 @@ class AdapterBank(MutableMapping[str, Adapter]):
     # ---- its adapters ------------------------------------------------------------------------------------------
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """An adapter's own Parameters, for its own optimizer."""
+        """An adapter's own Parameters, for its own optimizer, and those that parametrizations compute others from."""
         self._known(name, "parameters")
-        raise_all("parameters: there are none to train", computed_problems(self._layers(), [name]))
         seats = (layer.lora_seats.get(name) for layer in self._layers())
-        return [parameter for one in seats if one is not None for _, parameter in one.lora_parameters()]
+        return [parameter for one in seats if one is not None for parameter in one._parameters.trained(PARAMETERS)]
 
     def param_groups(self, name: str, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         """An adapter's Parameters in groups for its own optimizer: what `lora.param_groups` makes of it."""
@@ -221,7 +223,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
 
     def load(self, name: str, source: Adapter | str | os.PathLike[str]) -> None:
         """Load values into an adapter of the same modules and ranks (`lora.load_adapter`); its Parameters stay."""
-        view = _as_it_is(self._view(name, "load")).model
+        view = as_it_is(self._view(name, "load")).model
         adapter, problems = _factors(source if isinstance(source, Adapter) else read_adapter(source), view)
         raise_all(f"load: {name!r} stays as it is", problems)
         try:
@@ -236,8 +238,9 @@ class AdapterBank(MutableMapping[str, Adapter]):
         """
         if name is not None:
             self._known(name, "keep")
+        check_none_computed(self._model, "keep")
         layers = self._layers()
-        raise_all("keep: nothing was changed", self._in_the_way(layers, self))
+        raise_all("keep: nothing was changed", self._in_the_way(layers))
         with self._undone() as undo, undo, torch.no_grad():
             kept = [keep_alone(layer, name) for layer in layers]
             for module in self._model.modules():
@@ -260,11 +263,12 @@ class AdapterBank(MutableMapping[str, Adapter]):
     def __delitem__(self, name: str) -> None:
         if name not in self._adapters.known:
             raise KeyError(name)
+        check_none_computed(self._model, "del")
         has_room = self._adapters.room is not None  # where layers stay in the bank
         if len(self) == 1 and not has_room:
             return self.keep(None)
         last = [] if has_room else [layer for layer in self._layers() if {*layer.lora_seats} == {name}]
-        raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last, [name]))
+        raise_all(f"del: {name!r} stays in the bank", self._in_the_way(last))
         with self._undone() as undo, undo:
             for layer in map(renewed, self._layers()):
                 unseat(layer, name)
@@ -320,15 +324,15 @@ class AdapterBank(MutableMapping[str, Adapter]):
     def _view(self, name: str, what: str | None) -> View:
         self._known(name, what)
         check_none_replaced(self._model, what or "bank")
+        check_none_computed(self._model, what or "bank")
         return view_of(self._model, name)
 
     def _undone(self) -> undo_on_error:
         return undo_on_error(self._model.modules(), others=[self._adapters])
 
-    def _in_the_way(self, losing: Sequence[LoRALayer], going: Iterable[str]) -> Iterator[str]:
+    def _in_the_way(self, losing: Sequence[LoRALayer]) -> Iterator[str]:
         """What keeps adapters from being taken out, and some layers from becoming plain ones."""
         names = names_of(self._model)
-        yield from computed_problems(self._layers(), going)
         instead = "what shards it would go on with the adapters; load files of them into a bank of a model of its own"
         yield from sharded_problems(self._layers(), names, instead)
         yield from own_forward_problems(losing, names)
@@ -351,7 +355,7 @@ class AdapterBank(MutableMapping[str, Adapter]):
                     if not isinstance(name, str) or not name or "." in name:
                         problems.add(f"{short(name)} is no name for an adapter: that is a string without dots.")
                         continue
-                    views[name] = _as_it_is(view_of(model))
+                    views[name] = as_it_is(view_of(model))
                     problems.add(*(f"{name}: {problem}" for problem in self._fill(views[name].model, source)))
             for layer in map(renewed, self._layers()):
                 for name in {*views} & {*layer.lora_seats}:
@@ -399,16 +403,6 @@ def _seat(adapters: Adapters, name: str, view: View) -> Iterator[LoRALayer]:
         seat(layer, name, adapted)
         if is_new:
             yield layer
-
-
-def _as_it_is(view: View) -> View:
-    """A view of a model that takes the values of all that its adapters share for the base's.
-
-    Else loading an adapter would give back running statistics, with which other adapters compute.
-    """
-    for twin in view.of:
-        forget_originals(twin)
-    return view
 
 
 def _factors(adapter: Adapter, model: nn.Module) -> tuple[Adapter, list[str]]:

@@ -316,7 +316,7 @@ def nested(names: Any) -> tuple[tuple[int, ...], list[Any]]:
     if isinstance(names, (Tensor, np.ndarray)):
         names = _values(names)
     if isinstance(names, str) or not isinstance(names, Sequence):
-        return (), [names]
+        return (), [int(names) if isinstance(names, np.integer) else names]
     inner = [nested(each) for each in names]
     shapes = {shape for shape, _ in inner}
     if len(shapes) > 1:
@@ -328,13 +328,16 @@ def _values(numbers: Tensor | np.ndarray) -> Any:
     """An array's numbers as nested lists."""
     try:
         values = numbers.tolist()
-        has_some = not any(isinstance(value, torch.SymInt) for value in np.ravel(values))
-    except RuntimeError:  # of a tensor on the meta device, or of one that a compiler traces
+        has_some = not any(isinstance(one, _SYMBOLS) for one in nested(values)[1])
+    except RuntimeError:
         has_some = False
     if not has_some:
         raise ValueError(
-            f"`names` must have values, and this {type(numbers).__name__} has none: it is "
-            "on the meta device, or is being traced. A traced program keeps the adapters that it was traced with; give "
+            f"`names` must have values that can be read, and those of this {type(numbers).__name__} cannot be: it is "
+            "on the meta device, say, or is traced. What is traced keeps the adapters that it was traced with; give "
             "them as a list."
         )
     return values
+
+
+_SYMBOLS = torch.SymInt, torch.SymFloat, torch.SymBool

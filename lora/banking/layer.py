@@ -20,7 +20,7 @@ from lora.errors import instance, some
 from lora.functional.rows import Rows, Update, lora_linear_rows
 from lora.layers.conv import ConvLoRA
 from lora.layers.embedding import EmbeddingLoRA
-from lora.layers.in_place import LowRankWeight
+from lora.layers.in_place import LowRankWeight, computed_names
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
 from lora.layers.replay import seeded
@@ -208,7 +208,7 @@ class Banked(LoRALayer):
                 yield f"{own}_{name}", parameter
 
     def lora_owns_its_tensors(self) -> bool:
-        return "weight" in {*self._parameters, *self._buffers}
+        return "weight" in {*self._parameters, *self._buffers} and not computed_names(self)
 
     def lora_resize(self, size: int) -> None:
         """Nothing: each seat follows for itself, when it is told the size."""

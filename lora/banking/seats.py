@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lora.banking.choice import Adapters
@@ -85,13 +83,6 @@ def unseat(layer: Any, name: str) -> None:
     layer.lora_remove()
     if isinstance(layer, Part):
         leave_part(layer)
-
-
-def computed_problems(layers: Iterable[Any], names: Iterable[str]) -> Iterator[str]:
-    """Where adapters of the bank are not made of Parameters."""
-    for layer, name in itertools.product(layers, names):
-        if name in layer.lora_seats and not layer.lora_seats[name].lora_owns_its_tensors():
-            yield f"{layer.lora_name}: a weight of {name!r} is computed by a parametrization; remove that first"
 
 
 def keep_alone(layer: Any, name: str | None) -> LoRALayer | None:

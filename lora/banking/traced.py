@@ -95,6 +95,11 @@ def traced_forward(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tens
             f"{layer.lora_name}: {type(layer).__name__} has a forward of its own, which computes with one adapter at a "
             "time and cannot be compiled with a bank of them; without `fullgraph=True` the rest of the model is."
         )
+    if "parametrizations" in layer._modules:
+        raise RuntimeError(
+            f"{layer.lora_name}: has a parametrization, and cannot be compiled with a bank of adapters; without "
+            "`fullgraph=True` the rest of the model is."
+        )
     y: Tensor = layer.lora_base_forward(input, *args, **kwargs)
     if layer.lora_disabled is not None:
         return y
@@ -240,6 +245,8 @@ def tell(adapters: Any, choice: Any) -> None:
     ids: dict[torch.device, Tensor] = {}
     indices: dict[Any, Tensor] = {}
     for layer in adapters.traced_layers:
+        if "parametrizations" in layer._modules:  # it is not compiled
+            continue
         slots, device = slots_of(layer), layer.weight.device
         if slots.told != told:
             if slots.told[:3] != told[:3]:

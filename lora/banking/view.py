@@ -18,6 +18,7 @@ from lora.layers.layer import LoRALayer
 from lora.layers.parts import forget_parts, parts_of
 from lora.models.model import forget_children
 from lora.models.readers import let_read_no_more
+from lora.models.training import forget_originals
 
 _PARTS = "lora_parts"
 
@@ -84,3 +85,13 @@ def adapted_in(view: View) -> list[tuple[LoRALayer, nn.Module, str | None]]:
             found.append((twin, module, None))
         found += [(part, module, name) for name, part in parts_of(twin).items()]
     return found
+
+
+def as_it_is(view: View) -> View:
+    """A view of a model that takes the values of all that its adapters share for the base's.
+
+    Else loading an adapter would give back running statistics, with which other adapters compute.
+    """
+    for twin in view.of:
+        forget_originals(twin)
+    return view

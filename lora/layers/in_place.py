@@ -55,15 +55,32 @@ def own_of(module: nn.Module) -> dict[str, Any]:
 def twin_of(module: nn.Module, cls: type[nn.Module], others: dict[str, Any]) -> Any:
     """An instance of a class that shares everything but some attributes with a module.
 
-    A method of the module that the module keeps, as a table of activations does, is the twin's there.
+    A method of the module that the module keeps, as a table of activations does, is the twin's there; and so is what a
+    parametrization computes.
     """
     twin = object.__new__(cls)
+    for name in computed_names(module):
+        if not hasattr(cls, name):
+            others.setdefault(name, getattr(module, name))
     vars(twin).update(vars(module), **others)  # they go before parameters of the same name
     for name, value in [*vars(twin).items()]:
         held = exchanged_in(value, [(module, twin)]) if _holds_methods(value) else value
         if held is not value:
             others[name] = vars(twin)[name] = held
     return twin
+
+
+def computed_names(module: nn.Module) -> list[str]:
+    """Which tensors are computed by parametrizations that the module got after its class.
+
+    Torch puts a class in front of the module's for them, which goes when the module gets another class.
+    """
+    parametrized = module._modules.get("parametrizations")
+    return (
+        []
+        if parametrized is None
+        else [name for name, _ in parametrized.named_children() if name in vars(type(module))]
+    )
 
 
 def _holds_methods(value: Any) -> bool:

@@ -22,7 +22,7 @@ from lora.errors import short
 from lora.functional.fused import exact_dtype, is_plain, is_tracing, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
-from lora.layers.in_place import LowRankWeight, with_weight
+from lora.layers.in_place import LowRankWeight, computed_names, with_weight
 from lora.layers.registry import new, parts_of
 from lora.layers.settings import scaling_of, scaling_problem, settings_problems
 from lora.layers.state import PARAMETERS, StateDicts
@@ -324,9 +324,9 @@ class LoRALayer(StateDicts):
                 yield name, getattr(self, name)
 
     def lora_owns_its_tensors(self) -> bool:
-        """Whether weight, A and B are parameters or buffers here, not computed by a parametrization, say."""
+        """Whether weight, A and B are parameters or buffers here, and none is computed by a parametrization, say."""
         needed = {"weight", "lora_A", "lora_B"} | ({"lora_magnitude"} if self.use_dora else set())
-        return needed <= {*self._parameters, *self._buffers}
+        return needed <= {*self._parameters, *self._buffers} and not computed_names(self)
 
     # ---- for the adapters that files hold, and for classes in front, which may extend these -----------
 
@@ -424,3 +424,10 @@ class LoRALayer(StateDicts):
         vars(self).pop("lora_fresh", None)  # which was of other tensors
         self.lora_refresh()
         weights.packing_of(self)  # imports how to read the weight: a compiler, which may be the next to ask, cannot
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a parametrization computes a tensor of an adapted layer, or of a module that finds W as it reads."""
+    if isinstance(module, LoRALayer):
+        return module.r > 0 and not module.lora_owns_its_tensors()
+    return "lora_reads" in vars(module) and bool(computed_names(module))

@@ -69,6 +69,14 @@ class Borrowed(MutableMapping[str, Any]):
             tensor = self[own]
         return default if tensor is None else tensor
 
+    def trained(self, owns: Iterable[str]) -> Iterator[nn.Parameter]:
+        """The Parameters of these names, and those that others of them are computed from."""
+        for own in owns:
+            if own in [*self]:
+                yield self[own]
+            elif own in self:
+                yield from self.holder.parametrizations[self.names[own]].parameters()  # type: ignore[union-attr,index]
+
     def copy(self) -> dict[str, Any]:
         """What a dict's `copy` is."""
         return dict(self)

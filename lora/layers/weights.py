@@ -46,6 +46,8 @@ class Packing(NamedTuple):
     read_codes: Callable[[Any], Coded | None] = lambda module: None
     #: Gives the module a weight of other codes and scales, to the bit.
     write_codes: Callable[[Any, Coded], None] = lambda module, coded: None
+    #: Whether what it reads is in the dtype that the module computes in; if not, nothing says which that is.
+    says_dtype: Callable[[Any], bool] = lambda module: True
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,12 @@ def why_not_train(module: nn.Module) -> str | None:
     """The reason why gradients through the module's packed weight would be wrong; None if they are right."""
     packing = packing_of(module)
     return packing.why_not_train(module) if packing else None
+
+
+def says_dtype(module: nn.Module) -> bool:
+    """Whether the weight that is read is in the dtype that the module computes in."""
+    packing = packing_of(module)
+    return packing is None or packing.says_dtype(module)
 
 
 def prepare_training(module: nn.Module, adapted: bool) -> None:

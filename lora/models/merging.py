@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,7 @@ from lora.layers import weights
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import tensor_name
 from lora.layers.registry import plain_base
+from lora.layers.state import PARAMETERS
 from lora.layers.undo import undo_on_error
 from lora.models.batches import Step
 from lora.models.keeping import Kept, keep_updates, packed_again
@@ -95,7 +97,8 @@ def merge(
 
     The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
     rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
-    the dtype that their layer computes in; the report says how much packing them again would lose. With `packed` they
+    the dtype that their layer computes in (of bitsandbytes' int8 without a bias, which does not say it, in that of most
+    other numbers of the model); the report says how much packing them again would lose. With `packed` they
     are packed again, which to nearest loses about all of an ordinary update: the codes stay what they were. (Where the
     scales are quantised too, they are rounded anew, and of a small update more than all can be lost.)
 
@@ -177,7 +180,8 @@ def merge(
                 )
     with undo_on_error(model.modules()) as undo, undo:
         kept = {} if batches is None else keep_updates(model, layers, names, batches, step, what, undo, packed)
-        rows = [_merge(layer, names[layer][0], undo, kept.pop(layer, None), packed) for layer in layers]
+        usual = _usual_dtype(names)
+        rows = [_merge(layer, names[layer][0], undo, kept.pop(layer, None), packed, usual) for layer in layers]
         for layer in lora_layers(model, "merge", none=True):  # those with r = 0
             layer.lora_remove()
         for module in model.modules():
@@ -240,10 +244,12 @@ def merged_state_dict(
 
 
 @torch.no_grad()
-def _merge(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None, packed: bool) -> MergedModule:
+def _merge(
+    layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None, packed: bool, usual: torch.dtype | None
+) -> MergedModule:
     """Leave a plain layer with W, which is rounded to nearest if it is not `kept`."""
     if _is_packed_as_known(layer):
-        return (_pack_again if packed else _unpack)(layer, name, undo, kept)
+        return _pack_again(layer, name, undo, kept) if packed else _unpack(layer, name, kept, usual)
     dtype = layer.weight.dtype
     lost = rounding_lost(layer) if kept is None else kept.lost
     undo.keep(*weights.written_with(layer))
@@ -255,12 +261,25 @@ def _merge(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None, 
     return MergedModule(name, _word(dtype), lost, None, None, *_on_inputs(kept))
 
 
-def _unpack(layer: LoRALayer, name: str, undo: undo_on_error, kept: Kept | None) -> MergedModule:
+def _usual_dtype(names: Names) -> torch.dtype | None:
+    """That of most of the model's own numbers in floating point, but for those of packed weights; None without any."""
+    sizes: Counter[torch.dtype] = Counter()
+    for one in owned_tensors(names):
+        packed = one.own == "weight" and weights.is_packed(one.module)
+        if one.own not in PARAMETERS and not packed and one.tensor.is_floating_point():
+            sizes[one.tensor.dtype] += one.tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def _unpack(layer: LoRALayer, name: str, kept: Kept | None, usual: torch.dtype | None) -> MergedModule:
     """Leave a plain layer with a dense weight, and say what packing that again would lose."""
     before, lost = layer.lora_base_weight(), rounding_lost(layer) if kept is None else kept.lost
     merged = layer.lora_compute_merged() if kept is None else cast(Tensor, kept.weight)
     packing = type(layer.weight).__name__
     lost_packed = _lost(weights.read_weight(packed_again(layer, merged)), merged, before)
+    if kept is None and usual is not None and not weights.says_dtype(layer):
+        exact, merged = merged, merged.to(usual)
+        lost = _lost(merged, exact, before)
     layer.lora_remove()
     module: nn.Module = layer
     module.__class__ = plain_base(type(layer))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora.errors import instance, join, raise_all, some
 from lora.layers.kind import Place
-from lora.layers.layer import LoRALayer
+from lora.layers.layer import LoRALayer, is_computed
 from lora.layers.parts import Part, own_name, parts_of, tensor_name, with_parts
 from lora.layers.registry import kind_for
 from lora.layers.state import PARAMETERS
@@ -226,12 +226,17 @@ def lora_layers(
         raise ValueError(f"{what}: there is no LoRA layer in this {type(model).__name__}; `lora.inject` puts some in.")
     if not inside_disabled:
         check_not_disabled(model, what, reads)
-    computed = [layer for layer in layers if layer.r > 0 and not layer.lora_owns_its_tensors()]
+    check_none_computed(model, what)
+    return layers
+
+
+def check_none_computed(model: nn.Module, what: str) -> None:
+    """ValueError if a parametrization computes a tensor of an adapted layer, or of a module that reads weights."""
+    computed = [module for module in with_parts(model.modules()) if is_computed(module)]
     if computed:
         names = names_of(model)
-        which = ", ".join(names[layer][0] or "the model" for layer in computed)
-        raise ValueError(f"{what}: a weight of {which} is computed by a parametrization; remove the parametrization.")
-    return layers
+        which = ", ".join(names[module][0] or "the model" for module in computed)
+        raise ValueError(f"{what}: a tensor of {which} is computed by a parametrization; remove the parametrization.")
 
 
 def check_not_several(layers: Iterable[LoRALayer], what: str) -> None:

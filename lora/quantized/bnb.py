@@ -171,4 +171,4 @@ def _write_int8(module: Any, dense: Tensor) -> None:
 
 
 FOUR_BIT = Packing(_read_4bit, _write_4bit, _why_not_train_4bit, _prepare_4bit, _read_codes_4bit, _write_codes_4bit)
-INT8 = Packing(_read_int8, _write_int8)
+INT8 = Packing(_read_int8, _write_int8, says_dtype=lambda module: getattr(module, "bias", None) is not None)

@@ -14,7 +14,6 @@ import torch
 from cli_model import run
 from interruptions import whole
 from torch import nn
-from torch.nn.utils import parametrize
 from toy_model import IDS, Model
 
 import lora
@@ -801,51 +800,3 @@ def test_what_comes_in_inference_mode_trains_after_it(tmp_path):
     model.zero_grad()
     model(IDS).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-
-
-@pytest.mark.parametrize("own", ["lora_A", "lora_B", "lora_magnitude"])
-def test_what_a_parametrization_computes_counts_for_its_adapter_and_must_be_removed_before_changes(own):
-    class Halved(nn.Module):
-        def forward(self, value):
-            return value / 2
-
-    model = nn.Sequential(nn.Linear(6, 5))
-    config = lora.LoraConfig(target_modules=["0"], r=2, use_dora=True, init_lora_weights=False)
-    bank, x = lora.bank(model, {"a": config, "b": config}), torch.randn(3, 6)
-
-    def outputs():
-        with bank.use("a"):
-            alone = model(x)
-        with bank.rows(["b", "a", None]):
-            return torch.cat([alone, model(x)])
-
-    parameter, before = getattr(model[0], f"{own}_a"), bank["a"]
-    with torch.no_grad():
-        parameter /= 2  # exactly
-        expected = outputs()
-        parameter *= 2
-    parametrize.register_parametrization(model[0], f"{own}_a", Halved())
-    assert torch.equal(outputs(), expected)
-    outputs().sum().backward()
-    assert parameter.grad.count_nonzero() > 0
-    with torch.no_grad():
-        model.eval()
-        assert all(torch.equal(outputs(), expected) for _ in range(2))  # the second time from what is kept
-        parameter /= 2
-        assert not torch.equal(outputs(), expected)
-        parameter *= 2
-    changes = [
-        lambda: bank.keep("a"),
-        lambda: bank.keep("b"),
-        lambda: bank.__delitem__("a"),
-        lambda: bank.parameters("a"),
-    ]
-    for change in changes:
-        with pytest.raises(ValueError, match="0: a weight of 'a' is computed by a parametrization; remove that first"):
-            change()
-    assert [*bank] == ["a", "b"]
-    assert len(bank.parameters("b")) == 3
-    del bank["b"]
-    parametrize.remove_parametrizations(model[0], f"{own}_a", leave_parametrized=False)
-    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in bank["a"].tensors.items())
-    bank.keep("a")

@@ -13,7 +13,9 @@ import torch.nn as nn
 from banks import Net, alone, assert_close, banked
 from expert_models import EXPERTS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -109,13 +111,19 @@ def test_a_layer_that_cannot_know_says_so(names: Any, how: dict[str, Any], shape
     ("names", "how", "said"),
     [
         ([["a"], ["b", "c"]], {"per": "token"}, "the lists must be of one length, got (1,), (2,)."),
-        (torch.empty(2, device="meta"), {}, "`names` must have values, and this Tensor has none: it is on the meta"),
+        (
+            torch.empty(2, device="meta"),
+            {},
+            "`names` must have values that can be read, and those of this Tensor cannot be: it is on the meta",
+        ),
         ([["a"]], {}, "`names` must be a list with an entry for each row, got one of the shape (1, 1)."),
         ([], {}, "`names` must be a list with an entry for each row, got one of the shape (0,)."),
         ("a", {}, "`names` must be a list with an entry for each row, got one of the shape ()."),
         ("a", {"per": "token"}, "`names` must be a list of lists, or one of all tokens, got one of the shape ()."),
         (["a"], {"per": "batch"}, "`per` must be 'row' or 'token', got 'batch'."),
         (["a", "d", 3, -2, True], {}, "there is no adapter 'd'"),
+        ([{}, "a", ["b"]], {}, "the lists must be of one length, got (), (1,)."),
+        ([{}, "a"], {}, "there is no adapter {}"),
         (["a"], {"per": "token", "flattened": True}, "`flattened` is for rows, and `per` is 'token'"),
     ],
 )
@@ -140,8 +148,22 @@ def test_a_trace_takes_names_and_refuses_a_tensor_that_it_traces(mode: str) -> N
     traced = forward(names)
     y = traced(dict(model.named_parameters()), x, torch.tensor([0, 0, 0]))
     assert_close(y, token_by_token(base, bank, x[:, None], names)[:, 0], 1e-12)
-    with pytest.raises(ValueError, match="`names` must have values, and this FakeTensor has none"):
+    with pytest.raises(ValueError, match="`names` must have values that can be read, and those of this FakeTensor can"):
         forward(None)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for dtype in (torch.int32, torch.float32, torch.bool):
+            with pytest.raises(ValueError, match="those of this FakeTensor cannot be"):
+                bank.rows(torch.zeros(3, dtype=dtype))
+
+
+def test_numbers_may_be_numpys() -> None:
+    _, model, bank = linear()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with bank.rows([2, -1, 0]):
+        expected = model(x)
+    for numbers in (np.array([2, -1, 0]), [np.int64(2), np.int32(-1), 0], torch.tensor([2, -1, 0])):
+        with bank.rows(numbers):
+            assert torch.equal(model(x), expected)
 
 
 def test_flattened_rows_stand_one_after_the_other() -> None:

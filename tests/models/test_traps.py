@@ -105,7 +105,7 @@ class Doubled(nn.Module):
 def test_a_layer_that_was_parametrized_since_is_refused(function, name):
     model = injected()
     parametrize.register_parametrization(model[0], name, Doubled())
-    with pytest.raises(ValueError, match="a weight of 0 is computed by a parametrization; remove the parametrization"):
+    with pytest.raises(ValueError, match="a tensor of 0 is computed by a parametrization; remove the parametrization"):
         function(model)
     parametrize.remove_parametrizations(model[0], name)
     function(model)

@@ -5,18 +5,22 @@ import itertools
 import pickle
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from packed import (
     ROWS,
     R,
     adapted,
+    array,
     assert_adapters_travel,
     assert_dora,
     assert_dora_starts,
     assert_equation,
     assert_merges,
+    assert_rounded,
     kept,
+    merged,
 )
 from pairwise import every_two
 from torch import nn
@@ -185,6 +189,22 @@ def test_merges_into_a_plain_layer(name, dtype, use_dora):
     layer = quantised(name, dtype)
     W = dequantised(layer)
     assert_merges(adapted(layer, use_dora=use_dora), W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_without_a_bias_is_merged_in_the_dtype_of_the_models_other_numbers(dtype):
+    """It computes in that of its input; nothing says which that will be."""
+    layer = bnb.nn.Linear8bitLt(IN, OUT, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(OUT, IN).half(), requires_grad=False, has_fp16_weights=False)
+    model = nn.Sequential(nn.LayerNorm(IN, dtype=dtype), layer).to("cpu")
+    W = layer.weight.CB.double() * layer.weight.SCB.double()[:, None] / 127
+    exact, x = merged(W, adapted(layer)), torch.randn(3, IN).to(dtype)
+    (row,) = lora.merge(model).modules
+    assert (layer.weight.dtype, row.dtype) == (dtype, str(dtype).removeprefix("torch."))
+    assert_rounded(layer.weight, exact, np.abs(exact) + np.abs(array(W)), torch.finfo(dtype).eps)
+    lost = np.linalg.norm(array(layer.weight) - exact) / np.linalg.norm(exact - array(W))
+    assert row.lost == pytest.approx(lost, rel=1e-2, abs=1e-6)
+    assert model(x).dtype == dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
