@@ -197,11 +197,12 @@ def test_int8_without_a_bias_is_merged_in_the_dtype_of_the_models_other_numbers(
     layer = bnb.nn.Linear8bitLt(IN, OUT, bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(torch.randn(OUT, IN).half(), requires_grad=False, has_fp16_weights=False)
     model = nn.Sequential(nn.LayerNorm(IN, dtype=dtype), layer).to("cpu")
-    W = layer.weight.CB.double() * layer.weight.SCB.double()[:, None] / 127
+    W = bnb.functional.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
     exact, x = merged(W, adapted(layer)), torch.randn(3, IN).to(dtype)
+    size = np.abs(array(W)) + layer.scaling * np.abs(array(layer.lora_B)) @ np.abs(array(layer.lora_A))
     (row,) = lora.merge(model).modules
     assert (layer.weight.dtype, row.dtype) == (dtype, str(dtype).removeprefix("torch."))
-    assert_rounded(layer.weight, exact, np.abs(exact) + np.abs(array(W)), torch.finfo(dtype).eps)
+    assert_rounded(layer.weight, exact, size, torch.finfo(dtype).eps)
     lost = np.linalg.norm(array(layer.weight) - exact) / np.linalg.norm(exact - array(W))
     assert row.lost == pytest.approx(lost, rel=1e-2, abs=1e-6)
     assert model(x).dtype == dtype
