@@ -76,11 +76,8 @@ def computed_names(module: nn.Module) -> list[str]:
     Torch puts a class in front of the module's for them, which goes when the module gets another class.
     """
     parametrized = module._modules.get("parametrizations")
-    return (
-        []
-        if parametrized is None
-        else [name for name, _ in parametrized.named_children() if name in vars(type(module))]
-    )
+    names = () if parametrized is None else (name for name, _ in parametrized.named_children())
+    return [name for name in names if name in vars(type(module))]
 
 
 def _holds_methods(value: Any) -> bool:
