@@ -59,16 +59,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def mark_sampled(items: list[pytest.Item]) -> None:
-    """Of a test that is marked `sampled(n)`, n cases are run by default, evenly spread: all others are slow."""
+    """Of a test that is marked `sampled(n)`, n cases are run by default, evenly spread: all others are slow.
+
+    With `sampled(n, others="exhaustive")` the others are that.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
     for found in cases.values():
-        (n,) = found[0].get_closest_marker("sampled").args
+        mark = found[0].get_closest_marker("sampled")
+        (n,), others = mark.args, getattr(pytest.mark, mark.kwargs.get("others", "slow"))
         for i, item in enumerate(found):
             if i * n % len(found) >= n:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(others)
 
 
 @pytest.fixture(autouse=True)

@@ -100,8 +100,8 @@ def test_a_rank_ignores_what_the_test_ignores(ranks):
 class Case:
     """What the hook asks of an item."""
 
-    def __init__(self, nodeid, *sampled):
-        self.nodeid, self.marks = nodeid, [pytest.mark.sampled(n) for n in sampled]
+    def __init__(self, nodeid, *sampled, **others):
+        self.nodeid, self.marks = nodeid, [pytest.mark.sampled(n, **others) for n in sampled]
 
     def get_closest_marker(self, name):
         return next((mark.mark for mark in self.marks if mark.name == name), None)
@@ -116,6 +116,13 @@ def test_of_the_cases_of_a_sampled_test_those_that_are_run_are_evenly_spread():
     mark_sampled(cases)
     run = [case.nodeid for case in cases if not case.get_closest_marker("slow")]
     assert run == [f"test_a.py::test_one[{i}]" for i in (0, 4, 7)] + [case.nodeid for case in cases[10:]]
+
+
+def test_the_other_cases_may_be_exhaustive_ones():
+    cases = [Case(f"test_a.py::test_one[{i}]", 1, others="exhaustive") for i in range(3)]
+    mark_sampled(cases)
+    assert [bool(case.get_closest_marker("exhaustive")) for case in cases] == [False, True, True]
+    assert not any(case.get_closest_marker("slow") for case in cases)
 
 
 def test_of_all_tests_each_n_th_is_run():

@@ -307,6 +307,7 @@ def test_a_model_with_adapters_is_that_of_w(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(60, others="exhaustive")
 @pytest.mark.parametrize("name", zoo.ROWS)
 def test_it_starts_is_saved_merged_ejected_checkpointed_and_exchanged_with_peft_and_generates(name, tmp_path):
     run(Case(zoo.ROWS[name]), SLOW, tmp_path)
