@@ -319,8 +319,9 @@ class LoRALayer(StateDicts):
 
     def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, by name; nothing when `r` is 0."""
+        own = [*self._parameters]  # what a parametrization computes may be found there by its name, and is not listed
         for name in PARAMETERS:
-            if name in [*self._parameters]:  # as listed: what is computed is found there by its name, but is none
+            if name in own:
                 yield name, getattr(self, name)
 
     def lora_owns_its_tensors(self) -> bool:

@@ -97,10 +97,11 @@ def merge(
 
     The sum is computed in float32 (float64 where the weight is) and rounded once, to the weight's dtype. In bfloat16
     rounding loses a good part of a small update; the report says how much. Packed (quantised) weights become dense, in
-    the dtype that their layer computes in (of bitsandbytes' int8 without a bias, which does not say it, in that of most
-    other numbers of the model); the report says how much packing them again would lose. With `packed` they
-    are packed again, which to nearest loses about all of an ordinary update: the codes stay what they were. (Where the
-    scales are quantised too, they are rounded anew, and of a small update more than all can be lost.)
+    the dtype that their layer computes in; the report says how much packing them again would lose. (Weights in
+    bitsandbytes' int8 without a bias do not say what that is, and take the dtype that most of the model's other numbers
+    have.) With `packed` they are packed again, which to nearest loses about all of an ordinary update: the codes stay
+    what they were. (Where the scales are quantised too, they are rounded anew, and of a small update more than all can
+    be lost.)
 
     **With `batches`** weights in bfloat16 and float16 are rounded for the inputs x that their layers are given,
 

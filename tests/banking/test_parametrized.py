@@ -173,5 +173,7 @@ def test_such_a_layer_is_not_compiled(own, early):
             original += 1
         torch.testing.assert_close(compiled(x), model["x"](x))
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="x: has a parametrization, and cannot be compiled with a bank of adapters"):
+        with pytest.raises(
+            RuntimeError, match="x: has a parametrization, and cannot be compiled with a bank of adapters"
+        ):
             torch.compile(model["x"], backend="eager", fullgraph=True)(x)

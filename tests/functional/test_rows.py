@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from counting import Operations, kept_for_backward
 from hypothesis import given
 from hypothesis import strategies as st
-from pairwise import pairwise
+from pairwise import in_tiers, pairwise
 from torch.autograd import gradcheck, gradgradcheck
 
 from lora.functional import Rows, Update, lora_linear, lora_linear_rows, plain_lora_linear_rows
@@ -144,16 +144,16 @@ def test_it_is_the_equation(owners, slices, inner, flat, ranks, bias):
         torch.testing.assert_close(lora_linear_rows(x, weight, b, updates, given), theirs, rtol=1e-12, atol=1e-12)
 
 
+GIVEN = [*itertools.product(PATTERNS, SLICES, (0.0, 0.3))]
+
+
 @each_form
 @pytest.mark.parametrize(
     ("pattern", "slices", "dropout"),
     [
         ("few", "last", 0.3),
         ("absent", "whole", 0.0),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in pairwise(itertools.product(PATTERNS, SLICES, (0.0, 0.3)))
-        ),
+        *in_tiers(GIVEN, pairwise(GIVEN), pytest.mark.slow),
     ],
 )
 def test_its_gradients_are_right_and_so_are_theirs(form, pattern, slices, dropout):

@@ -31,6 +31,12 @@ def pairwise(rows: Iterable[tuple]) -> list[tuple]:
     return few
 
 
+def in_tiers(rows: Iterable[tuple], few: Iterable[tuple], *marks: pytest.MarkDecorator) -> list:
+    """All rows as cases of a test: those among a few have these marks, and all others are exhaustive ones."""
+    few = set(few)
+    return [pytest.param(*row, marks=marks if row in few else pytest.mark.exhaustive) for row in rows]
+
+
 def every_two(**values: Iterable) -> pytest.MarkDecorator:
     """Parametrize a test by some of all combinations, in which every two values meet; of a dict, keys are the ids."""
     columns = [

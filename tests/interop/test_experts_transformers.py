@@ -1,6 +1,7 @@
 """LoRA on the experts of transformers' mixtures, which are parameters of three dimensions, against dense arithmetic."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from expert_models import (
     make,
     randomise,
 )
-from pairwise import every_two
+from pairwise import in_tiers, pairwise
 
 import lora
 from lora.layers.in_place_stack import LowRankStack
@@ -255,12 +256,15 @@ def test_nothing_as_large_as_the_experts_is_made(implementation):
 # ---- compiled ------------------------------------------------------------------------------------------------------
 
 
+COMPILED = [
+    *itertools.product(["Mixtral", "GPT-OSS"], ["batched_mm", "grouped_mm"], [torch.float32, torch.bfloat16]),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # of transformers'
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # after a break
-@every_two(
-    name=["Mixtral", "GPT-OSS"], implementation=["batched_mm", "grouped_mm"], dtype=[torch.float32, torch.bfloat16]
-)
+@pytest.mark.parametrize(("name", "implementation", "dtype"), in_tiers(COMPILED, pairwise(COMPILED)))
 def test_it_is_compiled(name, implementation, dtype, nothing_dense):
     """Without a break, but where a compiler cannot: "eager" asks what the router chose, and of `torch._grouped_mm`,
     which transformers calls in bfloat16, torch's own does not ask W (torch.overrides has no private functions).

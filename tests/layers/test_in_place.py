@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from counting import kept_for_backward
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import in_tiers
 
 import lora
 
@@ -277,10 +278,12 @@ def test_it_is_saved_loaded_copied_merged_and_ejected(own, use_dora, tmp_path):
     torch.testing.assert_close(first(model(x)), y, rtol=1e-10, atol=1e-10)
 
 
-# Dynamo follows no set of parameters.
+COMPILED = [own for own in OWN if own != "by order"]  # dynamo follows no set of parameters
+
+
 @pytest.mark.parametrize(
     ("own", "use_dora"),
-    [*zip([own for own in OWN if own != "by order"], itertools.cycle([True, False]), strict=False)],
+    in_tiers(itertools.product(COMPILED, [True, False]), zip(COMPILED, itertools.cycle([True, False]), strict=False)),
 )
 @pytest.mark.slow
 def test_it_is_compiled_without_a_break(own, use_dora):

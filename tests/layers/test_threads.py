@@ -134,7 +134,7 @@ def test_after_a_load_under_serving_threads_every_output_is_the_new_adapters(set
             for layer in model:
                 nn.init.normal_(layer.lora_B)
             adapters.append((copy.deepcopy(lora.adapter_of(model)), model.eval()(X)))
-    end, errors = time.monotonic() + 2, []
+    end, errors = time.monotonic() + 6, []
 
     def serve():
         while time.monotonic() < end:

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention, by its name: all that it projects with is W, whoever calls it or reads its weights."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn as nn
 from counting import kept_for_backward
 from owners import adapted, adapters, assert_close, assert_is_w, by_hand, moved
+from pairwise import in_tiers
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -230,13 +232,13 @@ def test_checkpointing_changes_nothing(name, use_reentrant):
         assert_close(parameter.grad, gradient)
 
 
+COMPILED = ["itself", "other keys", "crossed", "clip", "vit", "encoder layer"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "use_dora"),
-    [
-        *(("itself", True), ("other keys", False), ("crossed", True)),
-        *(("clip", False), ("vit", True), ("encoder layer", False)),
-    ],
+    in_tiers(itertools.product(COMPILED, [True, False]), zip(COMPILED, itertools.cycle([True, False]), strict=False)),
 )
 def test_it_is_compiled_without_a_break(name, use_dora):
     _, _, _, of = ATTENTIVE[name]

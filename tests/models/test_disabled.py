@@ -572,7 +572,7 @@ def test_an_interruption_within_another_block_leaves_that_open():
 @FIELDS
 def test_threads_that_disable_and_threads_that_do_not_get_what_they_asked_for(fields):
     model, on, off = trained(fields)
-    before, end, wrong, refused = parameters(model), time.monotonic() + 2, [], []
+    before, end, wrong, refused = parameters(model), time.monotonic() + 4, [], []
 
     def reference():
         while time.monotonic() < end:
