@@ -117,7 +117,8 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
         about, made = machine(), cases(chosen.quick)
     topic, results = Path(script).stem, {}
     where = "" if chosen.device == "cpu" else f" --device {chosen.device}"
-    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick}{where} --seconds {seconds:g}"
+    only = f' --only "{chosen.only}"' if chosen.only else ""
+    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick}{where}{only} --seconds {seconds:g}"
     for name, make in made.items():
         if chosen.only in name:
             with making():

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quantized
 import rivals
 import torch
 from counts import aten
@@ -94,6 +95,8 @@ def cases(quick: bool) -> dict[str, Callable[[], tuple[Mapping[str, nn.Module], 
         found[f"Linear, bfloat16{words}"] = partial(linear, small, large, n, BF16, None, dropout)
         found[f"Linear, bfloat16, float32 adapter{words}"] = partial(linear, small, large, n, BF16, F32, dropout)
         found[f"fused q, k, v: q and v, float32{words}"] = partial(fused, small, n, dropout)
+        found[f"NF4, float32{words}"] = partial(quantised, small, large, n, F32, dropout)
+        found[f"NF4, bfloat16, float32 adapter{words}"] = partial(quantised, small, large, n, BF16, dropout)
     found["Linear with DoRA, float32"] = partial(dora, small, large, n)
     found["Embedding, float32"] = partial(embedding, large, small, n)
     found["Conv2d, kernel 3, float32"] = partial(convolution, 64 // scale, 16)
@@ -103,6 +106,10 @@ def cases(quick: bool) -> dict[str, Callable[[], tuple[Mapping[str, nn.Module], 
 def linear(i: int, o: int, n: int, dtype: torch.dtype, adapter: torch.dtype | None, dropout: float) -> Any:
     base = nn.Linear(i, o, bias=False, dtype=dtype)
     return rivals.layers(base, R, dropout, adapter), torch.randn(n, i, dtype=dtype, requires_grad=True)
+
+
+def quantised(i: int, o: int, n: int, dtype: torch.dtype, dropout: float) -> Any:
+    return quantized.layers(i, o, dtype, F32, dropout), torch.randn(n, i, dtype=dtype, requires_grad=True)
 
 
 def fused(i: int, n: int, dropout: float) -> Any:

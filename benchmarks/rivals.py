@@ -54,6 +54,7 @@ def with_peft(
 ) -> nn.Module:
     """The base layer in PEFT; `settings` are further fields of its LoraConfig."""
     holder = nn.ModuleDict({"layer": copy.deepcopy(base)})
+    holder.is_loaded_in_4bit = type(base).__name__ == "Linear4bit"  # which is how transformers tells PEFT
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["layer"], **settings)
     peft.get_peft_model(holder, config, autocast_adapter_dtype=adapter_dtype is not None)
     return same_start(holder["layer"])

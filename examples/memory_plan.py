@@ -12,7 +12,7 @@ rank holds. FSDP2's weights that are whole for a moment, and what its step keeps
 
 - tensor parallelism, and weights that are quantised and sharded;
 - torch and CUDA themselves, and what an allocator keeps or splits;
-- padding masks, dropout over quantised weights, `modules_to_save`, `rank_pattern`, and optimizers that are not fused.
+- padding masks, `modules_to_save`, `rank_pattern`, and optimizers that are not fused.
 """
 
 from __future__ import annotations
@@ -225,14 +225,12 @@ def _keeps(decoder: Decoder, training: Training, x: str) -> bool:
 
 
 def _kept_by_adapters(layers: Iterable[Layer], training: Training) -> int:
-    """h of each layer; with DoRA also its output and gain; over a quantised weight A and B, cast."""
+    """h of each layer; with DoRA also its output and gain."""
     T, b, found = training.tokens, training.b, 0
     for layer in layers:
         found += T * b * training.rows_of_A(layer)
         if training.use_dora:  # g and the norms in float32, and where those are zero
             found += (T * b + 4 + 4 + 1) * (layer.columns if layer.reads == "ids" else layer.rows)
-        if training.base_dtype in QUANTISED and training.adapter_dtype == "float32" and layer.in_block:
-            found += sum(b * t.values() for t in adapter(layer, training, 1) if len(t.shape) == 2)
     return found
 
 

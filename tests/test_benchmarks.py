@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Those that are sampled below are the quickest: the first, the sixth and the tenth.
 SCRIPTS = [
     *("embedding", "linear", "dora", "merged", "swiglu", "decode", "conv"),
-    *("experts", "bank", "merge", "methods_time", "training_step", "cross_entropy"),
+    *("experts", "bank", "merge", "methods_time", "training_step", "cross_entropy", "quantized"),
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers

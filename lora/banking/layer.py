@@ -302,7 +302,7 @@ def _with_rows(y: Tensor, rows: Rows, lead: int, changes: Mapping[int, Callable[
 def _added(seat: Any, seeds: Seeds, x: Tensor, y: Tensor) -> Tensor:
     """The base's output of an adapter's rows, and its update for these."""
     with _dropping(seat, seeds, y.device):
-        y = y + seat.lora_update(x, seat.lora_scaling).to(y.dtype)
+        y = seat.lora_beside(x, y)
     return seat.lora_magnified(y) if seat.use_dora else y
 
 

@@ -1,5 +1,6 @@
 """LoRA as functions of tensors: each plain equation, and beside it the same with a hand-written backward."""
 
+from lora.functional.beside import lora_beside, plain_lora_beside
 from lora.functional.conv import Geometry, lora_conv, plain_lora_conv
 from lora.functional.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 from lora.functional.embedding import Lookup, lora_embedding, plain_lora_embedding
@@ -15,6 +16,7 @@ __all__ = [
     "Rows",
     "Update",
     "linear_cross_entropy",
+    "lora_beside",
     "lora_conv",
     "lora_embedding",
     "lora_linear",
@@ -22,6 +24,7 @@ __all__ = [
     "lora_swiglu",
     "magnify",
     "plain_linear_cross_entropy",
+    "plain_lora_beside",
     "plain_lora_conv",
     "plain_lora_embedding",
     "plain_lora_linear",

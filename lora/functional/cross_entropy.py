@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import is_number
-from lora.functional.fused import FusedFunction, autocasts, cast, exact_dtype, is_plain, without_autocast
+from lora.functional.fused import FusedFunction, autocast_dtype, cast, exact_dtype, is_plain, without_autocast
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits at a time: with fewer rows, products would read all of the weight for little work; 32 MiB of float32 on a CPU.
@@ -136,8 +136,8 @@ def _dtype(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) 
     ids = type(labels) is Tensor and labels.dtype == torch.int64 and not labels.is_meta
     if trains or not ids or not is_plain(hidden, weight, bias):
         return None
-    if autocasts(hidden.device) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(hidden.device.type)
+    if (autocast := autocast_dtype(hidden, weight)) is not None:
+        return autocast
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         return None  # the plain operations raise what torch's own layer raises
     return hidden.dtype

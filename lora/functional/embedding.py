@@ -70,7 +70,7 @@ class _LoRAEmbedding(FusedFunction):
         h = A.index_select(1, ids.reshape(-1)).to(y.dtype)  # (r, N), whose rows are contiguous as A's are
         y.view(-1, y.shape[-1]).addmm_(h.T, B.to(y.dtype).T, alpha=scaling)
         ctx.mark_dirty(y)
-        ctx.scaling, ctx.how, ctx.shape = scaling, how, y.shape
+        ctx.scaling, ctx.how, ctx.shapes = scaling, how, (y.shape,)
         ctx.save_for_backward(None, A, B, ids, h)
         return y
 

@@ -247,21 +247,33 @@ def choose(
     dtype = fused_dtype(x, weight, bias, A, B)
     if dtype is None:
         return None
-    noise = Noise.draw(dropout, x) if dropout else None
-    if dropout and noise is None:
-        return None
-    return Fused(scaling, noise, dtype, slices or ((0, weight.shape[0]),))
+    slices = slices or ((0, weight.shape[0]),)
+    return with_dropout(dropout, x, scaling, dtype, slices) if dropout else Fused(scaling, None, dtype, slices)
+
+
+def with_dropout(dropout: float, x: Tensor, scaling: float, dtype: torch.dtype, slices: Slices) -> Fused | None:
+    """The options with dropout; None where it has no replay."""
+    noise = Noise.draw(dropout, x)
+    return None if noise is None else Fused(scaling, noise, dtype, slices)
 
 
 def fused_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> torch.dtype | None:
     """What a fused function computes in with these tensors; None where only autograd's own operations will do."""
     if weight.requires_grad or not is_plain(x, weight, bias, *adapter):
         return None
-    autocast = may_autocast() and autocasts(x.device) and torch.float64 not in (x.dtype, weight.dtype)
-    if weight.dtype != x.dtype and not autocast:
+    autocast = autocast_dtype(x, weight) if may_autocast() else None
+    if weight.dtype != x.dtype and autocast is None:
         refuse_storage(weight.dtype)
         return None  # the plain operations raise what torch's own layer raises
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return autocast or x.dtype
+
+
+def autocast_dtype(*factors: Tensor) -> torch.dtype | None:
+    """What autocast computes a product of these in; None where it leaves them as they are."""
+    device = factors[0].device
+    if not autocasts(device) or any(factor.dtype == torch.float64 for factor in factors):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 class FusedFunction(torch.autograd.Function):
@@ -272,7 +284,7 @@ class FusedFunction(torch.autograd.Function):
         twin(ctx, *inputs)                 the value in operations that autograd knows, for `backward` to be
                                            differentiated, or taken of many dy at once
 
-    A function that is linear in its first input may save None for that, and its shape as `ctx.shape`.
+    A function that is linear in its first inputs may save None for each, and their shapes as `ctx.shapes`.
     """
 
     inputs: ClassVar[int]
@@ -310,13 +322,22 @@ class FusedFunction(torch.autograd.Function):
         """Autograd's own gradients of the twin, which can be differentiated."""
         count = cls.count(ctx)
         inputs, needs = list(ctx.saved_tensors[:count]), ctx.needs_input_grad[:count]
-        if inputs[0] is None:
-            # Not of dy, which may be many: then autograd would meet a value that is many, too.
-            inputs[0] = torch.zeros(ctx.shape, dtype=dy.dtype, device=dy.device, requires_grad=True)
+        for n, shape in enumerate(getattr(ctx, "shapes", ())):
+            if inputs[n] is None:
+                # Not of dy, which may be many: then autograd would meet a value that is many, too.
+                inputs[n] = torch.zeros(shape, dtype=dy.dtype, device=dy.device, requires_grad=True)
         y = cls.twin(ctx, *inputs)
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
         return [next(gradients) if needed else None for needed in needs]
+
+
+def without_input(plain: str) -> RuntimeError:
+    """What to raise where a backward is differentiated that needs an input, which was not kept."""
+    return RuntimeError(
+        "differentiating twice, or for many output gradients at once, needs the layer's input, which is not kept while "
+        f"lora_B trains and lora_A does not; let lora_A train, or compute with `lora.functional.{plain}`."
+    )
 
 
 def _needs_plain_backward(dy: Tensor) -> bool:

@@ -26,6 +26,7 @@ from lora.functional.fused import (
     may_autocast,
     spread,
     without_autocast,
+    without_input,
 )
 
 _FOLDED = (torch.float32, torch.float64)
@@ -115,7 +116,7 @@ def plain_lora_linear(
 
 def up_slices(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor:
     """h_g B_gᵀ in each slice of (..., out_features), zeros between them, for h (..., G·r) and B (sizes, r)."""
-    if _is_whole(slices, out_features):
+    if is_whole(slices, out_features):
         return F.linear(h, B)
     pieces, end = [], 0
     for (start, stop), h_g, B_g in zip(slices, _parts_of_h(h, slices), _parts_of_B(B, slices), strict=True):
@@ -128,20 +129,20 @@ def up_slices(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor
 
 def add_slices_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 1.0) -> Tensor:
     """Add alpha · h_g B_gᵀ to each slice of y (N, out_features), in place, for h (N, G·r) and B (sizes, r)."""
-    if _is_whole(slices, y.shape[1]):
+    if is_whole(slices, y.shape[1]):
         return y.addmm_(h, B.T, alpha=alpha)
     for y_g, h_g, B_g in zip(_parts_of_y(y, slices), _parts_of_h(h, slices), _parts_of_B(B, slices), strict=True):
         y_g.addmm_(h_g, B_g.T, alpha=alpha)
     return y
 
 
-def _is_whole(slices: Slices, out_features: int) -> bool:
+def is_whole(slices: Slices, out_features: int) -> bool:
     return len(slices) == 1 and slices[0] == (0, out_features)
 
 
 def _parts_of_y(y: Tensor, slices: Slices) -> list[Tensor]:
     """Of y (N, out_features), or its gradient, each slice (N, stop - start)."""
-    return [y] if _is_whole(slices, y.shape[1]) else [y[:, start:stop] for start, stop in slices]
+    return [y] if is_whole(slices, y.shape[1]) else [y[:, start:stop] for start, stop in slices]
 
 
 def _parts_of_h(h: Tensor, slices: Slices) -> Sequence[Tensor]:
@@ -172,7 +173,7 @@ class _LoRALinear(FusedFunction):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
         y, h = linear_forward(x, weight, bias, A, B, fused)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.fused, ctx.shape = fused, x.shape
+        ctx.fused, ctx.shapes = fused, (x.shape,)
         # x itself: of a view made here, double backward would know nothing.
         ctx.save_for_backward(x if needs_A else None, weight, bias, A, B, h if needs_B else None)
         return y
@@ -188,11 +189,7 @@ class _LoRALinear(FusedFunction):
     def twin(ctx: Any, *inputs: Any) -> Tensor:
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         if needs_B and not needs_A:
-            raise RuntimeError(
-                "differentiating twice, or for many output gradients at once, needs the layer's input, which is not "
-                "kept while lora_B trains and lora_A does not; let lora_A train, or compute with "
-                "`lora.functional.plain_lora_linear`."
-            )
+            raise without_input("plain_lora_linear")
         fused: Fused = ctx.fused
         x, weight, bias, A, B = (cast(tensor, fused.dtype) for tensor in inputs)
         return plain_lora_linear(x, weight, bias, A, B, fused.scaling, fused.dropout(x, flat(x)), fused.slices)
@@ -227,7 +224,7 @@ def _folds(x: Tensor, weight: Tensor, A: Tensor, fused: Fused) -> bool:
     if fused.noise is not None or fused.dtype not in _FOLDED or few or weight.numel() < _LEAST_FOLDED:
         return False
     out_features, in_features = weight.shape
-    whole = weight.dtype == fused.dtype and _is_whole(fused.slices, out_features)
+    whole = weight.dtype == fused.dtype and is_whole(fused.slices, out_features)
     measured = x.device.type == "cpu"
     return measured and whole and x.numel() * (in_features + out_features) >= 2 * weight.numel() * in_features
 
@@ -273,23 +270,33 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_update_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
     """Add the update of x (N, in_features) to y (N, out_features), in place; return h (N, G·r)."""
-    h = _down(x, cast(A, fused.dtype), fused.noise)
+    h = down(x, cast(A, fused.dtype), fused.noise)
     add_slices_(y, h, fused.up(B), fused.slices, fused.alpha)
     return h
 
 
 def update_backward(
-    dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, h: Tensor | None, dx: Tensor | None, fused: Fused
+    dy: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    dx: Tensor | None,
+    fused: Fused,
+    fresh: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA, where there is an x, and dB, where there is an h; the update's part of dx is added to it in place."""
+    """dA, where there is an x, and dB, where there is an h.
+
+    The update's part of dx is added to it in place; written to it if it is fresh, and holds nothing yet.
+    """
     dA, dB = None, None if h is None else fused.of_B(_outer(dy, h, fused.slices), B)
     if dx is not None or x is not None:
         dh = fused.scaled_(_to_rank(dy, fused.up(B), fused.slices))  # (N, G·r)
-        dA = _through_down(dh, cast(A, fused.dtype), x, dx, fused.noise)
+        dA = _through_down(dh, cast(A, fused.dtype), x, dx, fused.noise, fresh)
     return dA, dB
 
 
-def _down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
+def down(x: Tensor, A: Tensor, noise: Noise | None) -> Tensor:
     """(D ⊙ x) Aᵀ, (N, G·r)."""
     if noise is None:
         return torch.mm(x, A.T)
@@ -321,19 +328,23 @@ def _outer(dy: Tensor, h: Tensor, slices: Slices) -> Tensor:
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def _through_down(dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, noise: Noise | None) -> Tensor | None:
-    """Return dA = dhᵀ (D ⊙ x), if there is an x, and add D ⊙ (dh A) to dx in place, if there is a dx."""
+def _through_down(
+    dh: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, noise: Noise | None, fresh: bool
+) -> Tensor | None:
+    """Return dA = dhᵀ (D ⊙ x), if there is an x. Add D ⊙ (dh A) to dx, if there is one, or write it there if fresh."""
     if noise is None:
         if dx is not None:
-            dx.addmm_(dh, A)
+            torch.mm(dh, A, out=dx) if fresh else dx.addmm_(dh, A)
         return None if x is None else torch.mm(dh.T, x)
     like = dx if x is None else x
     assert like is not None, "asked for no gradient"
     dA = None
     for rows, chunk in noise.chunks(like):
         if dx is not None:
-            update = torch.mm(dh[rows], A)
-            dx[rows].add_(noise.gate(update, chunk, out=update))
+            update = torch.mm(dh[rows], A, out=dx[rows] if fresh else None)
+            noise.gate(update, chunk, out=update)
+            if not fresh:
+                dx[rows].add_(update)
         if x is not None:
             part = torch.mm(dh[rows].T, noise.gate(x[rows], chunk, out=chunk))
             dA = part if dA is None else cast(dA, exact_dtype(A.dtype)).add_(part)

@@ -26,6 +26,7 @@ from lora.functional.fused import (
     replays,
     spread,
     without_autocast,
+    without_input,
 )
 from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
 from lora.functional.stacked import Block, Stack
@@ -391,7 +392,7 @@ class _LoRALinearRows(FusedFunction):
         y = base(x_, weight, bias)
         hs: list[Tensor | None] = [*plan.add_updates_(flat(y), flat(x_), factors)]
         needs_A, needs_B = ctx.needs_input_grad[3:-1:2], ctx.needs_input_grad[4:-1:2]
-        ctx.plan, ctx.shape = plan, x.shape
+        ctx.plan, ctx.shapes = plan, (x.shape,)
         hs = [h if needed else None for h, needed in zip(hs, needs_B, strict=True)]
         ctx.save_for_backward(x if any(needs_A) else None, weight, bias, *factors, *hs)
         return y
@@ -418,17 +419,13 @@ class _LoRALinearRows(FusedFunction):
             gradients += update_backward(rows.take(part, dy_), x_k, A, B, hs[k], dx_k, fused)
             if dx is not None and dx_k is not None:
                 rows.put_(part, dx, dx_k)
-        return None if dx is None else dx.view(ctx.shape), None, dy_.sum(0) if needs_bias else None, *gradients
+        return None if dx is None else dx.view(ctx.shapes[0]), None, dy_.sum(0) if needs_bias else None, *gradients
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:
         needs = ctx.needs_input_grad[3:-1]
         if any(needs[1::2]) and not any(needs[::2]):
-            raise RuntimeError(
-                "differentiating twice, or for many output gradients at once, needs the layer's input, which is not "
-                "kept while lora_B trains and lora_A does not; let lora_A train, or compute with "
-                "`lora.functional.plain_lora_linear_rows`."
-            )
+            raise without_input("plain_lora_linear_rows")
         plan: _Plan = ctx.plan
         x, weight, bias, *factors = (cast(tensor, plan.dtype) for tensor in inputs)
         updates: list[Update | None] = [None] * (1 + max(part.adapter for part in plan.parts))

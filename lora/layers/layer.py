@@ -110,8 +110,11 @@ class LoRALayer(StateDicts):
         return output
 
     def lora_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W₀ x + s · B A drop(x) + b, in plain, out-of-place operations: right for every base, quantised or sharded."""
-        y = self.lora_base_forward(input, *args, **kwargs)
+        """W₀ x + s · B A drop(x) + b, out of place: right for every base, quantised or sharded."""
+        return self.lora_beside(input, self.lora_base_forward(input, *args, **kwargs))
+
+    def lora_beside(self, input: Tensor, y: Tensor) -> Tensor:
+        """What the base layer has computed, and s · B A drop(x)."""
         return y + self.lora_update(input, self.lora_scaling).to(y.dtype)
 
     def lora_update(self, input: Tensor, scaling: float | Tensor = 1.0) -> Tensor:

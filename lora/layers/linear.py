@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import instance, short
-from lora.functional import Adapted, lora_linear
+from lora.functional import Adapted, lora_beside, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
 from lora.functional.linear import add_slices_, up_slices
 from lora.layers.kind import Shape
@@ -134,6 +134,10 @@ class LinearLoRA(TaughtLinear):
             return super().lora_forward(input, *args, **kwargs)
         # No second weight beside one that was gathered from shards for this forward.
         return lora_linear(input, *self.lora_arguments(), fold=not self._subclassed)
+
+    def lora_beside(self, input: Tensor, y: Tensor) -> Tensor:
+        dropout = self.lora_dropout if self.training else 0.0
+        return lora_beside(input, y, *self.lora_factors(), self.lora_scaling, dropout, self.lora_slices())
 
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""

@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from counting import kept_for_backward
 from packed import (
     ROWS,
     R,
@@ -132,6 +133,17 @@ def test_computes_in_bfloat16_where_told(name):
     update = layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T)  # in float32, like x
     assert layer(x).dtype == torch.float32
     torch.testing.assert_close(layer(x) - base, update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_keeps_x_and_h_for_backward_and_no_dropped_copy(name, dropout, dtype):
+    layer, x = quantised(name, dtype), torch.randn(2, 32, IN, dtype=dtype, requires_grad=True)
+    base = kept_for_backward(lambda: layer(x))
+    layer = adapted(layer, lora_dropout=dropout)
+    kept = kept_for_backward(lambda: layer(x), layer.lora_A, layer.lora_B)
+    assert kept - base == 64 * (IN + R) * x.element_size()
 
 
 @pytest.mark.parametrize("name", NAMES)
