@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from chart import draw
-from machine import machine
+from machine import machine, only
 
 from lora.errors import table
 
@@ -117,8 +117,8 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
         about, made = machine(), cases(chosen.quick)
     topic, results = Path(script).stem, {}
     where = "" if chosen.device == "cpu" else f" --device {chosen.device}"
-    only = f' --only "{chosen.only}"' if chosen.only else ""
-    about["command"] = f"python benchmarks/{topic}.py{' --quick' * chosen.quick}{where}{only} --seconds {seconds:g}"
+    options = f"{' --quick' * chosen.quick}{where}{only(chosen.only)} --seconds {seconds:g}"
+    about["command"] = f"python benchmarks/{topic}.py{options}"
     for name, make in made.items():
         if chosen.only in name:
             with making():

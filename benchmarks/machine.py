@@ -18,13 +18,19 @@ def machine() -> dict[str, str]:
     versions = (f"{name} {version(name)}" for name in ("torch", "numpy", "loralib", "peft", "transformers", "lora"))
     device = torch.get_default_device()
     card = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    cpu = f"{(model or [platform.processor()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
     return card | {
-        "CPU": f"{(model or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "CPU": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(versions),
         "load at the start": f"{os.getloadavg()[0]:.1f}",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def only(words: str) -> str:
+    """The option that chose the cases, as it was typed."""
+    return f' --only "{words}"' if words else ""
 
 
 def peak_mib() -> float:

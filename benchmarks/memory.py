@@ -41,7 +41,7 @@ import counts
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from machine import machine, peak_mib
+from machine import machine, only, peak_mib
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -302,7 +302,7 @@ def main(*argv: str) -> None:
     parser.add_argument("--out", type=Path, help="folder for the results (default: results/, of all cases)")
     chosen = parser.parse_args(argv or None)
     about, results = machine(), {}
-    about["command"] = "python benchmarks/memory.py" + " --quick" * chosen.quick
+    about["command"] = "python benchmarks/memory.py" + " --quick" * chosen.quick + only(chosen.only)
     for engine in RANKS:
         chunks = (False, True) if engine == "one" else (False,)
         cases = [Case(engine, *settings, chosen.quick) for settings in product(DTYPES, (False, True), chunks)]

@@ -50,11 +50,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="of all tests, run each N-th")
+    parser.addoption("--slow-part", default="0/1", metavar="K/N", help="of slow tests, run the K-th of N parts")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is asked which tests to leave out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_sampled(items)
+    mark_parts(items, *map(int, config.getoption("slow_part").split("/")))
     items[:] = items[:: config.getoption("every")]
 
 
@@ -73,6 +75,14 @@ def mark_sampled(items: list[pytest.Item]) -> None:
         for i, item in enumerate(found):
             if i * n % len(found) >= n:
                 item.add_marker(others)
+
+
+def mark_parts(items: list[pytest.Item], part: int, parts: int) -> None:
+    """Divide the slow tests into so many parts, one test after the other: those of other parts become exhaustive."""
+    slow = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive")]
+    for i, item in enumerate(slow):
+        if i % parts != part:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import mark_sampled
+from conftest import mark_parts, mark_sampled
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -123,6 +123,18 @@ def test_the_other_cases_may_be_exhaustive_ones():
     mark_sampled(cases)
     assert [bool(case.get_closest_marker("exhaustive")) for case in cases] == [False, True, True]
     assert not any(case.get_closest_marker("slow") for case in cases)
+
+
+def test_each_slow_test_is_in_one_of_the_parts():
+    run = []
+    for part in range(4):
+        cases = [Case(f"test_a.py::test_one[{i}]", 1) for i in range(10)]  # the first by default, the others slow
+        cases += [Case("test_a.py::test_two[0]", 1, others="exhaustive"), Case("test_a.py::test_two[1]")]
+        cases[-1].add_marker(pytest.mark.exhaustive)
+        mark_sampled(cases)
+        mark_parts(cases, part, 4)
+        run.append([i for i, case in enumerate(cases) if not case.get_closest_marker("exhaustive")])
+    assert run == [[0, 1, 5, 9, 10], [0, 2, 6, 10], [0, 3, 7, 10], [0, 4, 8, 10]]
 
 
 def test_of_all_tests_each_n_th_is_run():

@@ -189,6 +189,15 @@ def test_without_rows_the_gradients_are_zeros(dropout):
 N, FEATURES, OUT, R = 64, 128, 192, 8
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize(("trains_A", "trains_B"), [(True, True), (True, False), (False, True), (False, False)])
+def test_it_keeps_x_for_A_and_h_for_B_and_not_a_byte_more(trains_A, trains_B, dropout):
+    x, y, A, B = problem(OUT, None, N, features=FEATURES, r=R)
+    A.requires_grad_(trains_A), B.requires_grad_(trains_B)
+    kept = kept_for_backward(lambda: lora_beside(x, y, A, B, 0.5, dropout), A, B)
+    assert kept == 8 * N * (FEATURES * trains_A + R * trains_B)
+
+
 def test_it_does_no_more_operations_than_the_arithmetic_takes():
     x, y, A, B = problem(OUT, None, N, features=FEATURES, r=R, dtype=torch.float32)
     with Operations() as forward:

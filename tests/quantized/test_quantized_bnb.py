@@ -147,6 +147,14 @@ def test_it_keeps_x_and_h_for_backward_and_no_dropped_copy(name, dropout, dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_dropped_in_eval(name):
+    layer, x = adapted(quantised(name), lora_dropout=0.5), torch.randn(3, IN)
+    y, base = layer.eval()(x), layer.lora_base_forward(x)
+    update = layer.scaling * (x.double() @ layer.lora_A.T.double() @ layer.lora_B.T.double())
+    torch.testing.assert_close((y - base).double(), update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_split_outputs(name):
     layer = quantised(name)
     x = torch.randn(3, IN)
