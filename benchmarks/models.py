@@ -16,14 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 import lora
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # which are no package
-from phi3 import fetch, pretrained, tiny
+from phi3 import fetch, pretrained, quantizing, tiny
 
-R = {"llama": 8, "phi3": 16, "phi3-mini": 16}
+R = {"llama": 8, "phi3": 16, "phi3-nf4": 16, "phi3-mini": 16}
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
-TARGETS["phi3-mini"] = TARGETS["phi3"]
+TARGETS["phi3-nf4"] = TARGETS["phi3-mini"] = TARGETS["phi3"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ def _phi3(quick: bool, dtype: torch.dtype) -> nn.Module:
     return model.to(torch.get_default_device())
 
 
+def _phi3_nf4(quick: bool, dtype: torch.dtype) -> nn.Module:
+    model = _phi3(quick, dtype)
+    quantizing.quantize(model, "nf4", {"modules_to_save": None, "init_lora_weights": True})
+    model.is_loaded_in_4bit = True  # which is how transformers tells PEFT
+    return model
+
+
 def _phi3_mini(quick: bool, dtype: torch.dtype) -> nn.Module:
     layers = {"num_hidden_layers": 1} if quick else {}
     return Phi3ForCausalLM._from_config(Phi3Config(**layers), dtype=dtype)
@@ -99,7 +106,7 @@ def _settings(plan: Plan) -> dict[str, object]:
     return {"r": r, "lora_alpha": 2 * r, "lora_dropout": plan.dropout, "target_modules": names}
 
 
-_MODELS = {"llama": _llama, "phi3": _phi3, "phi3-mini": _phi3_mini}
+_MODELS = {"llama": _llama, "phi3": _phi3, "phi3-nf4": _phi3_nf4, "phi3-mini": _phi3_mini}
 _ADAPT = {
     "frozen": lambda model, plan: None,
     "loralib": _adapt_loralib,

@@ -3,7 +3,8 @@
 Forward and backward with r = 16 and gradients for the input, A and B, against bitsandbytes' frozen NF4 layer with a
 gradient for the input. "kept" is what autograd keeps for backward, "made" all new storage of a step, both in sizes of
 what they are a ratio to. "The six products alone" are the frozen layer and LoRA's products into memory that is there
-already, with no dropout and no layer around them. loralib knows no quantised layers.
+already, with no dropout and no layer around them. loralib knows no quantised layers. A training step is that of
+training_step.py, its model quantised by the example's `--quantize nf4`.
 
     python benchmarks/quantized.py [--quick]
 """
@@ -17,6 +18,7 @@ from itertools import product
 import bitsandbytes as bnb
 import rivals
 import torch
+import training_step
 from harness import Case, main
 from linear import BF16, DROPOUTS, F32, R, against_frozen
 from torch import nn
@@ -35,7 +37,16 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
     for (name, (i, o, n, dtype, adapter)), p in product(SHAPES.items(), DROPOUTS):
         words = f", dropout {p:g}" if p else ""
         found[name + words] = partial(case, i // scale, o // scale, n // scale, dtype, adapter, p)
+    for p in DROPOUTS:
+        name = "a training step of phi3, 4 × 256 tokens, float32" + (f", dropout {p:g}" if p else "")
+        found[name] = partial(step, quick, p)
     return found
+
+
+def step(quick: bool, dropout: float) -> Case:
+    """The example's pretrained model, as training_step.py trains it."""
+    libraries = [("PEFT", F32), ("lora", F32), ("lora, split", F32)]
+    return training_step.case(training_step.plans("phi3-nf4", quick, F32, libraries, dropout), apart=True)
 
 
 def case(i: int, o: int, n: int, dtype: torch.dtype, adapter: torch.dtype, dropout: float) -> Case:

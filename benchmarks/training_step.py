@@ -28,7 +28,7 @@ from rivals import trainable
 
 F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 4
-SHAPES = {"llama": (1, 512), "phi3": (4, 256), "phi3-mini": (1, 2048)}  # rows and tokens of a batch
+SHAPES = {"llama": (1, 512), "phi3": (4, 256), "phi3-nf4": (4, 256), "phi3-mini": (1, 2048)}  # rows and tokens of a batch
 # What to compare with the frozen model, by model and dtype: libraries, and the dtypes of their adapters.
 VARIANTS = {
     ("llama", F32): [("loralib", F32), ("PEFT", F32), ("lora", F32)],
@@ -43,12 +43,19 @@ def cases(quick: bool) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     chosen = VARIANTS | ({} if torch.get_default_device().type == "cpu" else ON_ACCELERATORS)
     for ((model, dtype), variants), dropout in product(chosen.items(), (0.0, 0.05)):
-        plans = {"frozen": Plan(model, quick, dtype, "frozen", dtype, dropout)}
-        for library, adapter in variants:
-            label = library if adapter == dtype else f"{library}, float32 adapter"
-            plans[label] = Plan(model, quick, dtype, library, adapter, dropout)
         name = f"{model}, {str(dtype).removeprefix('torch.')}" + (f", dropout {dropout:g}" if dropout else "")
-        found[name] = partial(case, plans, apart=model == "phi3")
+        found[name] = partial(case, plans(model, quick, dtype, variants, dropout), apart=model == "phi3")
+    return found
+
+
+def plans(
+    model: str, quick: bool, dtype: torch.dtype, variants: list[tuple[str, torch.dtype]], dropout: float
+) -> dict[str, Plan]:
+    """The frozen model, and it with an adapter by each of these libraries."""
+    found = {"frozen": Plan(model, quick, dtype, "frozen", dtype, dropout)}
+    for library, adapter in variants:
+        label = library if adapter == dtype else f"{library}, float32 adapter"
+        found[label] = Plan(model, quick, dtype, library, adapter, dropout)
     return found
 
 
