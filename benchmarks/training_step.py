@@ -28,7 +28,12 @@ from rivals import trainable
 
 F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 4
-SHAPES = {"llama": (1, 512), "phi3": (4, 256), "phi3-nf4": (4, 256), "phi3-mini": (1, 2048)}  # rows and tokens of a batch
+SHAPES = {
+    "llama": (1, 512),
+    "phi3": (4, 256),
+    "phi3-nf4": (4, 256),
+    "phi3-mini": (1, 2048),
+}  # rows and tokens of a batch
 # What to compare with the frozen model, by model and dtype: libraries, and the dtypes of their adapters.
 VARIANTS = {
     ("llama", F32): [("loralib", F32), ("PEFT", F32), ("lora", F32)],
