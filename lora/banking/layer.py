@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ from lora.layers.embedding import EmbeddingLoRA
 from lora.layers.in_place import LowRankWeight, computed_names
 from lora.layers.layer import LoRALayer
 from lora.layers.linear import LinearLoRA
-from lora.layers.replay import seeded
 from lora.layers.state import PARAMETERS
 from lora.layers.undo import undo_on_error
 from lora.layers.vocabulary import WithVocabulary
@@ -301,15 +299,9 @@ def _with_rows(y: Tensor, rows: Rows, lead: int, changes: Mapping[int, Callable[
 
 def _added(seat: Any, seeds: Seeds, x: Tensor, y: Tensor) -> Tensor:
     """The base's output of an adapter's rows, and its update for these."""
-    with _dropping(seat, seeds, y.device):
-        y = seat.lora_beside(x, y)
+    y = seat.lora_beside(x, y, seeds.next)
     return seat.lora_magnified(y) if seat.use_dora else y
 
 
 def _same(y: Tensor) -> Tensor:
     return y
-
-
-def _dropping(seat: Any, seeds: Seeds, device: torch.device) -> AbstractContextManager[None]:
-    """A context in which dropout draws from the adapter's own seeds."""
-    return seeded(seeds.next(), device) if seat.lora_dropout and seat.training else nullcontext()

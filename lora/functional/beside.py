@@ -6,7 +6,7 @@ The fused function saves x and h = drop(x) Aᵀ, never a dropped copy of x, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from lora.functional.fused import (
     cast,
     drop,
     is_plain,
+    seeded_dropout,
     spread,
     with_dropout,
     without_autocast,
     without_input,
 )
-from lora.functional.linear import add_slices_, down, flat, is_whole, up_slices, update_backward
+from lora.functional.update import add_slices_, down, flat, is_whole, up_slices, update_backward
 
 
 def lora_beside(
@@ -37,6 +38,8 @@ def lora_beside(
     scaling: float,
     dropout: float = 0.0,
     slices: Slices | None = None,
+    *,
+    seed: Callable[[], int] | None = None,
 ) -> Tensor:
     """Add a low-rank update to what a linear layer of any kind has computed, in a new tensor.
 
@@ -54,6 +57,7 @@ def lora_beside(
         scaling: s.
         dropout: probability of dropping a value of x, as `lora_linear` takes it. Default: 0.
         slices: begin and end of the parts of the output to update, in order. Default: all of it, as one.
+        seed: gives the seed of dropout; not called where nothing is dropped. Default: torch's default generator.
 
     Returns:
         (..., out_features), in y's dtype.
@@ -66,13 +70,16 @@ def lora_beside(
     >>> lora.functional.lora_beside(x, y, A, B, scaling=0.5)[0]
     tensor([8., 8., 8., 8.])
     """
-    slices = slices or ((0, y.shape[-1]),)
+    slices = slices or ((0, B.shape[0]),)
     fused = None
-    if is_plain(x, y, A, B):
+    # A layer may give what is not of its input's rows: then the sum broadcasts, or is an error, as torch has it.
+    if is_plain(x, y, A, B) and x.shape[:-1] == y.shape[:-1] and slices[-1][1] <= y.shape[-1]:
         dtype = autocast_dtype(x, A) or x.dtype
-        fused = with_dropout(dropout, x, scaling, dtype, slices) if dropout else Fused(scaling, None, dtype, slices)
+        fused = Fused(scaling, None, dtype, slices)
+        if dropout:
+            fused = with_dropout(dropout, x, scaling, dtype, slices, seed)
     if fused is None:
-        return plain_lora_beside(x, y, A, B, scaling, dropout, slices)
+        return plain_lora_beside(x, y, A, B, scaling, seeded_dropout(dropout, x, seed), slices)
     if torch.is_grad_enabled():
         return _LoRABeside.run(y, x, A, B, fused)
     with without_autocast(x.device):
@@ -89,9 +96,12 @@ def plain_lora_beside(
     slices: Slices | None = None,
 ) -> Tensor:
     """The equation of `lora_beside` in operations that autograd knows; `dropout` may be what to multiply x by."""
-    h = F.linear(drop(x, dropout), A.to(x.dtype))  # (..., G·r)
-    B, left = spread(B, scaling, x.dtype)
-    update = up_slices(h, B, slices or ((0, y.shape[-1]),), y.shape[-1])
+    if x.is_floating_point():  # for integers torch says that A is not
+        A = A.to(x.dtype)
+    h = F.linear(drop(x, dropout), A)  # (..., G·r)
+    B, left = spread(B, scaling, h.dtype)
+    slices = slices or ((0, B.shape[0]),)
+    update = up_slices(h, B, slices, max(y.shape[-1], slices[-1][1]))
     return y + (update * left).to(y.dtype)
 
 
@@ -113,7 +123,7 @@ class _LoRABeside(FusedFunction):
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, fused: Fused) -> Tensor:
         z, h = _forward(y, x, A, B, fused)
         _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.fused, ctx.shapes = fused, (y.shape, x.shape)
+        ctx.fused, ctx.unsaved = fused, ((y.shape, y.dtype), (x.shape, x.dtype))
         ctx.save_for_backward(None, x if needs_A else None, A, B, h if needs_B else None)
         return z
 
@@ -123,7 +133,8 @@ class _LoRABeside(FusedFunction):
         fused: Fused = ctx.fused
         needs_y, needs_x, *_ = ctx.needs_input_grad
         dy_ = cast(flat(dy), fused.dtype)  # (N, out_features)
-        dx = dy_.new_empty(ctx.shapes[1]) if needs_x else None  # (..., in_features)
+        _, (shape, _) = ctx.unsaved
+        dx = dy_.new_empty(shape) if needs_x else None  # (..., in_features)
         x_, dx_ = None if x is None else cast(flat(x), fused.dtype), None if dx is None else flat(dx)
         dA, dB = update_backward(dy_, x_, A, B, h, dx_, fused, fresh=True)
         return dy if needs_y else None, dx, dA, dB

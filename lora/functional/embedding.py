@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.functional.fused import Fused, FusedFunction, is_plain, refuse_storage, spread, without_autocast
+from lora.functional.fused import Fused, FusedFunction, is_plain, refuse_storage, scaled_mm, spread, without_autocast
 
 
 class Lookup(NamedTuple):
@@ -70,7 +70,7 @@ class _LoRAEmbedding(FusedFunction):
         h = A.index_select(1, ids.reshape(-1)).to(y.dtype)  # (r, N), whose rows are contiguous as A's are
         y.view(-1, y.shape[-1]).addmm_(h.T, B.to(y.dtype).T, alpha=scaling)
         ctx.mark_dirty(y)
-        ctx.scaling, ctx.how, ctx.shapes = scaling, how, (y.shape,)
+        ctx.scaling, ctx.how, ctx.unsaved = scaling, how, ((y.shape, y.dtype),)
         ctx.save_for_backward(None, A, B, ids, h)
         return y
 
@@ -82,7 +82,7 @@ class _LoRAEmbedding(FusedFunction):
         fused = Fused(ctx.scaling, None, rows.dtype, ())
         dA = dB = None
         if needs_A:
-            dh = fused.scaled_(torch.mm(rows, fused.up(B)))  # (N, r)
+            dh = scaled_mm(rows, fused.up(B), fused.alpha)  # (N, r)
             dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
         if needs_B:
             dB = fused.of_B(torch.mm(h, rows).T, B)

@@ -113,6 +113,13 @@ def spread(B: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> tuple[Tens
     return (B.to(exact_dtype(B.dtype)) * scaling).to(dtype), 1.0
 
 
+def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha · a b, in one operation."""
+    if alpha == 1:
+        return torch.mm(a, b)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)  # with beta = 0 the first is not read
+
+
 # ---- dropout that is drawn again in the backward pass instead of being remembered ------------------------------------
 
 
@@ -192,6 +199,18 @@ def drop(x: Tensor, dropout: float | Tensor) -> Tensor:
     return F.dropout(x, dropout) if dropout else x
 
 
+def seeded_dropout(dropout: float | Tensor, x: Tensor, seed: Callable[[], int] | None) -> float | Tensor:
+    """The dropout of a plain function that drops what the fused one would, as far as a seed is given and can be."""
+    if isinstance(dropout, Tensor) or not dropout or seed is None or not (is_plain(x) and replays(x.device)):
+        return dropout
+    noise = Noise.draw(dropout, x, seed)
+    if noise is not None:
+        return noise.drop(torch.ones_like(x)) * noise.rescale
+    generator = torch.Generator(x.device).manual_seed(seed())
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= dropout
+    return kept.to(x.dtype) / (1 - dropout or 1)
+
+
 # ---- the harness -----------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +229,7 @@ class Fused(NamedTuple):
 
     @property
     def alpha(self) -> float:
-        """What the product with `up` is multiplied by while it is added to y: c; 1 where B has it."""
+        """What a product with `up` is multiplied by while it is computed: c; 1 where B has it."""
         return 1.0 if self.dtype == torch.float16 else self.c
 
     def scaled_(self, dh: Tensor) -> Tensor:
@@ -251,9 +270,16 @@ def choose(
     return with_dropout(dropout, x, scaling, dtype, slices) if dropout else Fused(scaling, None, dtype, slices)
 
 
-def with_dropout(dropout: float, x: Tensor, scaling: float, dtype: torch.dtype, slices: Slices) -> Fused | None:
+def with_dropout(
+    dropout: float,
+    x: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    slices: Slices,
+    seed: Callable[[], int] | None = None,
+) -> Fused | None:
     """The options with dropout; None where it has no replay."""
-    noise = Noise.draw(dropout, x)
+    noise = Noise.draw(dropout, x, seed)
     return None if noise is None else Fused(scaling, noise, dtype, slices)
 
 
@@ -284,7 +310,8 @@ class FusedFunction(torch.autograd.Function):
         twin(ctx, *inputs)                 the value in operations that autograd knows, for `backward` to be
                                            differentiated, or taken of many dy at once
 
-    A function that is linear in its first inputs may save None for each, and their shapes as `ctx.shapes`.
+    A function that is linear in its first inputs may save None for each, and what they were as `ctx.unsaved`: for each
+    its shape and dtype.
     """
 
     inputs: ClassVar[int]
@@ -322,10 +349,10 @@ class FusedFunction(torch.autograd.Function):
         """Autograd's own gradients of the twin, which can be differentiated."""
         count = cls.count(ctx)
         inputs, needs = list(ctx.saved_tensors[:count]), ctx.needs_input_grad[:count]
-        for n, shape in enumerate(getattr(ctx, "shapes", ())):
+        for n, (shape, dtype) in enumerate(getattr(ctx, "unsaved", ())):
             if inputs[n] is None:
                 # Not of dy, which may be many: then autograd would meet a value that is many, too.
-                inputs[n] = torch.zeros(shape, dtype=dy.dtype, device=dy.device, requires_grad=True)
+                inputs[n] = torch.zeros(shape, dtype=dtype, device=dy.device, requires_grad=True)
         y = cls.twin(ctx, *inputs)
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

@@ -112,7 +112,7 @@ class _LoRAGrouped(FusedFunction):
         for e, rows in groups.rows():
             y[rows].addmm_(torch.mm(dropped[rows], left_[e], out=h[rows]), right_[e], alpha=fused.alpha)
         _, _, needs_left, needs_right, *_ = ctx.needs_input_grad
-        ctx.groups, ctx.fused, ctx.shapes = groups, fused, (x.shape,)
+        ctx.groups, ctx.fused, ctx.unsaved = groups, fused, ((x.shape, x.dtype),)
         ctx.save_for_backward(x if needs_left else None, weight, left, right, h if needs_right else None)
         return y
 

@@ -60,7 +60,7 @@ class _Magnify(FusedFunction):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-        ctx.dim, ctx.shapes = dim, (y.shape,)
+        ctx.dim, ctx.unsaved = dim, ((y.shape, y.dtype),)
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain, bias)
         return _scaled(y, gain, dim, None if bias is None else _offset(gain, bias, y.dtype))
 

@@ -22,14 +22,14 @@ from lora.functional.fused import (
     drop,
     fused_dtype,
     is_dense,
-    is_plain,
-    replays,
+    seeded_dropout,
     spread,
     without_autocast,
     without_input,
 )
-from lora.functional.linear import add_update_, base, flat, up_slices, update_backward
+from lora.functional.linear import base
 from lora.functional.stacked import Block, Stack
+from lora.functional.update import add_update_, flat, up_slices, update_backward
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -270,7 +270,8 @@ def plain_lora_linear_rows(
     x_, y_ = flat(x), flat(y)
     changes = []
     for update, x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
-        h = F.linear(drop(x_k, _seeded(update, x_k)), update.A.to(x.dtype))  # (its rows, G·r)
+        dropout = seeded_dropout(update.dropout, x_k, update.seed)
+        h = F.linear(drop(x_k, dropout), update.A.to(x.dtype))  # (its rows, G·r)
         B, left = spread(update.B, update.scaling, x.dtype)
         change = up_slices(h, B, update.slices or ((0, weight.shape[0]),), weight.shape[0])
         changes.append((change * left).to(y.dtype))
@@ -340,19 +341,6 @@ def _at_once(
         return y
 
 
-def _seeded(update: Update, x: Tensor) -> float | Tensor:
-    """The dropout of a plain function that drops what the fused one would, as far as a seed is given and can be."""
-    p, seed = update.dropout, update.seed
-    if isinstance(p, Tensor) or not p or seed is None or not (is_plain(x) and replays(x.device)):
-        return p
-    noise = Noise.draw(p, x, seed)
-    if noise is not None:
-        return noise.drop(torch.ones_like(x)) * noise.rescale
-    generator = torch.Generator(x.device).manual_seed(seed())
-    kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return kept.to(x.dtype) / (1 - p or 1)
-
-
 class _Plan(NamedTuple):
     """Which rows, and of whom, and how: for each adapter that adds something its part and its options."""
 
@@ -392,7 +380,7 @@ class _LoRALinearRows(FusedFunction):
         y = base(x_, weight, bias)
         hs: list[Tensor | None] = [*plan.add_updates_(flat(y), flat(x_), factors)]
         needs_A, needs_B = ctx.needs_input_grad[3:-1:2], ctx.needs_input_grad[4:-1:2]
-        ctx.plan, ctx.shapes = plan, (x.shape,)
+        ctx.plan, ctx.unsaved = plan, ((x.shape, x.dtype),)
         hs = [h if needed else None for h, needed in zip(hs, needs_B, strict=True)]
         ctx.save_for_backward(x if any(needs_A) else None, weight, bias, *factors, *hs)
         return y
@@ -419,7 +407,7 @@ class _LoRALinearRows(FusedFunction):
             gradients += update_backward(rows.take(part, dy_), x_k, A, B, hs[k], dx_k, fused)
             if dx is not None and dx_k is not None:
                 rows.put_(part, dx, dx_k)
-        return None if dx is None else dx.view(ctx.shapes[0]), None, dy_.sum(0) if needs_bias else None, *gradients
+        return None if dx is None else dx.view(ctx.unsaved[0][0]), None, dy_.sum(0) if needs_bias else None, *gradients
 
     @staticmethod
     def twin(ctx: Any, *inputs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, computed_names, with_weight
 from lora.layers.registry import new, parts_of
+from lora.layers.replay import seeded
 from lora.layers.settings import scaling_of, scaling_problem, settings_problems
 from lora.layers.state import PARAMETERS, StateDicts
 from lora.layers.weights import sparing
@@ -113,9 +115,11 @@ class LoRALayer(StateDicts):
         """W₀ x + s · B A drop(x) + b, out of place: right for every base, quantised or sharded."""
         return self.lora_beside(input, self.lora_base_forward(input, *args, **kwargs))
 
-    def lora_beside(self, input: Tensor, y: Tensor) -> Tensor:
-        """What the base layer has computed, and s · B A drop(x)."""
-        return y + self.lora_update(input, self.lora_scaling).to(y.dtype)
+    def lora_beside(self, input: Tensor, y: Tensor, seed: Callable[[], int] | None = None) -> Tensor:
+        """What the base layer has computed, and s · B A drop(x); `seed` gives dropout's, and is called if it drops."""
+        drops = self.lora_dropout and self.training
+        with nullcontext() if seed is None or not drops else seeded(seed(), y.device):
+            return y + self.lora_update(input, self.lora_scaling).to(y.dtype)
 
     def lora_update(self, input: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
         """s · B A drop(x); A and B, which are small, are cast to x's dtype, never x."""

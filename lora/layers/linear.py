@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, compress
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.errors import instance, short
 from lora.functional import Adapted, lora_beside, lora_linear
 from lora.functional.fused import exact_dtype, without_autocast
-from lora.functional.linear import add_slices_, up_slices
+from lora.functional.update import add_slices_, up_slices
 from lora.layers.kind import Shape
 from lora.layers.layer import LoRALayer
 from lora.layers.parts import Matrix
@@ -24,6 +24,8 @@ from lora.layers.starts import Init
 from lora.layers.taught import TaughtLinear
 from lora.layers.weights import sample_slice
 
+# What `lora_beside` computes in the place of.
+_OF_UPDATE = "lora_down", "lora_up", "lora_update", "lora_product", "lora_drop"
 # How many rows of a weight in low precision are merged at a time.
 _PART = 512
 
@@ -34,6 +36,12 @@ class LinearLoRA(TaughtLinear):
     lora_counted = "out_features", "lora_B", 0
     #: The kind to use when the layer's output is several fused ones.
     lora_merged_kind: ClassVar[type[LinearLoRA]]
+    #: Whether a class computes the update in a way of its own.
+    lora_own_update: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.lora_own_update = any(getattr(cls, own) is not getattr(LinearLoRA, own) for own in _OF_UPDATE)
 
     def lora_rows(self) -> Tensor:
         return self.lora_stored(self.weight)
@@ -135,9 +143,11 @@ class LinearLoRA(TaughtLinear):
         # No second weight beside one that was gathered from shards for this forward.
         return lora_linear(input, *self.lora_arguments(), fold=not self._subclassed)
 
-    def lora_beside(self, input: Tensor, y: Tensor) -> Tensor:
+    def lora_beside(self, input: Tensor, y: Tensor, seed: Callable[[], int] | None = None) -> Tensor:
+        if self.lora_own_update:
+            return super().lora_beside(input, y, seed)
         dropout = self.lora_dropout if self.training else 0.0
-        return lora_beside(input, y, *self.lora_factors(), self.lora_scaling, dropout, self.lora_slices())
+        return lora_beside(input, y, *self.lora_factors(), self.lora_scaling, dropout, self.lora_slices(), seed=seed)
 
     def lora_adapted(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`; ValueError with DoRA, which is more."""

@@ -150,6 +150,65 @@ def test_a_wider_input_than_the_output():
     np.testing.assert_allclose(out.detach().float().numpy(), expected(x, y, A, B, 0.7, None), rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    ("x_shape", "y_shape"),
+    [
+        ((4, 5), (7,)),
+        ((4, 5), (1, 7)),
+        ((1, 5), (4, 7)),
+        ((4, 3, 5), (1, 3, 7)),
+        ((5,), (4, 7)),
+        ((2, 3, 5), (2, 3, 1)),
+    ],
+)
+def test_an_output_that_is_not_of_the_inputs_rows_is_broadcast(x_shape, y_shape, trains):
+    """A class may give its bias, say, whatever the input."""
+    _, _, A, B = problem(7, None)
+    x, y = torch.randn(x_shape, dtype=A.dtype), torch.randn(y_shape, dtype=A.dtype)
+    with torch.set_grad_enabled(trains):
+        out = lora_beside(x, y, A, B, 0.7)
+    update = 0.7 * x.numpy() @ A.detach().numpy().T @ B.detach().numpy().T
+    np.testing.assert_allclose(out.detach().numpy(), y.numpy() + update, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_output_of_other_rows_is_an_error(trains):
+    _, _, A, B = problem(7, None)
+    with torch.set_grad_enabled(trains), pytest.raises(RuntimeError, match="must match the size of tensor"):
+        lora_beside(torch.ones(2, 3, 5, dtype=A.dtype), torch.ones(3, 2, 7, dtype=A.dtype), A, B, 0.7)
+
+
+def test_integers_are_an_error_and_not_an_update_of_zero():
+    _, y, A, B = problem(7, None, 4)
+    with pytest.raises(RuntimeError, match="dtype"):
+        lora_beside(torch.ones(4, 5, dtype=torch.int64), y, A, B, 0.7)
+
+
+def test_the_seed_that_is_given_is_the_one_that_is_drawn_from():
+    tensors = problem(7, None, 30)
+    torch.manual_seed(3)
+    expected = lora_beside(*tensors, 0.7, 0.5)
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**62, ()))
+    before = torch.random.get_rng_state()
+    assert torch.equal(lora_beside(*tensors, 0.7, 0.5, seed=lambda: seed), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    lora_beside(*tensors, 0.7, 0.0, seed=lambda: pytest.fail("nothing is dropped"))
+
+
+def test_the_gradient_of_an_input_that_was_not_kept_is_in_its_own_dtype():
+    """Large gradients of an output in float16, for an input in float32."""
+    x, y, A, B = problem(7, None, 4, dtype=torch.float32)
+    y = y.detach().half()
+    out = lora_beside(x, y, A.detach(), B.detach() * 1e3, 1.0)
+    d_out = torch.full_like(out, 6e4)
+    expected = (d_out.double() @ (B.detach().double() * 1e3) @ A.detach().double()).float()
+    (many,) = torch.autograd.grad(out, x, d_out[None], is_grads_batched=True, retain_graph=True)
+    for got in (many[0], *torch.autograd.grad(out, x, d_out, create_graph=True)):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 def test_differentiating_twice_without_the_input_is_refused():
     x, y, A, B = problem(7, None, 4)
     out = lora_beside(x, y, A.requires_grad_(False), B, 0.7)
@@ -209,8 +268,8 @@ def test_it_does_no_more_operations_than_the_arithmetic_takes():
     d_out = torch.randn_like(out)
     with Operations() as backward:
         torch.autograd.grad(out, [x, y, A, B], d_out)
-    # dB and its scaling, a small Bᵀ laid out for MKL, dh and its scaling, dx, dA
-    assert backward.names == ["mm", "mul", "clone", "mm", "mul_", "mm", "mm"]
+    # dB, a small Bᵀ laid out for MKL, dh, dx, dA: scaled while they are computed
+    assert backward.names == ["addmm", "clone", "addmm", "mm", "mm"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])

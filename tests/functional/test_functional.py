@@ -129,7 +129,8 @@ def test_a_trainable_weight_gets_its_gradient():
     ours = gradients(lora_linear, (x, weight.requires_grad_(), b, A, B), 0.7)
     theirs = gradients(plain_lora_linear, (x, weight, b, A, B), 0.7)
     assert len(ours) == 6
-    assert all(map(torch.equal, ours, theirs))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_dtypes_that_do_not_fit_raise_what_torch_raises():
@@ -294,8 +295,8 @@ def test_it_does_no_more_operations_than_the_arithmetic_takes():
     dy = torch.randn_like(y)
     with Operations() as backward:
         torch.autograd.grad(y, [x, A, B], dy)
-    # dx, dB and its scaling, a small Bᵀ laid out for MKL, dh and its scaling, dx += dh A, dA
-    assert backward.names == ["mm", "mm", "mul", "clone", "mm", "mul_", "addmm_", "mm"]
+    # dx, dB, a small Bᵀ laid out for MKL, dh, dx += dh A, dA: scaled while they are computed
+    assert backward.names == ["mm", "addmm", "clone", "addmm", "addmm_", "mm"]
 
 
 @pytest.mark.parametrize("slices", [None, QKV])

@@ -339,3 +339,27 @@ def test_further_arguments_of_a_subclass_go_to_its_own_forward(training):
     injected(layer, merge_weights=True).train(training)
     update = 2 * x @ layer.lora_A.T @ layer.lora_B.T * 3 / 2
     torch.testing.assert_close(layer(x, 2.0, shift=1.0), base + update)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"lora_down": lambda self, x, A: 2 * F.linear(x, A)},
+        {"lora_up": lambda self, h, B: 2 * F.linear(h, B)},
+        {"lora_update": lambda self, x, scaling: 2 * LinearLoRA.lora_update(self, x, scaling)},
+        {"lora_product": lambda self, x, A, B: 2 * F.linear(F.linear(x, A), B)},
+        {"lora_drop": lambda self, x: 2 * x},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_kind_that_computes_the_update_in_a_way_of_its_own(own):
+    """Of a class, and of what derives from it with a forward of its own."""
+    plain = type("Plain", (nn.Linear,), {})
+    lora.register(plain, type("OwnLoRA", (LinearLoRA,), own))
+    base = nn.Sequential(type("QuantisedPlain", (Quantised, plain), {})(6, 4))
+    model = copy.deepcopy(base)
+    lora.inject(model, target_modules=["0"], r=2)
+    randomised(model)
+    x = torch.randn(3, 6)
+    update = model[0].scaling * x @ model[0].lora_A.T @ model[0].lora_B.T
+    torch.testing.assert_close(model(x), base(x) + 2 * update)

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 import torchao.quantization as ao
+from counting import kept_for_backward
 from packed import (
     ROWS,
     R,
@@ -119,6 +120,16 @@ def test_the_equation(name, dtype):
     layer = quantised(name, dtype)
     W = dequantised(layer)
     assert_equation(adapted(layer), W, dtype)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_keeps_x_and_h_for_backward_and_no_dropped_copy(name, dropout):
+    layer, x = quantised(name), torch.randn(64, IN, requires_grad=True)
+    base = kept_for_backward(lambda: layer(x), x)
+    layer = adapted(layer, lora_dropout=dropout)
+    kept = kept_for_backward(lambda: layer(x), x, layer.lora_A, layer.lora_B)
+    assert kept - base == 64 * R * 4
 
 
 @pytest.mark.parametrize("name", NAMES)
