@@ -100,7 +100,7 @@ def draw(path: Path, found: Losses) -> None:
     for number, (name, losses) in enumerate(found.items()):
         above.plot(range(1, len(losses) + 1), losses, linewidth=5 * 0.6**number, label=name)  # one line, if the same
     above.set_ylabel("loss of the batch")
-    above.legend(frameon=False)
+    above.legend(frameon=False, loc="upper right")
     for number, differences in enumerate(apart(found).values(), 1):
         floored = [max(difference, 2**-24) for difference in differences]  # float32 knows no smaller one but 0
         below.plot(range(1, len(floored) + 1), floored, linewidth=0.8, color=f"C{number}")

@@ -139,7 +139,7 @@ def draw(path: Path, runs: Sequence[Run], best: Mapping[str, Sequence[Run]]) -> 
             axes.errorbar(statistics.mean(each), line, xerr=half, fmt="o", markersize=4, color=colour, elinewidth=0.8)
     rates.set(xscale="log", xlabel="learning rate", ylabel="loss where rates are chosen")
     rates.set_ylim(top=min(rates.get_ylim()[1], 2.0))
-    rates.legend(frameon=False, fontsize=7)
+    rates.legend(frameon=False, fontsize=7, loc="upper center")
     for axes, label in (
         (learnt, "learnt: loss on the test's problems"),
         (forgotten, "forgotten: rise of the loss on prose"),

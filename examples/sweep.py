@@ -309,7 +309,7 @@ def draw(path: Path, learners: Sequence[Learner], held_out: dict[str, float], be
         label = f"{learner.setting.rate:g}" if learner.setting.rank == ranks[0] else None
         left.plot(smooth(learner.losses), style, color=f"C{rates.index(learner.setting.rate)}", label=label, lw=1.2)
     left.set(xlabel="step", ylabel="loss per token (nats), smoothed", title="Training, all settings on the same rows")
-    left.legend(title="learning rate", fontsize=8)
+    left.legend(title="learning rate", fontsize=8, loc="upper right")
     final = {each.setting: loss for each, loss in zip(learners, held_out.values(), strict=True)}
     for n, rank in enumerate(ranks):
         losses = [final[Setting(rank, rate)] for rate in rates]
@@ -317,7 +317,7 @@ def draw(path: Path, learners: Sequence[Learner], held_out: dict[str, float], be
     right.axhline(before, color="0.7", lw=1)
     right.annotate("before", (rates[0], before), (0, 3), textcoords="offset points", fontsize=8, color="0.5")
     right.set(xscale="log", xlabel="learning rate", ylabel="loss per token (nats)", title="Held out, at the end")
-    right.legend(title="rank", fontsize=8)
+    right.legend(title="rank", fontsize=8, loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,5 +1,6 @@
 """How the tests are run: which warnings fail a test, and which cases are left out by default."""
 
+import ast
 import os
 import re
 import subprocess
@@ -92,6 +93,16 @@ def test_a_warning_in_another_rank_fails_the_test(ranks):
 @pytest.mark.filterwarnings("ignore:of ours")
 def test_a_rank_ignores_what_the_test_ignores(ranks):
     assert ranks.run(warn) == ["went on"] * 2
+
+
+def test_no_legend_looks_for_the_best_place():
+    """matplotlib warns of that where it takes long, on a machine that is busy, and the warning would fail a test."""
+    files = [*EXAMPLES, *sorted((ROOT / "benchmarks").glob("*.py"))]
+    nodes = [(file.name, node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    calls = [(file, node) for file, node in nodes if isinstance(node, ast.Call)]
+    legends = [(file, call) for file, call in calls if getattr(call.func, "attr", None) == "legend"]
+    assert len(legends) > 3
+    assert [file for file, call in legends if "loc" not in [keyword.arg for keyword in call.keywords]] == []
 
 
 # ---- cases that are left out ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def draw_curve(records: list[Record], path: Path) -> None:
     axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.3)
     if trained or held_out:
-        axes.legend()
+        axes.legend(loc="upper right")  # losses fall; to look for the best place takes long with many points
     figure.savefig(path, dpi=120)
 
 
