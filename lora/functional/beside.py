@@ -156,10 +156,10 @@ def _forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fused: Fused) -> tuple[
     if y.dtype != fused.dtype:  # under autocast
         update = cast(up_slices(h, up, fused.slices, size), y.dtype)
         return torch.add(y, update.view(y.shape), alpha=fused.alpha), h
-    # Made whole: users may not write to a view made in here.
-    z = y.new_empty(y.shape) if is_whole(fused.slices, size) else y.clone(memory_format=torch.contiguous_format)
     if is_whole(fused.slices, size):
+        z = y.new_empty(y.shape)  # made whole: users may not write to a view made in here
         torch.addmm(flat(y), h, up.T, alpha=fused.alpha, out=flat(z))
     else:
+        z = y.clone(memory_format=torch.contiguous_format)
         add_slices_(flat(z), h, up, fused.slices, fused.alpha)
     return z, h

@@ -85,7 +85,7 @@ class _LoRAEmbedding(FusedFunction):
             dh = scaled_mm(rows, fused.up(B), fused.alpha)  # (N, r)
             dA = _scatter(dh, ids.reshape(-1), A.shape[1], ctx.how)
         if needs_B:
-            dB = fused.of_B(torch.mm(h, rows).T, B)
+            dB = fused.of_B_scaled(scaled_mm(h, rows, fused.alpha).T, B)
         return None, dA, dB, None
 
     @staticmethod

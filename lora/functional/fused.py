@@ -245,6 +245,10 @@ class Fused(NamedTuple):
         dB = cast(dB, B.dtype)
         return torch.mul(dB, self.c, out=dB if out is None else out)
 
+    def of_B_scaled(self, dB: Tensor, B: Tensor) -> Tensor:
+        """The same from alpha · dyᵀ h, which lacks c in float16 alone."""
+        return self.of_B(dB, B) if self.dtype == torch.float16 else cast(dB, B.dtype)
+
     def dropout(self, x: Tensor, rows: Tensor) -> float | Tensor:
         """The `dropout` that makes a plain function drop the same values of x; `rows` is x as (N, features)."""
         if self.noise is None:

@@ -13,23 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.functional.beside import plain_lora_beside
 from lora.functional.fused import (
     Fused,
     FusedFunction,
     Noise,
     Slices,
     cast,
-    drop,
     fused_dtype,
     is_dense,
     seeded_dropout,
-    spread,
     without_autocast,
     without_input,
 )
 from lora.functional.linear import base
 from lora.functional.stacked import Block, Stack
-from lora.functional.update import add_update_, flat, up_slices, update_backward
+from lora.functional.update import add_update_, flat, update_backward
 
 # ---- which rows are whose --------------------------------------------------------------------------------------------
 
@@ -268,14 +267,11 @@ def plain_lora_linear_rows(
     if not present:
         return y
     x_, y_ = flat(x), flat(y)
-    changes = []
-    for update, x_k in zip(present, rows.views(parts, x_, rows.gather(x_)), strict=True):
-        dropout = seeded_dropout(update.dropout, x_k, update.seed)
-        h = F.linear(drop(x_k, dropout), update.A.to(x.dtype))  # (its rows, G·r)
-        B, left = spread(update.B, update.scaling, x.dtype)
-        change = up_slices(h, B, update.slices or ((0, weight.shape[0]),), weight.shape[0])
-        changes.append((change * left).to(y.dtype))
-    sums = [y_k + change for y_k, change in zip(rows.views(parts, y_, rows.gather(y_)), changes, strict=True)]
+    of_parts = zip(present, rows.views(parts, x_, rows.gather(x_)), rows.views(parts, y_, rows.gather(y_)), strict=True)
+    sums = [
+        plain_lora_beside(x_k, y_k, u.A, u.B, u.scaling, seeded_dropout(u.dropout, x_k, u.seed), u.slices)
+        for u, x_k, y_k in of_parts
+    ]
     return rows.replaced(parts, y_, sums).view(y.shape)
 
 

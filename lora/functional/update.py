@@ -1,6 +1,6 @@
 """The update of a linear layer, in its output's slices: its products, forward and backward.
 
-They are added into what is there, the base layer's output and input gradient, never into fresh tensors of their size.
+They are added into what is there, the base layer's output and input gradient, wherever that is at hand.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def add_slices_(y: Tensor, h: Tensor, B: Tensor, slices: Slices, alpha: float = 
 
 
 def is_whole(slices: Slices, out_features: int) -> bool:
+    """Whether there is one slice, which is all of the output."""
     return len(slices) == 1 and slices[0] == (0, out_features)
 
 
@@ -89,8 +90,7 @@ def update_backward(
     """
     dA = dB = None
     if h is not None:
-        dB = _outer(dy, h, fused.slices, fused.alpha)
-        dB = fused.of_B(dB, B) if fused.dtype == torch.float16 else cast(dB, B.dtype)  # of the size of B
+        dB = fused.of_B_scaled(_outer(dy, h, fused.slices, fused.alpha), B)  # (sizes, r)
     if dx is not None or x is not None:
         dh = _to_rank(dy, fused.up(B), fused.slices, fused.alpha)  # (N, G·r)
         dA = _through_down(dh, cast(A, fused.dtype), x, dx, fused.noise, fresh)

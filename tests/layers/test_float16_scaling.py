@@ -104,7 +104,7 @@ def test_other_dtypes_scale_what_is_added_and_what_comes_back(dtype):
     for got, left, right in ((dB, 3 * dy_, h_), (dA, 3 * dy_ @ B_, x_)):
         assert got.dtype == dtype
         error, size = (got.double() - left.T @ right).abs(), left.abs().T @ right.abs()
-        # The products are rounded once, and dh before that; in float32 and float64 each of the sums of 7 and of 5 is.
+        # Each sum has up to 7 terms, and dh is rounded before it is multiplied: at most 8 roundings.
         assert (error <= 8 * torch.finfo(dtype).eps * size).all()
 
 
