@@ -31,8 +31,9 @@ def refuses(model, path, *messages, **options):
         lora.load_adapter(model, path, **options)
     assert snapshot(model) == before
     assert str(path) in str(caught.value)
+    said = str(caught.value).replace(str(path), "")  # a number that a path holds says nothing
     for message in messages:
-        assert message in str(caught.value)
+        assert message in said
     return str(caught.value)
 
 
@@ -112,18 +113,18 @@ SAID = {
     "scaling of NaN": ({"scaling": float("nan")}, f"{Q1}: `scaling` must be a finite number, got nan."),
     "scaling beyond floats": ({"scaling": 10**400}, f"{Q1}: `scaling` must be a finite number"),
     "scaling of a truth": ({"scaling": True}, f"{Q1}: `scaling` must be a finite number"),
-    "no r": ({"r": GONE}, Q1),
-    "r in words": ({"r": "2"}, Q1),
-    "r of 0": ({"r": 0}, Q1),
+    "no r": ({"r": GONE}, f"{Q1}: `r` must be an integer of at least 0, got None."),
+    "r in words": ({"r": "2"}, f"{Q1}: `r` must be an integer of at least 0, got '2'."),
+    "r of 0": ({"r": 0}, f"{Q1}: `r` must be at least 1, got 0."),
     "another r": ({"r": 4}, Q1),
-    "no lora_alpha": ({"lora_alpha": GONE}, Q1),
-    "lora_alpha in words": ({"lora_alpha": "8"}, Q1),
-    "no lora_dropout": ({"lora_dropout": GONE}, Q1),
-    "lora_dropout of 2": ({"lora_dropout": 2}, Q1),
-    "no use_rslora": ({"use_rslora": GONE}, Q1),
-    "use_rslora in words": ({"use_rslora": "no"}, Q1),
+    "no lora_alpha": ({"lora_alpha": GONE}, f"{Q1}: `lora_alpha` must be a finite number, got None."),
+    "lora_alpha in words": ({"lora_alpha": "8"}, f"{Q1}: `lora_alpha` must be a finite number, got '8'."),
+    "no lora_dropout": ({"lora_dropout": GONE}, f"{Q1}: `lora_dropout` must be at least 0 and below 1, got None."),
+    "lora_dropout of 2": ({"lora_dropout": 2}, f"{Q1}: `lora_dropout` must be at least 0 and below 1, got 2."),
+    "no use_rslora": ({"use_rslora": GONE}, f"{Q1}: `use_rslora` must be true or false, got None."),
+    "use_rslora in words": ({"use_rslora": "no"}, f"{Q1}: `use_rslora` must be true or false, got 'no'."),
     "splits that do not fit": ({"splits": [4, 3], "enable_lora": [True, True]}, Q1),
-    "splits in words": ({"splits": "q, k, v"}, Q1),
+    "splits in words": ({"splits": "q, k, v"}, f"{Q1}: `splits` must be a list of numbers, got 'q, k, v'."),
     "no base": ({"base": GONE}, f"{Q1}: `base` must describe the base weight, got None."),
     "base in words": ({"base": "linear"}, f"{Q1}: `base` must describe the base weight, got 'linear'."),
     "a kind in numbers": ({"base": BASE | {"kind": 1}}, f"{Q1}: `base` must describe the base weight"),
@@ -160,7 +161,7 @@ ABOUT = {
     "modules that say nothing": ({"modules": {Q0: None}}, "is not an adapter"),
     "no module": ({"modules": {}}, "it adapts no module."),
     "full in words": ({"trained_in_full": "norm"}, "is not an adapter"),
-    "full by numbers": ({"trained_in_full": [1, 2]}, "1"),
+    "full by numbers": ({"trained_in_full": [1, 2]}, "is not an adapter"),
     "full by anything": ({"trained_in_full": [{}]}, "is not an adapter"),
 }
 
@@ -331,7 +332,12 @@ def test_two_adapters_for_one_module_are_refused(tmp_path):
     model, layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
     lora.inject(model, target_modules=["0", "1"], r=2)
     lora.save_adapter(model, tmp_path / "a")
-    refuses(nn.Sequential(layer, layer), tmp_path / "a", "1", check_base=False)
+    refuses(
+        nn.Sequential(layer, layer),
+        tmp_path / "a",
+        "0, 1: one module in the model, and 2 in the file.",
+        check_base=False,
+    )
 
 
 def test_splits_that_differ_are_refused(tmp_path):
