@@ -6,6 +6,7 @@ Every script has `cases(quick)`, which maps the name of each case to a function 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -37,6 +38,8 @@ class Case:
         setups: what to do before each run of a variant, untimed.
         note: a sentence below the table.
         charted: whether its ratios belong into the chart.
+        instances: how many times it is made. Rounds take them in turns, since where its tensors lie in memory decides
+            a little of how fast it is.
     """
 
     variants: Mapping[str, Callable[[], object]]
@@ -44,17 +47,26 @@ class Case:
     setups: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     note: str = ""
     charted: bool = True
+    instances: int = 1
 
 
-def measure(case: Case, seconds: float, device: str = "cpu") -> list[dict[str, Any]]:
-    """One row for each variant: medians of time, and of the ratio to the first variant in the same round."""
+def measure(case: Case, seconds: float, device: str = "cpu", others: Sequence[Case] = ()) -> list[dict[str, Any]]:
+    """One row for each variant: medians of time, and of the ratio to the first variant in the same round.
+
+    Args:
+        others: other instances of the case, to take turns with it.
+    """
+    for other in others:
+        for name in other.variants:
+            _run(other, name, 1, device)  # the first call of all warms up
     repeats = {name: _repeats(case, name, device) for name in case.variants}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-        rounds += 1
+    end = time.perf_counter() + seconds
+    for rounds, instance in enumerate(itertools.cycle([case, *others])):
+        if rounds >= LEAST_ROUNDS and time.perf_counter() >= end:
+            break
         for name, taken in samples.items():
-            taken.append(_run(case, name, repeats[name], device))
+            taken.append(_run(instance, name, repeats[name], device))
     limit = next(iter(samples.values()))
     return [_row(case, name, taken, limit) for name, taken in samples.items()]
 
@@ -63,6 +75,8 @@ def _run(case: Case, name: str, repeats: int, device: str) -> tuple[float, float
     """Seconds of wall-clock and of this process' CPU time that one call takes."""
     case.setups.get(name, lambda: None)()
     function = case.variants[name]
+    if repeats > 1:
+        function()  # brings into the caches what others have driven out, which is much of the time of a short one
     _synchronize(device)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
@@ -123,7 +137,8 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
         if chosen.only in name:
             with making():
                 case = make()
-            rows = measure(case, seconds, chosen.device)
+                others = [make() for _ in range(case.instances - 1)]
+            rows = measure(case, seconds, chosen.device, others)
             results[name] = {"rows": rows, "note": case.note, "charted": case.charted}
             print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
     in_part = chosen.quick or chosen.only or chosen.seconds

@@ -1,6 +1,7 @@
 """The benchmarks run, measure what they say, and write it down."""
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def test_ratios_are_medians_of_rounds(monkeypatch):
     assert (limit["ratio"], limit["quartiles"], limit["kept"], limit["rounds"]) == (1, [1, 1], "–", 5)
     assert (other["ratio"], other["quartiles"], other["kept"]) == (2, [1, 3], 3)
     assert (limit["ms"], other["ms"]) == (2000, 4000)
+
+
+def test_instances_take_turns(monkeypatch):
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
+    monkeypatch.setattr(harness, "RESULTS", None)  # nothing is written
+    called, instances = [], itertools.count()
+
+    def make():
+        own = next(instances)
+        return harness.Case({name: lambda name=name: called.append((own, name)) for name in "ab"}, instances=2)
+
+    harness.main("topic.py", "?", lambda quick: {"case": make}, "--seconds", "1e-9")
+    assert next(instances) == 2
+    rounds = called[-2 * harness.LEAST_ROUNDS :]
+    assert rounds == [(n % 2, name) for n in range(harness.LEAST_ROUNDS) for name in "ab"]
 
 
 def test_what_is_short_is_repeated_and_setups_are_not_timed():

@@ -9,8 +9,6 @@ from torch import Tensor
 from lora.functional.stacked import Block, Stack
 from lora.layers.cache import Cached, remembered
 
-_SAMPLED = 16  # values of each A and B: to look at more, scattered in memory, takes longer than to multiply them
-
 
 class Stacks:
     """A cache of what `Block.stack` gives, for `eval()` on a CPU: when text is generated, token by token.
@@ -36,7 +34,7 @@ class Stacks:
         if not As[0].is_cpu:  # to compare values would mean to wait
             return block.stack(As, Bs)
         sources = [factors[k] for factors in (As, Bs) for k in block.order]
-        return remembered(self, "_made", sources, 0.0, lambda: block.stack(As, Bs), bases=0, sampled=_SAMPLED)
+        return remembered(self, "_made", sources, 0.0, lambda: block.stack(As, Bs), bases=0)
 
     def drop(self) -> None:
         """Forget them."""

@@ -18,9 +18,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _is_tracing as is_traced
+from torch.compiler import is_compiling
 
 from lora.errors import short
-from lora.functional.fused import exact_dtype, is_plain, is_tracing, spread, without_autocast
+from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, computed_names, with_weight
@@ -187,11 +189,11 @@ class LoRALayer(StateDicts):
         """The merged weight, if that is what the layer is to compute with now."""
         if self.training or not self.merge_weights:
             return None
-        # That tensors suit a merged weight is found once, and holds while they are what they were. (Asked in this
-        # order, a compiler sees a constant, and guards nothing.)
-        if not (is_tracing() or torch.is_grad_enabled()):
+        # That tensors suit a merged weight is found once, and holds while they are what they were, in a transform, too.
+        # (Asked in this order, a compiler sees a constant, and guards nothing.)
+        if not (is_compiling() or is_traced() or torch.is_grad_enabled()):
             kept = self._merged  # asked once: another thread may drop it
-            if kept is not None and kept.is_current(self._sources(), self.lora_scaling):
+            if kept is not None and kept.is_current(self.lora_sources(), self.lora_scaling):
                 merged: Tensor = kept.value
                 return merged
         return self.lora_merged_weight() if self._serves_merged() else None
@@ -201,24 +203,24 @@ class LoRALayer(StateDicts):
             return False
         if not self.lora_dense and not self._in_place:
             return False
-        tensors = self._sources()
+        tensors = self.lora_sources()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
         return is_plain(*tensors)
 
-    def _sources(self) -> tuple[Tensor, ...]:
-        """The tensors that the merged weight is computed from."""
-        adapter = self.lora_sources()
-        return (*adapter, self.lora_magnitude) if self.use_dora else adapter
-
-    def lora_sources(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight, A and B."""
-        weight = self._parameters.get("weight")
-        return (self.weight if weight is None else weight, *self.lora_factors())
+    def lora_sources(self) -> tuple[Tensor, ...]:
+        """What the merged weight is computed from: the weight, A and B, with DoRA the magnitudes as well."""
+        own = self._parameters  # without `nn.Module.__getattr__`, which takes its time, with each token
+        weight, A, B = own.get("weight"), own.get("lora_A"), own.get("lora_B")
+        if weight is None or A is None or B is None:  # a parametrization computes it, say
+            sources: tuple[Tensor, ...] = self.weight, self.lora_A, self.lora_B
+        else:
+            sources = weight, A, B
+        return (*sources, self.lora_magnitude) if self.use_dora else sources
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """A and B."""
-        own = self._parameters  # without `nn.Module.__getattr__`, which takes its time, with each token
+        own = self._parameters
         A, B = own.get("lora_A"), own.get("lora_B")
         if A is None or B is None:  # a parametrization computes it, say
             return self.lora_A, self.lora_B
@@ -226,7 +228,7 @@ class LoRALayer(StateDicts):
 
     def lora_merged_weight(self) -> Tensor:
         """W in the base weight's dtype, remembered until something that it depends on changes."""
-        return remembered(self, "_merged", self._sources(), self.lora_scaling, self.lora_compute_merged)
+        return remembered(self, "_merged", self.lora_sources(), self.lora_scaling, self.lora_compute_merged)
 
     @torch.inference_mode(False)
     @torch.no_grad()

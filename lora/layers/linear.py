@@ -160,7 +160,7 @@ class LinearLoRA(TaughtLinear):
     def lora_arguments(self) -> Adapted:
         """The layer as the arguments of `lora.functional.lora_linear`, without magnitudes."""
         dropout = self.lora_dropout if self.training else 0.0
-        weight, A, B = self.lora_sources()
+        weight, A, B, *_ = self.lora_sources()
         weight, bias = self.lora_stored(weight), self._own_bias()
         return Adapted(weight, bias, A, B, self.lora_scaling, dropout, self.lora_slices())
 
@@ -171,7 +171,7 @@ class LinearLoRA(TaughtLinear):
         return bias
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, self.lora_stored(weight), self._own_bias())
+        return F.linear(input, weight.T if self.fan_in_fan_out else weight, self._own_bias())
 
     def lora_reset_base_parameters(self) -> None:
         self._transpose_weight()  # nn.Linear's fan-in is that of (out_features, in_features)
@@ -301,7 +301,7 @@ class Linear(LinearLoRA, nn.Linear):
         fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
             weight and brought up to date when the weight, A, B or the scaling change. Of what is written through
-            `.data`, or by numpy, which torch does not count, a sample of 64 values of each tensor is compared on a
+            `.data`, or by numpy, which torch does not count, a sample of 16 values of each tensor is compared on a
             CPU, and nothing elsewhere: after such a write call `train()` and `eval()` again. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude m for each adapted output, starting at the norm of its weights

@@ -242,3 +242,16 @@ def test_it_exports(kind):
         exported.lora_A.mul_(2)
         torch.testing.assert_close(exported(x), layer(x))
         assert_equation(layer, x)
+
+
+@forward_mode
+def test_transforms_of_the_input_compute_with_the_merged_weight():
+    layer, x = make("Linear").double().eval(), torch.randn(4, 6, dtype=torch.float64)
+    W, b = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A, layer.bias
+    with torch.no_grad():
+        for _ in range(2):  # before the merged weight is there, and after
+            torch.testing.assert_close(torch.func.vmap(layer)(x), x @ W.T + b)
+            y, dy = torch.func.jvp(layer, (x,), (x + 1,))
+            torch.testing.assert_close((y, dy), (x @ W.T + b, (x + 1) @ W.T))
+            torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), W)
+            layer(x)
