@@ -1,5 +1,6 @@
 """What all tests share: the hypothesis profile, a fixed seed, layers of every kind, and an oracle from numpy."""
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -58,6 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_sampled(items)
     mark_parts(items, *map(int, config.getoption("slow_part").split("/")))
     items[:] = items[:: config.getoption("every")]
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for in what comes after: all modules and tests are too much to look through again and again."""
+    gc.freeze()
 
 
 def mark_sampled(items: list[pytest.Item]) -> None:

@@ -899,7 +899,7 @@ SLOW = {name for name in CASES if name.startswith(("command ", "combine: ", "loa
 }
 
 
-@pytest.mark.sampled(40)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )

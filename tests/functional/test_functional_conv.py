@@ -50,6 +50,7 @@ def test_it_equals_its_plain_twin(dims, kernel, stride, padding, dilation, batch
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_its_gradients_are_right_and_so_are_theirs(dims, dropout):

@@ -90,6 +90,7 @@ def test_a_and_b_make_up_for_the_most_that_their_rank_can(use_rslora):
     assert str(report).splitlines()[2].split()[:2] == ["2", "3"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @given(seed=st.integers(0, 50))
 def test_more_steps_are_never_worse(bits, seed):

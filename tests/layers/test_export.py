@@ -34,7 +34,7 @@ def saved_and_loaded(program):
 # ---- layers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("kind", "mode", "strict"),
     pairwise(itertools.product(KINDS, ["train", "eval", "served", "disabled"], [True, False])),

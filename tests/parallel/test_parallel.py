@@ -143,6 +143,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: next(iter(changes)))
 def test_training_is_that_of_one_process_with_any_setting(ranks, changes):
     ranks.run(trains_alike, changes, "none")
