@@ -49,17 +49,17 @@ def case(i: int, o: int, dtype: torch.dtype) -> Case:
         "lora, after lora.merge": merged[0],
     }
     x = torch.randn(1, i, dtype=dtype)
-    for name, layer in shuffled(layers):
-        layers[name] = copy.deepcopy(layer)
-        layers[name].eval()
-        infer(layers[name], x)  # makes the cache
-    variants = {name: partial(infer, layer, x) for name, layer in layers.items()}
+    placed = {name: copy.deepcopy(layer) for name, layer in shuffled(layers)}
+    for layer in placed.values():
+        layer.eval()
+        infer(layer, x)  # makes the cache
+    variants = {name: partial(infer, placed[name], x) for name in layers}
     variants["the two products alone"] = rivals.bound(variants["nn.Linear"], *products(x, o))
     return Case(variants, instances=INSTANCES)
 
 
 def shuffled(layers: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """In another order with each instance, so that no variant has the better place in memory in all of them."""
+    """In an order of its own for each instance: which variant has the best place in memory is left to chance."""
     pairs = [*layers.items()]
     return [pairs[n] for n in torch.randperm(len(pairs))]
 

@@ -38,8 +38,8 @@ class Case:
         setups: what to do before each run of a variant, untimed.
         note: a sentence below the table.
         charted: whether its ratios belong into the chart.
-        instances: how many times it is made. Rounds take them in turns, since where its tensors lie in memory decides
-            a little of how fast it is.
+        instances: how many copies of it are built, which rounds take in turns: where its tensors lie in memory affects
+            its speed.
     """
 
     variants: Mapping[str, Callable[[], object]]
@@ -56,14 +56,14 @@ def measure(case: Case, seconds: float, device: str = "cpu", others: Sequence[Ca
     Args:
         others: other instances of the case, to take turns with it.
     """
-    for other in others:
-        for name in other.variants:
-            _run(other, name, 1, device)  # the first call of all warms up
+    for instance in (case, *others):
+        for name in case.variants:
+            _run(instance, name, 1, device)  # the first call of all warms up
     repeats = {name: _repeats(case, name, device) for name in case.variants}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
     end = time.perf_counter() + seconds
-    for rounds, instance in enumerate(itertools.cycle([case, *others])):
-        if rounds >= LEAST_ROUNDS and time.perf_counter() >= end:
+    for n, instance in enumerate(itertools.cycle([case, *others])):
+        if n >= LEAST_ROUNDS and time.perf_counter() >= end:
             break
         for name, taken in samples.items():
             taken.append(_run(instance, name, repeats[name], device))
@@ -92,7 +92,6 @@ def _synchronize(device: str) -> None:
 
 
 def _repeats(case: Case, name: str, device: str) -> int:
-    _run(case, name, 1, device)  # the first call of all warms up
     wall, _ = _run(case, name, 1, device)
     return 1 if name in case.setups else max(1, round(LEAST_SAMPLE / wall))
 

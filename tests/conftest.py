@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is looked for in what comes after: all modules and tests are too much to look through again and again."""
+    """Exempt what is there from garbage collection: it is slow to scan all modules and tests again and again."""
     gc.freeze()
 
 

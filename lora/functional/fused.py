@@ -44,13 +44,13 @@ def is_dense(tensor: Tensor) -> bool:
     )
 
 
-# What is asked with each token is bound here, once.
-_is_jit_tracing, _is_transforming = torch._C._is_tracing, torch._C._are_functorch_transforms_active
+# These are asked with each token.
+is_jit_tracing, _is_transforming = torch._C._is_tracing, torch._C._are_functorch_transforms_active
 
 
 def is_tracing() -> bool:
     """Whether something traces operations: `torch.compile`, a function transform, forward-mode differentiation."""
-    return torch.compiler.is_compiling() or _is_jit_tracing() or _is_transforming() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or is_jit_tracing() or _is_transforming() or forward_ad._current_level >= 0
 
 
 def is_storage(dtype: torch.dtype) -> bool:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# A tensor; what reads its address, and the address that it had; the version that it had; what reads a sample of its
-# values, and the values that they were. The two that read are bound once: this is asked with each token.
-_Known = tuple[Tensor, Callable[[], int], int, int | None, Callable[[], bytes] | None, bytes | None]
-# Of each row of A and each column of B, at a rank of up to 16, one value or more. They are scattered in memory: to look
-# at 64 of each took a quarter of what serving the merged weight takes beyond `nn.Linear`, with one token.
-_SAMPLED = 16
+
+class _Known(NamedTuple):
+    """A source as it was. What reads is bound once: it is called with each token."""
+
+    tensor: Tensor
+    read_address: Callable[[], int]
+    address: int
+    strides: tuple[int, ...] | None  # of a base weight, which may be turned in its place: `weight.data = weight.data.T`
+    version: int | None
+    read_sample: Callable[[], bytes] | None
+    sample: bytes | None
+
+
+# How many values of a tensor are compared, at least and at most. Each lies in another cache line: to compare 64 of each
+# tensor took a sixth of what serving the merged weight takes beyond `nn.Linear`, with one token.
+_LEAST_SAMPLED, _MOST_SAMPLED = 16, 64
 Value = TypeVar("Value", Tensor, tuple[Tensor, Tensor])
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,11 +33,12 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Cached:
     """A merged weight, or what else is computed from base weights, adapters (in this order) and a scaling.
 
-    Changes are seen by identity, address and version counter, which torch's own operations count, an optimizer's too.
-    Writes through `.data` and by numpy escape the counter. On a CPU, where reading costs no synchronisation, a sample
-    of each tensor is compared for these: 16 values or some more, evenly spread over rows and columns, with the last. A
-    write that changes none of them is not seen. Of an adapter that has no counter, being made in inference mode, all
-    values are compared. (`lora.merge` leaves layers that compare nothing.)
+    Changes are seen by identity, address, a base weight's strides, and version counter, which torch's own operations
+    count, an optimizer's too. Writes through `.data` and by numpy escape the counter. On a CPU, where reading costs no
+    synchronisation, a sample of each tensor is compared for these: about 16 values, evenly spread, the last among them;
+    up to rank 64 every row of A and every column of B has one; of a tensor with gaps it is the last row. A write that
+    changes none of them is not seen. Of an adapter that has no counter, being made in inference mode, all values are
+    compared. (`lora.merge` leaves layers that compare nothing.)
     """
 
     value: Any
@@ -42,12 +53,14 @@ class Cached:
         if scaling != self.scaling or len(sources) != len(self.known):
             return False
         # The address comes first: memory that was given back must not be read.
-        for source, (known, read_address, address, version, read, values) in zip(sources, self.known, strict=True):
-            if source is not known or read_address() != address:
+        for n, (known, read_address, address, strides, version, read_sample, sample) in enumerate(self.known):
+            if sources[n] is not known or read_address() != address:
+                return False
+            if strides is not None and known.stride() != strides:
                 return False
             if version is not None and known._version != version:
                 return False
-            if read is not None and read() != values:
+            if read_sample is not None and read_sample() != sample:
                 return False
         return True
 
@@ -80,22 +93,23 @@ def remembered(
 
 def _known(source: Tensor, of_adapter: bool) -> _Known:
     version = None if source.is_inference() else source._version
-    readable = source.device.type == "cpu" and source.numel() > 0
-    if not readable:
-        return source, source.data_ptr, source.data_ptr(), version, None, None
-    # Of its `memoryview`, which copies values that are scattered twice as fast as the array itself.
-    read = _values(source, every=of_adapter and version is None).data.tobytes
-    return source, source.data_ptr, source.data_ptr(), version, read, read()
+    place = source.data_ptr, source.data_ptr(), None if of_adapter else source.stride()
+    if source.device.type != "cpu" or source.numel() == 0:
+        return _Known(source, *place, version, None, None)
+    # Through a `memoryview`, which copies scattered values twice as fast as the array does.
+    read_sample = _values(source, of_adapter, every=of_adapter and version is None).data.tobytes
+    return _Known(source, *place, version, read_sample, read_sample())
 
 
-def _values(tensor: Tensor, every: bool) -> np.ndarray:
+def _values(tensor: Tensor, of_adapter: bool, every: bool) -> np.ndarray:
     """A sample of a tensor's values, or all, as an array of integers in its memory: there NaN is equal to itself."""
     tensor = tensor.data  # no view that autograd knows, which would keep torch from swapping the tensor
     if not every:
+        rank = min(tensor.shape[:2]) if of_adapter and tensor.dim() > 1 else 0
         # In the order in which they lie in memory, where the tensor has no gaps.
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
         if tensor.is_contiguous():
-            step = _step(tensor)
+            step = _step(tensor.numel(), max(_LEAST_SAMPLED, min(rank, _MOST_SAMPLED)))
             tensor = tensor.view(-1)[(tensor.numel() - 1) % step :: step]
         else:
             tensor = tensor[-1]
@@ -104,9 +118,9 @@ def _values(tensor: Tensor, every: bool) -> np.ndarray:
     return array
 
 
-def _step(tensor: Tensor) -> int:
-    """How far apart the values of a sample are: prime to the length of a row, or all would be of the same columns."""
-    step = -(-tensor.numel() // _SAMPLED)
-    while math.gcd(step, tensor.shape[-1]) > 1:
+def _step(numel: int, sampled: int) -> int:
+    """How far apart the values of a sample are: coprime with all sizes, or they would be of the same columns."""
+    step = -(-numel // sampled)
+    while math.gcd(step, numel) > 1:
         step -= 1
     return step

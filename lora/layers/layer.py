@@ -18,11 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _is_tracing as is_traced
 from torch.compiler import is_compiling
 
 from lora.errors import short
-from lora.functional.fused import exact_dtype, is_plain, spread, without_autocast
+from lora.functional.fused import exact_dtype, is_jit_tracing, is_plain, spread, without_autocast
 from lora.layers import starts, switch, weights
 from lora.layers.cache import remembered
 from lora.layers.in_place import LowRankWeight, computed_names, with_weight
@@ -189,9 +188,9 @@ class LoRALayer(StateDicts):
         """The merged weight, if that is what the layer is to compute with now."""
         if self.training or not self.merge_weights:
             return None
-        # That tensors suit a merged weight is found once, and holds while they are what they were, in a transform, too.
-        # (Asked in this order, a compiler sees a constant, and guards nothing.)
-        if not (is_compiling() or is_traced() or torch.is_grad_enabled()):
+        # Whether tensors suit a merged weight is checked once; the answer holds while they are unchanged, inside a
+        # transform too. (Asked in this order, a compiler sees a constant, and guards nothing.)
+        if not (is_compiling() or is_jit_tracing() or torch.is_grad_enabled()):
             kept = self._merged  # asked once: another thread may drop it
             if kept is not None and kept.is_current(self.lora_sources(), self.lora_scaling):
                 merged: Tensor = kept.value
@@ -210,7 +209,7 @@ class LoRALayer(StateDicts):
 
     def lora_sources(self) -> tuple[Tensor, ...]:
         """What the merged weight is computed from: the weight, A and B, with DoRA the magnitudes as well."""
-        own = self._parameters  # without `nn.Module.__getattr__`, which takes its time, with each token
+        own = self._parameters  # with each token `nn.Module.__getattr__` takes its time, and so does one call more
         weight, A, B = own.get("weight"), own.get("lora_A"), own.get("lora_B")
         if weight is None or A is None or B is None:  # a parametrization computes it, say
             sources: tuple[Tensor, ...] = self.weight, self.lora_A, self.lora_B

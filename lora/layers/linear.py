@@ -171,6 +171,7 @@ class LinearLoRA(TaughtLinear):
         return bias
 
     def lora_forward_with(self, input: Tensor, weight: Tensor) -> Tensor:
+        # `lora_stored` here, too, would be one call more with each token.
         return F.linear(input, weight.T if self.fan_in_fan_out else weight, self._own_bias())
 
     def lora_reset_base_parameters(self) -> None:
@@ -301,8 +302,8 @@ class Linear(LinearLoRA, nn.Linear):
         fan_in_fan_out: store the weight as (in_features, out_features). Default: False.
         merge_weights: in `eval()` without gradients, compute from one merged weight, kept beside the base
             weight and brought up to date when the weight, A, B or the scaling change. Of what is written through
-            `.data`, or by numpy, which torch does not count, a sample of 16 values of each tensor is compared on a
-            CPU, and nothing elsewhere: after such a write call `train()` and `eval()` again. Default: True.
+            `.data`, or by numpy, which torch does not count, a sample of 16 to 64 values of each tensor is compared on
+            a CPU, and nothing elsewhere: after such a write call `train()` and `eval()` again. Default: True.
         use_rslora: scale by lora_alpha / √r (arXiv:2312.03732). Default: False.
         use_dora: train a magnitude m for each adapted output, starting at the norm of its weights
             (arXiv:2402.09353). Dropout is for the low-rank update alone. A weight
