@@ -121,6 +121,7 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     parser.add_argument("--only", default="", metavar="WORDS", help="cases that have these words in their name")
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: results/, when run without options)")
+    parser.add_argument("--keep", action="store_true", help="keep what the results there say of cases that are not run")
     chosen = parser.parse_args(argv or None)
     # Cases are made on the device, and measured without a default device: under one each call of torch's runs through
     # Python, which would be measured, too.
@@ -138,25 +139,38 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
                 case = make()
                 others = [make() for _ in range(case.instances - 1)]
             rows = measure(case, seconds, chosen.device, others)
-            results[name] = {"rows": rows, "note": case.note, "charted": case.charted}
+            results[name] = {"rows": rows, "note": case.note, "charted": case.charted, "machine": about}
             print(name, table(*_cells(results[name]["rows"])), case.note, sep="\n", end="\n\n", flush=True)
     in_part = chosen.quick or chosen.only or chosen.seconds
     out = chosen.out or (None if in_part else RESULTS)
     if out and results:
-        write(out, topic, question, about, results)
+        every = _published(out / f"{topic}.json") | results if chosen.keep else results
+        write(out, topic, question, {name: every[name] for name in made if name in every})
 
 
-def write(out: Path, topic: str, question: str, about: dict[str, str], results: dict[str, Any]) -> None:
+def _published(file: Path) -> dict[str, Any]:
+    """The results of a file, each with the machine that it was measured on."""
+    written = json.loads(file.read_text())
+    return {name: {"machine": written.get("machine"), **result} for name, result in written["results"].items()}
+
+
+def write(out: Path, topic: str, question: str, results: dict[str, Any]) -> None:
     """The results as <topic>.json, .md and .png in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": about, "results": results}, indent=1, ensure_ascii=False)
+    text = json.dumps({"results": results}, indent=1, ensure_ascii=False)
     (out / f"{topic}.json").write_text(text + "\n")
     parts = [f"# {topic}", question.strip(), f"![]({topic}.png)"]
     for name, result in results.items():
         header, rows = _cells(result["rows"])
         lines = [" | ".join(line) for line in (header, ["---"] * len(header), *rows)]
         parts += [f"## {name}", "\n".join(f"| {line} |" for line in lines), result["note"]]
-    parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in about.items())]
+    machines: dict[str, list[str]] = {}
+    for name, result in results.items():
+        machines.setdefault(json.dumps(result["machine"]), []).append(name)
+    for about, names in machines.items():
+        lines = {"cases": "; ".join(names)} if len(machines) > 1 else {}
+        lines |= json.loads(about)
+        parts += ["## Measured on", "\n".join(f"- {key}: {value}" for key, value in lines.items())]
     (out / f"{topic}.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     draw(out / f"{topic}.png", {name: result["rows"] for name, result in results.items() if result["charted"]})
 

@@ -47,6 +47,29 @@ def test_each_script_runs_and_writes_its_results(script, tmp_path, monkeypatch):
     assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_cases_that_are_not_run_can_be_kept_and_say_where_they_were_measured(tmp_path, monkeypatch):
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
+
+    def run(machine, *options):
+        monkeypatch.setattr(harness, "machine", lambda: {"CPU": machine})
+        cases = {name: lambda: harness.Case({"frozen": int, "lora": int}) for name in ("first", "second", "third")}
+        harness.main("topic.py", "?", lambda quick: cases, "--seconds", "1e-9", "--out", str(tmp_path), *options)
+        results = json.loads((tmp_path / "topic.json").read_text())["results"]
+        said = (tmp_path / "topic.md").read_text()
+        return {name: result["machine"]["CPU"] for name, result in results.items()}, said
+
+    of_one, said = run("one")
+    assert of_one == dict.fromkeys(["first", "second", "third"], "one")
+    assert "cases:" not in said
+    run("two", "--only", "second", "--keep")
+    places, said = run("three", "--only", "third", "--keep")
+    assert places == {"first": "one", "second": "two", "third": "three"}
+    for case, machine in places.items():
+        assert f"## Measured on\n\n- cases: {case}\n- CPU: {machine}\n" in said
+    assert run("four", "--only", "second")[0] == {"second": "four"}
+
+
 def test_cases_are_made_on_the_device_and_measured_without_a_mode_through_which_calls_run(tmp_path, monkeypatch):
     harness, seen = importlib.import_module("harness"), []
     monkeypatch.setattr(harness, "LEAST_SAMPLE", 0)
