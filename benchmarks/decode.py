@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora
 
 R = 16
-INSTANCES = 8  # with one, two layers of one class differ by up to 10 %, by where their weights lie
+INSTANCES = 8  # built once, two equal layers differ by up to 10 %, by where their weights lie
 # in_features, out_features, dtype
 SHAPES = {
     "576→960, one token, float32": (576, 960, torch.float32),

@@ -144,14 +144,10 @@ def main(script: str, question: str, cases: Callable[[bool], Mapping[str, Callab
     in_part = chosen.quick or chosen.only or chosen.seconds
     out = chosen.out or (None if in_part else RESULTS)
     if out and results:
-        every = _published(out / f"{topic}.json") | results if chosen.keep else results
+        file = out / f"{topic}.json"
+        kept = json.loads(file.read_text())["results"] if chosen.keep and file.exists() else {}
+        every = kept | results
         write(out, topic, question, {name: every[name] for name in made if name in every})
-
-
-def _published(file: Path) -> dict[str, Any]:
-    """The results of a file, each with the machine that it was measured on."""
-    written = json.loads(file.read_text())
-    return {name: {"machine": written.get("machine"), **result} for name, result in written["results"].items()}
 
 
 def write(out: Path, topic: str, question: str, results: dict[str, Any]) -> None:

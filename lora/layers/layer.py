@@ -105,7 +105,7 @@ class LoRALayer(StateDicts):
     def lora_is_off(self) -> bool:
         """Whether LoRA is disabled in the layer for the caller; in a compiled model, for anyone."""
         disabled = self.lora_disabled  # asked once: another thread may leave its block
-        return disabled is not None and (torch.compiler.is_compiling() or disabled.is_off(self.weight.device))
+        return disabled is not None and (is_compiling() or disabled.is_off(self.weight.device))
 
     def lora_base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W₀ x + b: the base layer's own output."""

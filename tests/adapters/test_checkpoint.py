@@ -153,8 +153,12 @@ def test_the_dtypes_of_base_and_adapter_are_kept(path, dtype):
 
 
 def test_the_base_may_be_in_another_dtype(path):
-    _, plain = saved(path)
+    model, plain = saved(path)
     lora.load_adapter(plain.to(torch.bfloat16), path)
+    loaded, saved_ = (dict(lora.lora_state_dict(each)) for each in (plain, model))
+    assert loaded.keys() == saved_.keys()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, saved_[name].to(tensor.dtype))
 
 
 def test_a_shared_layer_is_saved_once(path):

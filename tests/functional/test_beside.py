@@ -66,7 +66,7 @@ def test_it_is_the_equation_and_its_plain_twin(slices, lead, needs, layout):
         assert torch.equal(lora_beside(*tensors, 0.7, 0.0, parts), ours[0])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)  # all slices, with dropout and without
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("slices", SLICES)
 def test_its_gradients_are_right_and_so_are_theirs(slices, dropout):

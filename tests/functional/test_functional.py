@@ -67,7 +67,7 @@ def test_it_equals_its_plain_twin(slices, lead, needs, bias, layout):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)  # all slices, with dropout and without
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("slices", SLICES)
 def test_its_gradients_are_right_and_so_are_theirs(slices, dropout):
