@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
+from releases import before
 from torch import Tensor, nn
 
 import lora
@@ -19,6 +20,9 @@ import lora
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ci")
 torch.set_num_threads(1)
+
+# Tensor parallelism, which lora.parallel refuses there.
+collect_ignore_glob = ["parallel/test_parallel*.py"] if before("2.11") else []
 
 # One layer of each class and form: (class, arguments, shape of an input). Embeddings take ids.
 LAYERS = {

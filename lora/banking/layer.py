@@ -108,7 +108,7 @@ class Banked(LoRALayer):
             return self._divided(choice, lead, input, *args, **kwargs)
         if (self.lora_places or self.lora_turned) and choice.per == "row" and not choice.is_of_one:
             self.lora_check_sizes(choice.count, input.shape[:lead])
-        for check in self.lora_checks if self.training or torch.is_grad_enabled() else ():
+        for check in type(self).lora_checks if self.training or torch.is_grad_enabled() else ():
             for seat in filter(None, seats.values()):
                 check(seat, input)
         if isinstance(self, LinearLoRA) and self.lora_dense:

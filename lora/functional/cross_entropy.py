@@ -21,6 +21,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # Logits at a time: with fewer rows, products would read all of the weight for little work; 32 MiB of float32 on a CPU.
 _LOGITS = {"cpu": 2**23}
 _LOGITS_ELSEWHERE = 2**25
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def linear_cross_entropy(
@@ -117,11 +118,10 @@ def _check(hidden: Tensor, labels: Tensor, reduction: str, softcap: float | None
     if reduction not in REDUCTIONS:
         words = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"linear_cross_entropy: reduction must be one of {words}, got {reduction!r}.")
-    single = torch.finfo(torch.float32)
-    if softcap is not None and not (is_number(softcap) and single.tiny <= softcap <= single.max):
+    if softcap is not None and not (is_number(softcap) and _SMALLEST <= softcap <= _LARGEST):
         raise ValueError(
             "linear_cross_entropy: softcap must be None or a number above 0 that float32 can hold, "
-            f"from {single.tiny:.3g} to {single.max:.3g}; got {softcap!r}."
+            f"from {_SMALLEST:.3g} to {_LARGEST:.3g}; got {softcap!r}."
         )
     if hidden.dim() == 0 or labels.shape != hidden.shape[:-1]:
         raise ValueError(

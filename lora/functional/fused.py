@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 
 Slices = Sequence[tuple[int, int]]  # begin and end of the parts of an output that an update goes to, in order
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
-_DENSE_TYPES = frozenset((Tensor, nn.Parameter))
 _NOTHING = nullcontext()
 _LEVELS = 256  # one random byte decides on one value
 _CACHED = 2**20  # values of noise that stay in a processor's cache while they are used
@@ -36,8 +35,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor, by itself, is plain."""
+    kind = type(tensor)
     return (
-        type(tensor) in _DENSE_TYPES
+        (kind is Tensor or kind is nn.Parameter)  # torch.compile follows no `in` of a set before torch 2.9
         and tensor.dtype.is_floating_point
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_meta)

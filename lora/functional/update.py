@@ -28,10 +28,12 @@ def up_slices(h: Tensor, B: Tensor, slices: Slices, out_features: int) -> Tensor
         return F.linear(h, B)
     pieces, end = [], 0
     for (start, stop), h_g, B_g in zip(slices, _parts_of_h(h, slices), _parts_of_B(B, slices), strict=True):
-        pieces += [h.new_zeros(*h.shape[:-1], start - end)] * (start > end)
+        if start > end:
+            pieces.append(h.new_zeros(*h.shape[:-1], start - end))
         pieces.append(F.linear(h_g, B_g))  # (..., stop - start)
         end = stop
-    pieces += [h.new_zeros(*h.shape[:-1], out_features - end)] * (out_features > end)
+    if out_features > end:
+        pieces.append(h.new_zeros(*h.shape[:-1], out_features - end))
     return torch.cat(pieces, -1)
 
 

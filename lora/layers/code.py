@@ -135,11 +135,11 @@ def methods_of(cls: Any) -> frozenset[str]:
 def reads_what_it_is_given(cls: Any) -> bool:
     """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
     for code in _codes(_function(getattr_static(cls, "forward"))):
-        arguments, loaded = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], None
+        arguments, loaded = {*code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]}, tuple[str, ...]()
         for one in get_instructions(code):
-            if loaded in arguments and one.argval == "weight":
+            if one.argval == "weight" and arguments.intersection(loaded):
                 return True
-            loaded = one.argval[-1] if isinstance(one.argval, tuple) and one.argval else one.argval
+            loaded = _variables(one)[-1:]
     return False
 
 
@@ -201,7 +201,7 @@ def _may_apply(helper: Any, caller: Any) -> bool:
 
 def _words_of(code: CodeType) -> Iterator[str]:
     """The names and strings in a code, but for a `weight` of which only the class, the dtype or the like are asked."""
-    found = [word for word in map(_word, get_instructions(code)) if word]
+    found = [word for one in get_instructions(code) for word in _said(one) if word]
     for n, word in enumerate(found):
         if word in LISTS and n:
             yield f"{found[n - 1]}.{word}"
@@ -212,12 +212,24 @@ def _words_of(code: CodeType) -> Iterator[str]:
             yield word
 
 
-def _word(one: Instruction) -> str:
-    """A name, with brackets if it is an attribute that is loaded to be called; a string; or `@`."""
+def _said(one: Instruction) -> tuple[str, ...]:
+    """Names, with brackets if each is an attribute that is loaded to be called; a string; or `@`.
+
+    A method that is called with `*`, or in Python 3.10 with keywords, is loaded as any attribute is. So the methods
+    that all modules have count as called wherever they are loaded.
+    """
+    loads = one.opname in ("LOAD_ATTR", "LOAD_METHOD")
     if isinstance(one.argval, str):
-        called = one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and "NULL|self" in one.argrepr)
-        return f"{one.argval}()" if called else one.argval
-    return "@" if one.argrepr in ("@", "@=") or one.opname.endswith("MATRIX_MULTIPLY") else ""
+        called = loads and (one.opname == "LOAD_METHOD" or "NULL|self" in one.argrepr or one.argval in _OF_TORCH)
+        return (f"{one.argval}()" if called else one.argval,)
+    return ("@",) if one.argrepr in ("@", "@=") or one.opname.endswith("MATRIX_MULTIPLY") else _variables(one)
+
+
+def _variables(one: Instruction) -> tuple[str, ...]:
+    """The function's variables that an instruction is about: one, or since Python 3.13 two at once."""
+    if "_FAST" not in one.opname:
+        return ()
+    return one.argval if isinstance(one.argval, tuple) else (one.argval,)
 
 
 _ASKED = {"device", "dtype", "shape", "ndim", "requires_grad", "is_cuda"}

@@ -99,7 +99,7 @@ class LoRALayer(StateDicts):
 
     def _check(self, input: Tensor) -> None:
         if self.training or torch.is_grad_enabled():
-            for check in self.lora_checks:
+            for check in type(self).lora_checks:  # torch.compile before torch 2.8 finds no tuple by the instance
                 check(self, input)
 
     def lora_is_off(self) -> bool:

@@ -305,7 +305,7 @@ def _reads(module: nn.Module, cls: Any, method: str, path: list[str], tensor: st
         or isinstance(owner, _HOLDERS)
         or _by_property(owner, found, tensor)
         or any(
-            f"{name}()" in found and _reads_given(_written_class(child))
+            _named(name, found) and _reads_given(_written_class(child))
             for name, child in module._modules.items()
             if child is not None
         )

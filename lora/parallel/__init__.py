@@ -6,6 +6,8 @@ They are imported when one is asked for, and DTensor with them, which takes a se
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from lora.parallel.tensor_parallel import (
         ColwiseParallel,
@@ -25,10 +27,17 @@ __all__ = [
     "sum_gradients",
 ]
 
+_OLDEST = "2.11"
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lora.parallel' has no attribute {name!r}")
+    if torch.__version__ < _OLDEST:
+        raise ImportError(
+            f"lora.parallel.{name} needs torch {_OLDEST} or newer, and this is torch {torch.__version__}: older "
+            "releases compute wrong norms of divided gradients, or restore divided layers wrongly from checkpoints."
+        )
     return getattr(import_module("lora.parallel.tensor_parallel"), name)
 
 

@@ -5,6 +5,7 @@ import unittest.mock
 import pytest
 import torch
 import torch.distributed as dist
+from releases import since
 from sharding import mine, shard, whole
 from torch import nn
 from torch.distributed import pipelining as pipe
@@ -164,6 +165,7 @@ def _refused():
         lora.bank(wrapper)["alice"]
 
 
+@since("2.11", "lora.parallel divides no layers")
 def test_what_cannot_divide_a_bank_says_so(ranks):
     ranks.run(_refused)
 

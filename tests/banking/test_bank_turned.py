@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from banks import alone, assert_close, banked
+from releases import through_a_compiler
 from torch import Tensor
 
 import lora
@@ -94,7 +95,7 @@ def test_places_are_not_rows(dims: int) -> None:
 
 def test_compiled_models_are_in_the_same_doubt() -> None:
     _, model, bank = tagger(batch_first=False)
-    said = "or in the second: both are of size 4, and rnn takes"
+    said = through_a_compiler("or in the second: both are of size 4, and rnn takes")
     head = torch.compile(model.head, backend="eager", fullgraph=True, dynamic=False)
     x = torch.randn(4, 4, 6, dtype=torch.float64)
     with bank.rows(NAMES), torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match=said):

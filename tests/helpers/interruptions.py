@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
+from dis import opname
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ class Lines:
         return self._end
 
     def _line(self, frame: Any, event: str, argument: object) -> Callable[..., Any]:
-        if event == "line":
+        if event == "line" and not _jumps_back(frame):
             self.seen.append((frame.f_code, frame.f_lineno))
             if len(self.seen) - 1 == self.at:
                 self.do()  # what is raised ends the tracing
         return self._line
+
+
+def _jumps_back(frame: Any) -> bool:
+    """Whether a loop begins anew. Since Python 3.12, what a trace function raises there is given to no handler."""
+    now = opname[frame.f_code.co_code[frame.f_lasti]]
+    return sys.version_info >= (3, 12) and now in ("JUMP_BACKWARD", "FOR_ITER")  # in 3.13, and in 3.12
 
 
 def is_interrupted(function: Callable[[], object], at: int, where: str | tuple[str, ...] = HOUSE) -> bool:

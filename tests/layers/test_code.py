@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora
+from lora.layers.code import reads_what_it_is_given, words
 
 
 def reader():
@@ -66,6 +67,31 @@ def test_a_forward_that_is_replaced_is_read_anew():
         model = adapted(cls)
         torch.testing.assert_close(model(x), times * F.linear(x, weight_of(model)))
         kept.append(model)
+
+
+class Mentions(nn.Module):
+    """Of two variables that stand side by side, Python 3.13 loads both at once."""
+
+    def forward(self, x, held):
+        return F.linear(x, self.state_dict(*())["w"]) + F.linear(x, held.weight)
+
+
+def test_what_is_named_is_found_in_the_code_of_every_python():
+    found = words(Mentions, "forward")
+    assert found >= {"x", "self", "held", "state_dict()", "self.state_dict()", "w", "weight"}
+    assert "held.state_dict()" not in found
+    assert reads_what_it_is_given(Mentions)
+
+
+class NamedAlike(nn.Module):
+    """It reads the weight of its own `x`, and not that of its argument."""
+
+    def forward(self, x):
+        return F.linear(x, self.x.weight)
+
+
+def test_an_attribute_that_is_named_as_an_argument_is_not_the_argument():
+    assert not reads_what_it_is_given(NamedAlike)
 
 
 def test_a_class_that_reads_no_weight_goes_with_its_modules():

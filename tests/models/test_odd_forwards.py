@@ -113,6 +113,7 @@ ODD = {
     "__getattr__": owner(lambda self, x: F.linear(x, self.__getattr__("w"))),
     "get_parameter": owner(lambda self, x: F.linear(x, self.get_parameter("w"))),
     "state_dict": owner(lambda self, x: F.linear(x, self.state_dict(keep_vars=True)["w"])),
+    "state_dict by unpacking": owner(lambda self, x: F.linear(x, self.state_dict(*(), **{"keep_vars": True})["w"])),
     "isinstance Tensor": owner(asks_tensor),
     "isinstance Parameter": owner(asks_parameter),
     "all parameters": owner(lambda self, x: one_after_the_other(x, self.parameters())),

@@ -141,6 +141,13 @@ class Given(nn.Module):
         return self.decoder(self.inputs.words(ids).tanh(), embedding_layer=self.inputs.words)
 
 
+class GivenUnpacked(Given):
+    """A call with `*` loads the child as any attribute is loaded; before Python 3.11, so does one with keywords."""
+
+    def forward(self, ids):
+        return self.decoder(*(self.inputs.words(ids).tanh(), self.inputs.words))
+
+
 def project(module, x):
     return F.linear(x, module.proj.weight, module.proj.bias)
 
@@ -287,6 +294,7 @@ READERS = {
     "far within": (Outer, "all-linear", (X,), lambda y: y),
     "called and read": (Both, ["words"], (torch.arange(5),), lambda y: y),
     "given": (Given, ["words"], (torch.arange(5),), lambda y: y),
+    "given by unpacking": (GivenUnpacked, ["words"], (torch.arange(5),), lambda y: y),
     "by a function": (ByFunction, "all-linear", (X,), lambda y: y),
     "applied": (Applied, "all-linear", (X,), lambda y: y),
     "to a kernel": (ToKernel, "all-linear", (X,), lambda y: y),
@@ -348,7 +356,7 @@ def by_hand(model, base):
 @each_reader
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"merge_weights": True}], ids=str)
 def test_the_output_is_that_of_w(reader, settings):
-    if reader in ("called and read", "given") and "use_dora" in settings:
+    if reader in ("called and read", "given", "given by unpacking") and "use_dora" in settings:
         settings = {}  # by_hand knows no magnitudes of embeddings; test_in_place.py does
     model, inputs, of, base = adapted(reader, **settings)
     right = by_hand(model, base)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import KINDS, LAYERS, make, randomised
+from releases import since
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +182,7 @@ def sparse_trains():
     return layer.lora_A.grad.is_sparse, torch.allclose(layer.lora_A.grad.to_dense(), alone.lora_A.grad.to_dense())
 
 
+@since("2.12", "torch warns of sparse tensors that are not checked even if that is asked for")
 def test_sparse_gradients_of_an_embedding_are_synchronised(ranks):
     assert ranks.run(sparse_trains) == [(True, True)] * 2
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import KINDS, LAYERS, example, make
+from releases import since
 from sharding import adapted, assert_same, gradient, loss_of, mine, shard, twins, whole
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -122,6 +123,7 @@ def twins_in(dtype):
     return model, copy.deepcopy(model)
 
 
+@since("2.9", "parameters of a group have one dtype")
 @pytest.mark.parametrize("reshard", [True, False])
 def test_a_frozen_base_in_bfloat16_and_adapters_in_float32_share_a_group(ranks, reshard):
     ranks.run(_mixed, reshard)
@@ -145,6 +147,7 @@ def _policy():
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@since("2.9", "gradients under a policy are rounded once more")
 def test_a_policy_of_mixed_precision_computes_as_a_model_in_that_precision(ranks):
     ranks.run(_policy)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from conftest import randomised
+from releases import since
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -128,6 +129,10 @@ def trains_alike(changes, bias):
     torch.testing.assert_close(divided(ids()), alone(ids()))
 
 
+clips_exactly = since("2.12", "gradients that are divided are clipped by a factor of float32")
+
+
+@clips_exactly
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_training_is_that_of_one_process(ranks, bias):
     ranks.run(trains_alike, {}, bias)
@@ -143,6 +148,7 @@ SETTINGS = [
 ]
 
 
+@clips_exactly
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: next(iter(changes)))
 def test_training_is_that_of_one_process_with_any_setting(ranks, changes):
@@ -214,6 +220,7 @@ def counts_collectives():
     return base, ours, torchs, fused, merged(injected), merged(with_lora)
 
 
+@since("2.12", "gradients of A are added up at once")
 def test_lora_needs_no_collective_that_the_base_model_does_not_need(ranks):
     base, ours, torchs, fused, partly, with_lora = ranks.run(counts_collectives)[0]
     assert ours == base

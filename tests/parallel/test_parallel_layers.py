@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import randomised
+from releases import since
 from test_parallel import SPLITS, WITHOUT_EMBEDDING, Block, adapted, gradients_of, ids, mesh, parallel, plan, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -98,6 +99,7 @@ def places():
     return {name: (str(placement), tuple(shape)) for name, (placement, shape) in seen.items()}
 
 
+@since("2.12", "gradients of A are added up at once")
 def test_the_adapter_is_divided_as_the_base_is(ranks):
     seen = ranks.run(places)[0]
     shard, everywhere = "S({})".format, "R"

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import example, make
+from releases import since
 from test_parallel import mesh
 from test_swap import model_of, same_base, switches, tensors_and_settings
 from torch import nn
@@ -164,6 +165,9 @@ def test_emptied_in_inference_mode_it_can_be_swapped_and_trained_outside_of_it()
 # ---- ranks -------------------------------------------------------------------------------------------------------
 
 
+divides = since("2.11", "lora.parallel divides no layers")
+
+
 def swap_under_tensor_parallelism():
     def made(r):
         torch.manual_seed(0)
@@ -197,6 +201,7 @@ def swap_under_tensor_parallelism():
     return found
 
 
+@divides
 def test_a_divided_model_swaps_as_a_whole_one_does(ranks):
     assert ranks.run(swap_under_tensor_parallelism) == [[[1, 1], [4, 4], [3, 3]]] * 2
 
@@ -217,6 +222,7 @@ def compiled_under_tensor_parallelism():
         torch.testing.assert_close(compiled(x), alone(x))
 
 
+@divides
 @pytest.mark.slow
 def test_a_divided_model_that_is_prepared_compiles(ranks):
     ranks.run(compiled_under_tensor_parallelism)
