@@ -22,6 +22,7 @@ _MOST_ENDS = 1000  # that a name is compared with: a comparison takes some micro
 _MOST = 100  # problems that one error lists
 _SOME = 8  # names in one line
 _LARGEST = 2**63 - 1  # what torch has for sizes
+_GREATEST = sys.float_info.max
 
 
 # ---- what a stranger says --------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def join(module: str, name: str) -> str:
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number that a float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
 
 
 def is_count(value: object, least: int = 0) -> TypeGuard[int]:

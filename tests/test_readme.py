@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pages
 import pytest
+from releases import before
 
 import lora
 
@@ -15,7 +16,7 @@ PROSE = {name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchma
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = pages.blocks(README)
 # Its sections need packages: tests/interop/test_training_page.py runs them.
-ELSEWHERE = {"training.md"}
+ELSEWHERE = {"training.md", *(["distributed.md"] if before("2.11") else [])}  # as lora.parallel needs
 
 
 @pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))

@@ -207,7 +207,14 @@ def packed(
         ready[name] = plain.clone() if storage in storages else plain  # safetensors refuses shared storage
         storages.add(storage)
     said = {**metadata, "format": "pt"}
-    content: bytes = safetensors.torch.save(ready, {**said, "sha256": checksum(ready, said)})
+    said["sha256"] = checksum(ready, said)
+    try:
+        content: bytes = safetensors.torch.save(ready, said)
+    except KeyError as error:  # a dtype that safetensors learnt later
+        writer = f"safetensors {safetensors.__version__}"
+        raise AdapterError(
+            f"{function}: {path} is not written: {writer} writes no {error.args[0]}; a newer one does."
+        ) from None
     _parsed(path, _header_text(io.BytesIO(content), path, HEADER_LIMIT))
     return content
 

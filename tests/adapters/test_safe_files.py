@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import time
 import tracemalloc
@@ -10,7 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from tensor_files import TENSORS, entry, own_their_memory, raw, refused, same
+from tensor_files import TENSORS, entry, is_written, own_their_memory, raw, refused, same
 from torch import nn
 
 import lora
@@ -73,6 +74,7 @@ def test_the_header_is_read_without_tensors(path):
 
 
 A = json.dumps(entry()).encode()
+knows_all = pytest.mark.skipif(not is_written(torch.complex64), reason="an older safetensors refuses dtypes by itself")
 # What `safetensors` lets through, or some versions of it do.
 HEADERS = {
     "white space first": (b' {"a": %s}' % A, "its header must begin with '{'"),
@@ -87,7 +89,9 @@ HEADERS = {
         {"a": entry(shape=[2**30, 2**30, 0], offsets=[0, 0]), "b": entry()},
         "'a' must have a shape of at most 64 sizes and fewer than 2**60 values",
     ),
-    "a dtype that torch has not": ({"a": entry("F4", shape=[16])}, "'a' has the dtype 'F4', which is none of F64, "),
+    "a dtype that torch has not": pytest.param(
+        {"a": entry("F4", shape=[16])}, "'a' has the dtype 'F4', which is none of F64, ", marks=knows_all
+    ),
 }
 # What `safetensors` itself refuses.
 REFUSED = {
@@ -171,6 +175,7 @@ def test_other_names_are_fine(path, name):
     assert list(read_torch(path)) == [name]
 
 
+@knows_all
 def test_one_error_lists_all_that_is_wrong_or_the_first_of_very_many(path):
     empty = entry(shape=[0], offsets=[0, 0])
     path.write_bytes(raw({"a": {**empty, "more": 1}, "b/": empty, "c": entry("F4", [0], [0, 0]), "d": empty}))
@@ -272,3 +277,15 @@ def test_a_file_that_fits_no_memory_is_refused(path, monkeypatch):
     saving.write_tensors(path, TENSORS, {})
     monkeypatch.setattr(files, "_tensor", allocate)
     refused(files.read_tensors, path, "does not fit into memory")
+
+
+def test_a_dtype_that_this_safetensors_does_not_write_is_refused_in_words(path, monkeypatch):
+    """As those before 0.8 know neither complex numbers nor all dtypes of eight bits."""
+
+    def save(tensors, metadata):
+        raise KeyError(torch.complex64)
+
+    monkeypatch.setattr(safetensors.torch, "save", save)
+    said = f"write_adapter: {path} is not written: safetensors {safetensors.__version__} writes no torch.complex64; "
+    with pytest.raises(lora.AdapterError, match=f"^{re.escape(said)}a newer one does\\.$"):
+        files.packed(path, {"a": torch.ones(2).cfloat()}, {})

@@ -84,7 +84,8 @@ class AdapterFile:
         lora.save_adapter(model, path)
         with safetensors.safe_open(path, framework="pt") as file:
             self.about = json.loads(file.metadata()["lora"])
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            names = file.keys()
+            self.tensors = {name: file.get_tensor(name).clone() for name in names}  # not of the file, as older ones are
 
     def write(self, about=None, tensors=None):
         about, tensors = about or self.about, self.tensors if tensors is None else tensors

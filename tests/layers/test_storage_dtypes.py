@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import KINDS, example, make, plain_twin, randomised
 from pairwise import every_two
+from releases import since
 from torch import nn
 from toy_model import snapshot
 
@@ -78,6 +79,7 @@ def test_devices_and_wider_dtypes_are_followed():
     assert {p.dtype for p in trained_in(model[0]).values()} == {torch.float64}
 
 
+@since("2.8", "there is no dtype of four bits")
 def test_a_dtype_that_torch_cannot_cast_to_leaves_the_adapter():
     model = model_with_gradients()
     before = {name: p.detach().clone() for name, p in trained_in(model[0]).items()}

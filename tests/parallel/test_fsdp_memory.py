@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from releases import since
 from sharding import shard
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -101,25 +102,30 @@ def _resident(kind, how, mode, use_dora, dropout, merge_weights):
 
 # Each kind once, each way once.
 ONCE = list(zip(KINDS, HOW, strict=True))
+two_dtypes = since("2.9", "parameters of a group have one dtype")
 
 
+@two_dtypes
 @pytest.mark.parametrize(("kind", "how"), ONCE)
 def test_no_weight_is_kept_for_backward(ranks, kind, how):
     ranks.run(_resident, kind, how, "train", False, 0.0, False)
 
 
+@two_dtypes
 @pytest.mark.slow
 def test_no_weight_is_kept_where_a_layer_drops(ranks):
     for kind, how in ("Linear", "float32"), ("MergedLinear", "autocast"), ("Conv1d", "a bfloat16 base"):
         ranks.run(_resident, kind, how, "train", False, 0.5, False)
 
 
+@two_dtypes
 @pytest.mark.slow
 def test_no_weight_is_kept_where_a_layer_has_magnitudes(ranks):
     for kind, how in ONCE:
         ranks.run(_resident, kind, how, "train", True, 0.0, False)
 
 
+@two_dtypes
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
 def test_no_merged_weight_is_kept_in_serving(ranks, use_dora):

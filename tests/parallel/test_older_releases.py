@@ -14,8 +14,8 @@ def test_tensor_parallelism_is_refused_in_words(monkeypatch, release):
     monkeypatch.setattr(torch, "__version__", TorchVersion(release))
     for name in lora.parallel.__all__:
         said = (
-            f"lora.parallel.{name} needs torch 2.11 or newer, and this is torch {release}: older releases compute wrong "
-            "norms of divided gradients, or restore divided layers wrongly from checkpoints."
+            f"lora.parallel.{name} needs torch 2.11 or newer, and this is torch {release}: older releases compute "
+            "wrong norms of divided gradients, or restore divided layers wrongly from checkpoints."
         )
         with pytest.raises(ImportError, match=f"^{re.escape(said)}$"):
             getattr(lora.parallel, name)

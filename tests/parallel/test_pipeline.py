@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import randomised
+from releases import since
 from test_ddp import ROUNDING
 from torch import nn
 from torch.distributed import pipelining as pipe
@@ -118,6 +119,7 @@ def is_trained(schedule, per_rank, use_dora, folder):
     return losses, first, {name: p for part in parts for name, p in trained(part).items()}
 
 
+@since("2.10", "gloo takes messages of stages for each other's")
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(

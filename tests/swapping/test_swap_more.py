@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import example, make
 from releases import since
-from test_parallel import mesh
 from test_swap import model_of, same_base, switches, tensors_and_settings
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -187,7 +187,9 @@ def swap_under_tensor_parallelism():
     model, x = made(2), torch.ones(3, 6, dtype=torch.float64)
     lora.prepare_for_swap(model, 4)
     col = lora.parallel.MergedColwiseParallel(output_layouts=Replicate())
-    parallelize_module(model, mesh(), {"0": col, "1": lora.parallel.RowwiseParallel(input_layouts=Replicate())})
+    parallelize_module(
+        model, init_device_mesh("cpu", (2,)), {"0": col, "1": lora.parallel.RowwiseParallel(input_layouts=Replicate())}
+    )
     with pytest.raises(ValueError, match=r"(?s)0: is sharded.*1: is sharded; prepare the model, then shard it"):
         lora.prepare_for_swap(model, 8)
     found = []
@@ -213,7 +215,9 @@ def compiled_under_tensor_parallelism():
     model, x = copy.deepcopy(alone), example("Linear", torch.float64)
     lora.prepare_for_swap(model, 4)
     style = lora.parallel.ColwiseParallel(output_layouts=Replicate())
-    compiled = torch.compile(parallelize_module(model, mesh(), {"0": style}), backend="aot_eager")
+    compiled = torch.compile(
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": style}), backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(x), alone(x))
     for each in (model, alone):
         each[0].scaling = 5.0
