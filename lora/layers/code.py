@@ -135,7 +135,8 @@ def methods_of(cls: Any) -> frozenset[str]:
 def reads_what_it_is_given(cls: Any) -> bool:
     """Whether the forward of a class reads the weight of an argument, as Perceiver's decoder does."""
     for code in _codes(_function(getattr_static(cls, "forward"))):
-        arguments, loaded = {*code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]}, tuple[str, ...]()
+        arguments = {*code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]}
+        loaded: tuple[str, ...] = ()
         for one in get_instructions(code):
             if one.argval == "weight" and arguments.intersection(loaded):
                 return True

@@ -27,16 +27,16 @@ __all__ = [
     "sum_gradients",
 ]
 
-_OLDEST = "2.11"
+_OLDEST = (2, 11)
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'lora.parallel' has no attribute {name!r}")
-    if torch.__version__ < _OLDEST:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:  # a nightly build counts as its release
         raise ImportError(
-            f"lora.parallel.{name} needs torch {_OLDEST} or newer, and this is torch {torch.__version__}: older "
-            "releases compute wrong norms of divided gradients, or restore divided layers wrongly from checkpoints."
+            f"lora.parallel.{name} needs torch 2.11 or newer, and this is torch {torch.__version__}: older releases "
+            "compute wrong norms of divided gradients, or restore divided layers wrongly from checkpoints."
         )
     return getattr(import_module("lora.parallel.tensor_parallel"), name)
 

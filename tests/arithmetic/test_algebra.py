@@ -42,6 +42,7 @@ def test_the_names_of_the_wing_are_names_of_the_library():
 # ---- cat, svd, linear ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @kinds
 @given(data=st.data())
 def test_cat_is_the_weighted_sum(kind, data):

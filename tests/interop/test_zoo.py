@@ -300,7 +300,7 @@ def run(case: Case, checks: list[Callable[..., None]], tmp_path) -> None:
     assert not wrong, "\n\n".join(wrong)
 
 
-@pytest.mark.sampled(60)
+@pytest.mark.sampled(45)
 @pytest.mark.parametrize("name", zoo.ROWS)
 def test_a_model_with_adapters_is_that_of_w(name, tmp_path):
     run(Case(zoo.ROWS[name]), QUICK, tmp_path)

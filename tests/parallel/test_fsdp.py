@@ -212,6 +212,7 @@ def _eval(use_dora, reshard):
         assert name not in before or torch.equal(whole(parameter), before[name])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])
 def test_serving_merged_weights_neither_loses_nor_doubles_the_update(ranks, use_dora, reshard):

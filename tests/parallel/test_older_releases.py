@@ -21,7 +21,7 @@ def test_tensor_parallelism_is_refused_in_words(monkeypatch, release):
             getattr(lora.parallel, name)
 
 
-@pytest.mark.parametrize("release", ["2.11.0", "2.100.0", "3.0.0+cpu"])
+@pytest.mark.parametrize("release", ["2.11.0", "2.11.0a0+1f2e", "2.11.0.dev20260110", "2.100.0", "3.0.0+cpu"])
 def test_newer_releases_are_not(monkeypatch, release):
     monkeypatch.setattr(torch, "__version__", TorchVersion(release))
     assert all(callable(getattr(lora.parallel, name)) for name in lora.parallel.__all__)
