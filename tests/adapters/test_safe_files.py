@@ -280,7 +280,7 @@ def test_a_file_that_fits_no_memory_is_refused(path, monkeypatch):
 
 
 def test_a_dtype_that_this_safetensors_does_not_write_is_refused_in_words(path, monkeypatch):
-    """As those before 0.8 know neither complex numbers nor all dtypes of eight bits."""
+    """Releases before 0.7 know no complex numbers, and those before 0.8 not all dtypes of eight bits."""
 
     def save(tensors, metadata):
         raise KeyError(torch.complex64)

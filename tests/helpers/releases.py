@@ -1,4 +1,4 @@
-"""What older releases of torch cannot do: a test of it names the first that can, and says what those before do."""
+"""What older releases of torch cannot do: its tests name the first release that can, and say why others cannot."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def before(release: str) -> bool:
 
 
 def since(release: str, why: str) -> pytest.MarkDecorator:
-    """Leave a test out with the releases before this one, of which `why` says what they cannot do."""
+    """Leave a test out with older releases; `why` says what goes wrong there."""
     return pytest.mark.skipif(before(release), reason=f"before torch {release}, {why}")
 
 

@@ -124,7 +124,7 @@ def check(function, use_dora, transposed):
 # ---- products of groups --------------------------------------------------------------------------------------------
 
 GROUPED = [getattr(owner, name) for owner, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(owner, name)]
-GROUPED = [] if before("2.9") else GROUPED  # it ran on no CPU
+GROUPED = [] if before("2.9") else GROUPED  # they ran on no CPU
 on_a_cpu = since("2.9", "products of groups run on no CPU")
 each_grouped = pytest.mark.parametrize("grouped", GROUPED, ids=lambda function: function.__name__)
 ENDS = torch.tensor([2, 2, 7, 8, 8], dtype=torch.int32)  # of five experts two have no row
